@@ -1,0 +1,37 @@
+# Everything runs from .venv inside the checkout, made from pyproject.toml with pip.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs bench zoo clean
+
+.venv/.made:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# One stamp an extra, so that `make demo` does not wait for the tools of `make lint`.
+.venv/.with-%: .venv/.made pyproject.toml
+	$(BIN)/python -m pip install -e '.[$*]'
+	touch $@
+
+demo: .venv/.with-train .venv/.with-report
+	$(BIN)/torchdrop compare --out runs/demo $(DEMO)
+
+test: .venv/.with-test
+	$(BIN)/python -m pytest $(TESTS)
+
+zoo: .venv/.with-test
+	$(BIN)/python -m pytest -m zoo $(TESTS)
+
+lint: .venv/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.with-docs
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/.with-test
+	$(BIN)/python benchmarks/first_light.py
+
+clean:
+	rm -rf .venv runs site

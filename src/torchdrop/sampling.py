@@ -1,0 +1,95 @@
+"""Who is kept. The one place where torchdrop draws random numbers that decide about structure.
+
+Two kinds of draw. A *mask* is drawn on the device of the activation, for layers that multiply.
+*Rows* are drawn on the host, from torch's global CPU generator, for code that computes only what
+is kept: the number of rows is then known without waiting for a device, ``torch.manual_seed``
+governs it, and activation checkpointing restores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+__all__ = ["MODES", "ROW_SAMPLERS", "keep_batch", "keep_mask", "keep_rows"]
+
+MODES = ("row", "batch")
+
+
+def keep_mask(
+    shape: Sequence[int],
+    p: float,
+    *,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A boolean mask, True with probability ``1 - p`` independently in each place.
+
+    The uniform numbers are float32 whatever the activation is, so the rate does not depend on the
+    dtype of the activation: P(True) is ``1 - p`` to within 2**-24.
+    """
+    # rand is in [0, 1): p=0 keeps everything, p=1 nothing. bernoulli_ fails under vmap, rand works.
+    return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
+
+
+def _host_generator() -> torch.Generator | None:
+    """None for the global generator; in a process group, one that also depends on the rank.
+
+    Ranks that were all seeded alike would otherwise drop the same rows. The seed is drawn from
+    the global generator, so ``torch.manual_seed`` and a checkpoint's recompute govern it still.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    seed = int(torch.randint(2**62, ()))
+    return torch.Generator().manual_seed((seed ^ (dist.get_rank() * 0x9E3779B97F4A7C15)) % 2**63)
+
+
+def _exact(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
+    kept = _rounded_at_random(batch * (1.0 - p), generator)
+    return torch.randperm(batch, generator=generator)[:kept].sort().values
+
+
+def _independent(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
+    return (torch.rand(batch, generator=generator) >= p).nonzero().flatten()
+
+
+def _window(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
+    kept = _rounded_at_random(batch * (1.0 - p), generator)
+    start = int(torch.randint(max(batch, 1), (), generator=generator))
+    return ((torch.arange(kept) + start) % max(batch, 1)).sort().values
+
+
+def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
+    whole = int(count)
+    rest = count - whole
+    # float64, so that a count that misses an integer by one ulp is rounded wrongly never.
+    return whole + int(rest > 0 and float(torch.rand((), generator=generator, dtype=torch.float64)) < rest)
+
+
+ROW_SAMPLERS: dict[str, Callable[[int, float, Any], Tensor]] = {
+    "exact": _exact,
+    "independent": _independent,
+    "window": _window,
+}
+
+
+def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
+    """The indices, ascending and on the host, of the rows of a batch that are kept.
+
+    Every row is kept with probability exactly ``1 - p`` under each rule:
+
+    * ``"exact"``: a uniformly random subset of ``batch * (1 - p)`` rows. Where that is no integer
+      it is rounded up with probability equal to its fraction, else down, so the mean is exact.
+    * ``"independent"``: one Bernoulli draw a row, as in timm and torchvision.
+    * ``"window"``: a cyclic run of rows with a uniformly random start, as many as ``"exact"``.
+    """
+    return ROW_SAMPLERS[sampling](batch, p, _host_generator())
+
+
+def keep_batch(p: float) -> bool:
+    """Whether the whole batch is kept: True with probability ``1 - p`` (one draw)."""
+    return float(torch.rand((), dtype=torch.float64)) >= p
