@@ -8,6 +8,7 @@ governs it, and activation checkpointing restores it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["MODES", "ROW_SAMPLERS", "keep_batch", "keep_mask", "keep_rows"]
+__all__ = ["MODES", "ROW_SAMPLERS", "SharedDecisions", "keep_batch", "keep_mask", "keep_rows"]
 
 MODES = ("row", "batch")
 
@@ -67,7 +68,9 @@ def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
     whole = int(count)
     rest = count - whole
     # float64, so that a count that misses an integer by one ulp is rounded wrongly never.
-    return whole + int(rest > 0 and float(torch.rand((), generator=generator, dtype=torch.float64)) < rest)
+    return whole + int(
+        rest > 0 and float(torch.rand((), generator=generator, dtype=torch.float64)) < rest
+    )
 
 
 ROW_SAMPLERS: dict[str, Callable[[int, float, Any], Tensor]] = {
@@ -93,3 +96,46 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
 def keep_batch(p: float) -> bool:
     """Whether the whole batch is kept: True with probability ``1 - p`` (one draw)."""
     return float(torch.rand((), dtype=torch.float64)) >= p
+
+
+class SharedDecisions:
+    """Batch-mode decisions that all ranks of a process group take alike, without talking.
+
+    One seed is broadcast when the first decision is taken. From then on decision number n of a
+    branch is a function of the seed, the branch and n alone. A checkpoint's recompute has to find
+    its number again: it is filed under a token drawn from the global generator, whose state the
+    checkpoint restores.
+    """
+
+    # Forward passes that may wait for their backward at the same time, for each branch.
+    _WAITING = 256
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+        self._taken: dict[str, int] = {}
+        self._filed: dict[tuple[str, int], int] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_seed": None, "_taken": {}, "_filed": {}}
+
+    def keep_batch(self, p: float, branch: str, sync: bool | None) -> bool:
+        """Whether the whole batch is kept, alike on all ranks unless ``sync`` is False."""
+        group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not group or sync is False:
+            return keep_batch(p)
+        if self._seed is None:
+            seed = [int(torch.randint(2**62, ()))]
+            dist.broadcast_object_list(seed, src=0)
+            self._seed = seed[0]
+        token = (branch, int(torch.randint(2**62, ())))
+        recompute = torch._C._current_graph_task_id() != -1
+        if recompute and token in self._filed:
+            number = self._filed[token]
+        else:
+            number = self._taken.get(branch, 0)
+            self._taken[branch] = number + 1
+            self._filed[token] = number
+            if len(self._filed) > self._WAITING * max(len(self._taken), 1):
+                del self._filed[next(iter(self._filed))]
+        digest = hashlib.blake2b(f"{self._seed}/{branch}/{number}".encode(), digest_size=8)
+        return int.from_bytes(digest.digest()) / 2**64 >= p

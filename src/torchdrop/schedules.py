@@ -46,7 +46,7 @@ def linear(p: float, depth: int) -> list[float]:
 
 
 def linear_from_zero(p: float, depth: int) -> list[float]:
-    """timm's rule: block l of L gets ``p * (l - 1) / (L - 1)``; a lone block gets 0."""
+    """Timm's rule: block l of L gets ``p * (l - 1) / (L - 1)``; a lone block gets 0."""
     rate = check_rate(p)
     _check_depth(depth)
     if depth == 1:

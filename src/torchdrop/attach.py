@@ -1,0 +1,453 @@
+"""CHANGE: stochastic depth on a model that exists. The one file that changes a model.
+
+What is attached to a block is an object in the ``forward`` slot of that very instance: class,
+parameters, buffers, hooks and state_dict keys stay as they are.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchdrop import cost, sampling, schedules
+from torchdrop.plan import Plan, resolve_rates, set_rates
+from torchdrop.residual import Branch, Residual, Split, Survey, read_splits, survey
+from torchdrop.rewrite import Source, rewrite
+from torchdrop.site import BranchState, Bypass, Settings, Site, attach_to, attached, detach
+from torchdrop.tracing import A_TENSOR, BlockGraph, record_calls, run_once, trace_block
+
+__all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
+
+SCALES = ("train", "eval")
+COMPUTES = ("auto", "skip", "mask")
+
+
+def add_stochastic_depth(
+    model: nn.Module,
+    p: Any = 0.2,
+    *,
+    schedule: str = "linear",
+    mode: str = "row",
+    sampling: str = "exact",
+    scale: str = "train",
+    select: Callable[[Residual], bool] | None = None,
+    compute: str = "auto",
+    sync_ranks: bool | None = None,
+    zero_grad: bool = True,
+    example_inputs: Any = None,
+    batch_dim: int = 0,
+) -> Plan:
+    """Drop the residual branches of ``model`` while it trains, and compute only what is kept.
+
+    A block ``out = s(x) + f(x)`` becomes, in training, ``out = s(x) + b / (1 - p) * f(x)`` with
+    ``P(b = 0) = p``, a ``b`` for every row of the batch or one for the whole batch, and ``f`` is
+    run on the rows with b = 1 only. In evaluation the block's own forward runs, untouched.
+
+    The model is changed in place, by an object in the ``forward`` slot of each block: classes,
+    parameters, buffers, hooks and state_dict keys stay the very same, an optimizer made before
+    goes on working, and :func:`remove_stochastic_depth` gives the model back as it was.
+
+    Args:
+        model: Any module with a residual stack. Wrap it in DDP or FSDP afterwards.
+        p: The drop probability, in [0, 1]: a float, for the deepest block; a sequence, one float a
+            block; a mapping from block (or branch) names, whose other blocks get 0; or None, to
+            take over the rates of the DropPath / StochasticDepth layers that the model has.
+        schedule: How a single ``p`` spreads over the blocks l = 1..L: ``"linear"`` (the paper's
+            ``p*l/L``), ``"linear_from_zero"`` (timm's ``p*(l-1)/(L-1)``) or ``"uniform"``.
+        mode: ``"row"``: every sample drops branches of its own. ``"batch"``: the whole batch
+            drops together, as in the paper.
+        sampling: How rows are chosen: ``"exact"``, a uniformly random subset of B*(1-p) rows,
+            rounded at random so that the mean is exact; ``"independent"``, one Bernoulli draw a
+            row, as timm and torchvision do; ``"window"``, exact, cyclic runs of rows, for shuffled
+            batches.
+        scale: ``"train"``: kept branches are divided by 1-p in training. ``"eval"``: the paper's
+            rule, branches are multiplied by 1-p in evaluation.
+        select: Called with every :class:`Residual`, those too that are not taken by default
+            (``r.default`` is False: lone, inner, linear); True takes it.
+        compute: ``"skip"`` or ``"mask"`` for all branches, or ``"auto"``: skip wherever it is
+            possible, and the plan says where it is not.
+        sync_ranks: Batch mode in a process group: whether all ranks decide alike. None: they do.
+        zero_grad: Parameters of a branch that no row used get a gradient of zeros, as with a mask,
+            which DDP and FSDP need. False leaves None.
+        example_inputs: A tensor, a tuple, or a dict of keyword arguments: for models whose blocks
+            cannot be traced from their signature, and for the FLOPs in the plan's table.
+        batch_dim: Which dimension of the residual tensors is the batch.
+
+    Returns:
+        The plan: print it to see what is dropped where.
+
+    Raises:
+        ValueError, TypeError: The model has no residual branches, has stochastic depth already,
+            is wrapped, or an argument is out of range. The model is then as it was.
+
+    References:
+        Huang et al., Deep Networks with Stochastic Depth, 2016, arXiv:1603.09382,
+        equations (2), (4) and (5).
+
+    Example:
+        >>> import torch, torchvision, torchdrop
+        >>> model = torchvision.models.resnet18()
+        >>> plan = torchdrop.add_stochastic_depth(model, p=0.5)
+        >>> len(plan.blocks)
+        8
+    """
+    settings = _check_settings(
+        model, schedule, mode, sampling, scale, compute, sync_ranks, zero_grad, batch_dim, select
+    )
+    _check_model(model)
+    calls = None if example_inputs is None else record_calls(model, example_inputs)
+    found = survey(model, calls)
+    chosen = [r for r in found.residuals if (select(r) if select else r.default)]
+    if not chosen:
+        raise ValueError(_nothing_found(model, found, select is not None))
+    if select is None:
+        _refuse_unreadable(model, found)
+    sites = _prepare(model, chosen, settings, compute)
+    branches = [branch for site in sites for branch in site.branches]
+    rates = resolve_rates(p, branches, settings.blocks, schedule)
+
+    # Everything has been checked and generated: from here on nothing can fail.
+    set_rates(sites, rates)
+    for site in sites:
+        attach_to(site.module, site)
+    masks = {path for branch in branches for path in branch.masks}
+    for path in masks:
+        mask = model.get_submodule(path)
+        attach_to(mask, Bypass(mask))
+    if example_inputs is not None:
+        try:
+            _measure_shares(model, sites, example_inputs)
+        except BaseException:
+            remove_stochastic_depth(model)
+            raise
+    return Plan(model, sites)
+
+
+def has_stochastic_depth(model: nn.Module) -> bool:
+    """Whether :func:`add_stochastic_depth` was called on ``model`` or on a part of it."""
+    return any(attached(module) is not None for module in model.modules())
+
+
+def remove_stochastic_depth(model: nn.Module) -> nn.Module:
+    """Take stochastic depth off again; ``model`` is exactly as it was before it was added.
+
+    Masking layers that had been taken over act again.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: There is none on ``model``.
+    """
+    if not has_stochastic_depth(model):
+        raise ValueError(
+            f"there is no stochastic depth on this {type(model).__name__}; "
+            f"has_stochastic_depth(model) tells"
+        )
+    for module in model.modules():
+        if attached(module) is not None:
+            detach(module)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks, all before anything changes
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(
+            f"{name} has to be one of {', '.join(map(repr, allowed))}, but got {value!r}"
+        )
+
+
+def _check_settings(
+    model: object,
+    schedule: object,
+    mode: Any,
+    sampling_: Any,
+    scale: Any,
+    compute: object,
+    sync_ranks: object,
+    zero_grad: object,
+    batch_dim: object,
+    select: object,
+) -> Settings:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be a torch.nn.Module, but got a {type(model).__name__}")
+    _one_of("schedule", schedule, tuple(schedules.DEPTH_RULES))
+    _one_of("mode", mode, sampling.MODES)
+    _one_of("sampling", sampling_, tuple(sampling.ROW_SAMPLERS))
+    _one_of("scale", scale, SCALES)
+    _one_of("compute", compute, COMPUTES)
+    if sync_ranks is not None and not isinstance(sync_ranks, bool):
+        raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
+    if not isinstance(zero_grad, bool):
+        raise TypeError(f"zero_grad has to be True or False, but got {zero_grad!r}")
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
+        raise TypeError(f"batch_dim has to be an integer, but got {batch_dim!r}")
+    if batch_dim < 0:
+        raise ValueError(f"batch_dim has to be 0 or more, but got {batch_dim}")
+    if select is not None and not callable(select):
+        raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
+    return Settings(
+        mode=mode,
+        sampling=sampling_,
+        scale=scale,
+        schedule=str(schedule),
+        sync_ranks=sync_ranks,
+        zero_grad=zero_grad,
+        batch_dim=batch_dim,
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "it"
+        if attached(module) is not None:
+            raise ValueError(
+                f"{where} has stochastic depth already; change its rates with "
+                f"torchdrop.get_plan(model).set_p(...), or call "
+                f"torchdrop.remove_stochastic_depth(model) first"
+            )
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            raise ValueError(
+                f"{where} is wrapped in {kind}; add stochastic depth to the model first "
+                f"and wrap it afterwards"
+            )
+        if kind.startswith("FSDP") and hasattr(module, "unshard"):
+            raise ValueError(
+                f"{where} went through fully_shard already; add stochastic depth first "
+                f"and shard afterwards"
+            )
+        if kind == "OptimizedModule":
+            raise ValueError(
+                f"{where} went through torch.compile already; add stochastic depth to the model "
+                f"itself and compile afterwards"
+            )
+
+
+def _nothing_found(model: nn.Module, found: Survey, selected: bool) -> str:
+    name = type(model).__name__
+    if selected:
+        return (
+            f"select took none of the {len(found.residuals)} residuals of this {name}; "
+            f"torchdrop.find_residuals(model) lists those that are taken by default"
+        )
+    text = (
+        f"no residual branches found in this {name}. Looked for additions skip + branch, whose "
+        f"branch has parameters and an activation, and whose skip is the identity or a "
+        f"linear projection, in blocks that repeat. Saw {found.seen} forwards with "
+        f"{found.additions} additions"
+    )
+    if found.residuals:
+        listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
+        text += f"; left out {', '.join(listed)}: take them with select=lambda r: ..."
+    if found.unreadable:
+        path, reason = next(iter(found.unreadable.items()))
+        text += (
+            f"; {len(found.unreadable)} could not be read, the first {path or name!r}, "
+            f"{reason}: give example_inputs"
+        )
+    if not found.residuals and not found.unreadable:
+        text += (
+            ". Such a network has nothing that can be dropped whole; wrap a part of it in "
+            "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"
+        )
+    return text
+
+
+def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
+    """Raise where a block that may hold a residual could not be read."""
+    taken = [r for r in found.residuals if r.default]
+    children = [child for r in taken for b in r.branches for child in b.children]
+    for path, reason in found.unreadable.items():
+        prefix = f"{path}." if path else ""
+        above = any(r.name.startswith(prefix) for r in taken)
+        inside = any(path == c or path.startswith(f"{c}.") for c in children)
+        module = model.get_submodule(path)
+        if not above and not inside and _adds(module):
+            raise ValueError(
+                f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
+                f"cannot be read: {reason}. Give example_inputs; or leave it out with "
+                f"select=lambda r: r.default; or wrap its branch in torchdrop.StochasticDepth"
+            )
+
+
+def _adds(module: nn.Module) -> bool:
+    """Whether the source of ``module``'s forward adds anything."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True  # no source to read: it may
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+            return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------
+# Sites, made but not yet attached
+
+
+def _prepare(
+    model: nn.Module, chosen: Sequence[Residual], settings: Settings, compute: str
+) -> list[Site]:
+    """A site for each forward that holds chosen residuals; ``model`` is not touched."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(r.name for r in chosen))}
+    settings.blocks = len(order)
+    by_owner: dict[str, list[Residual]] = {}
+    for residual in chosen:
+        by_owner.setdefault(residual._owner, []).append(residual)
+    taken = Counter(b.name for r in chosen for b in r.branches)
+    twice = [name for name, times in taken.items() if times > 1]
+    if twice:
+        raise ValueError(f"select took branches of one name more than once: {', '.join(twice)}")
+    sites = [
+        _prepare_site(model, owner, residuals, settings, compute, order)
+        for owner, residuals in by_owner.items()
+    ]
+    return sorted(sites, key=lambda site: site.branches[0].index)
+
+
+def _prepare_site(
+    model: nn.Module,
+    owner: str,
+    residuals: Sequence[Residual],
+    settings: Settings,
+    compute: str,
+    order: dict[str, int],
+) -> Site:
+    block = residuals[0]._traced
+    assert block is not None
+    if "forward" in block.module.__dict__:
+        raise ValueError(
+            f"the forward of {owner!r} was replaced on the instance already (by "
+            f"{block.module.__dict__['forward']!r}); add stochastic depth before that"
+        )
+    entries: list[tuple[Residual, Branch, Split]] = []
+    for residual in residuals:
+        for branch in residual.branches:
+            assert branch._split is not None
+            entries.append((residual, branch, branch._split))
+    position = {node: i for i, node in enumerate(block.graph.nodes)}
+    entries.sort(key=lambda entry: position[entry[2].add])
+    splits: list[tuple[Split, str]] = []
+    states: list[BranchState] = []
+    for residual, branch, split in entries:
+        action, reason = branch.action, branch.reason
+        if compute == "mask" and action == "skip":
+            action, reason = "mask", "compute='mask'"
+        elif compute == "skip" and action != "skip":
+            raise ValueError(
+                f"compute='skip', but {branch.name} cannot be skipped: {reason}; "
+                f"use compute='auto', or leave it out with select="
+            )
+        splits.append((split, action))
+        states.append(_state(model, residual, branch, split, action, reason, order))
+    train, train_branches = rewrite(block, splits, owner or type(model).__name__)
+    evaluate, eval_branches = None, {}
+    if settings.scale == "eval":
+        evaluate, eval_branches = _rewrite_for_evaluation(block, splits)
+    return Site(
+        block.module,
+        settings,
+        states,
+        train,
+        train_branches,
+        evaluate,
+        eval_branches,
+        block.tensors,
+        block.constants,
+    )
+
+
+def _rewrite_for_evaluation(
+    block: BlockGraph, splits: Sequence[tuple[Split, str]]
+) -> tuple[Source, dict[int, Source]]:
+    """The same deferral in the forward as it is in evaluation, where dropout is off."""
+    label = f"{type(block.module).__name__} in evaluation"
+    given = {**block.constants, **dict.fromkeys(block.tensors, A_TENSOR)}
+    in_eval = trace_block(block.module, training=False, constants=given)
+    in_training = [entry.split for entry in read_splits(block)]
+    twins = [entry.split for entry in read_splits(in_eval)]
+    if len(in_training) != len(twins):
+        raise ValueError(
+            f"scale='eval' scales branches in evaluation, but {label} does not add the same "
+            f"branches as in training; use scale='train'"
+        )
+    places = {split.add: i for i, split in enumerate(in_training)}
+    return rewrite(in_eval, [(twins[places[s.add]], action) for s, action in splits], label)
+
+
+def _state(
+    model: nn.Module,
+    residual: Residual,
+    branch: Branch,
+    split: Split,
+    action: str,
+    reason: str,
+    order: dict[str, int],
+) -> BranchState:
+    prefix = f"{residual._owner}." if residual._owner else ""
+    owner = model.get_submodule(residual._owner)
+    called = [model.get_submodule(child) for child in branch.children]
+    norms = any(isinstance(m, _BatchNorm) for top in called for m in top.modules())
+    if norms and action == "skip":
+        pair = "BatchNorm: one kept row of a small map runs with a second"
+        reason = f"{reason}; {pair}" if reason else pair
+    return BranchState(
+        name=branch.name,
+        block=residual.name,
+        path=residual.name.removeprefix(prefix) if residual.module is not owner else "",
+        index=order[residual.name],
+        skip=branch.skip,
+        action=action,
+        reason=reason,
+        children=branch.children,
+        masks=branch.masks,
+        inherited=branch.p,
+        gain=split.branch_gain,
+        writes_skip=split.writes_skip,
+        has_batch_norm=norms,
+        inner=tuple(child.removeprefix(prefix) for child in branch.children),
+    )
+
+
+@contextmanager
+def _metering(sites: Sequence[Site], meter: Callable[[], int]) -> Iterator[None]:
+    settings = sites[0].settings
+    active = [site.active for site in sites]
+    settings.meter = meter
+    try:
+        for site in sites:
+            site.active = True
+        yield
+    finally:
+        settings.meter = None
+        for site, was in zip(sites, active, strict=True):
+            site.active = was
+
+
+def _measure_shares(model: nn.Module, sites: Sequence[Site], example_inputs: Any) -> None:
+    """Set ``share`` of every branch: its part of the FLOPs of one forward pass, nothing dropped."""
+    for site in sites:
+        for branch in site.branches:
+            branch.share = None
+    with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
+        run_once(model, example_inputs)
+    for site in sites:
+        for branch in site.branches:
+            if branch.share is not None and counter.total:
+                branch.share /= counter.total

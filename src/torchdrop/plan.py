@@ -1,0 +1,226 @@
+"""The handle on what is attached: its rates, what it delivered, its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdrop import schedules
+from torchdrop.residual import Branch, Residual
+from torchdrop.site import BranchState, Site, sites_of
+
+__all__ = ["Plan", "get_plan", "resolve_rates", "set_rates"]
+
+
+def resolve_rates(
+    p: Any, branches: Sequence[BranchState], blocks: int, schedule: str
+) -> list[float]:
+    """The rate of each branch from any of the forms of ``p``. Changes nothing.
+
+    Raises:
+        TypeError, ValueError: What is wrong with ``p``, and what it has to be.
+    """
+    names = list(dict.fromkeys(b.block for b in branches))
+    if p is None:
+        if not any(b.masks for b in branches):
+            raise ValueError(
+                "p=None takes over the rates of DropPath / StochasticDepth layers, but the model "
+                "has none in its residual branches; give p, a drop probability"
+            )
+        return [b.inherited for b in branches]
+    if isinstance(p, Mapping):
+        known = set(names) | {b.name for b in branches}
+        unknown = [name for name in p if name not in known]
+        if unknown:
+            raise ValueError(
+                f"p names {', '.join(map(repr, unknown))}, which is no block of this model; "
+                f"its blocks are {', '.join(map(repr, names[:6]))}"
+                + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            )
+        rates = {name: schedules.check_rate(rate, f"p[{name!r}]") for name, rate in p.items()}
+        return [rates.get(b.name, rates.get(b.block, b.p)) for b in branches]
+    if isinstance(p, Tensor):
+        raise TypeError("p has to be plain numbers, but got a tensor; use .item() or .tolist()")
+    if isinstance(p, str | bytes) or not hasattr(p, "__len__"):
+        per_block = schedules.over_depth(schedules.check_rate(p), blocks, schedule)
+        return [per_block[b.index] for b in branches]
+    values = list(p)
+    if len(values) != len(names):
+        raise ValueError(
+            f"a sequence p needs one rate a block: expected {len(names)}, but got {len(values)}"
+        )
+    by_block = {
+        name: schedules.check_rate(rate, f"p[{i}]")
+        for i, (name, rate) in enumerate(zip(names, values, strict=True))
+    }
+    return [by_block[b.block] for b in branches]
+
+
+def set_rates(sites: Sequence[Site], rates: Sequence[float]) -> None:
+    """Give every branch of ``sites`` its rate, and wake or rest the sites accordingly."""
+    remaining = iter(rates)
+    for site in sites:
+        for branch in site.branches:
+            branch.p = next(remaining)
+        site.active = any(branch.p > 0.0 for branch in site.branches)
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan
+
+
+class Plan:
+    """What :func:`add_stochastic_depth` put on a model; ``print(plan)`` shows it as a table.
+
+    A plan holds no state of its own: rates and counts live with the blocks, so a deepcopy or a
+    loaded copy of the model has a plan of its own, which :func:`get_plan` returns.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self._model = model
+        self._sites = list(sites)
+
+    @property
+    def _branches(self) -> list[BranchState]:
+        return [branch for site in self._sites for branch in site.branches]
+
+    @property
+    def blocks(self) -> list[Residual]:
+        """The blocks, first to last, with the rates of this moment."""
+        blocks: dict[str, Residual] = {}
+        for site in self._sites:
+            for state in site.branches:
+                module = site.module.get_submodule(state.path)
+                block = blocks.setdefault(state.block, Residual(state.block, module, []))
+                block.branches.append(
+                    Branch(
+                        name=state.name,
+                        skip=state.skip,
+                        action=state.action,
+                        reason=state.reason,
+                        p=state.p,
+                        children=state.children,
+                        masks=state.masks,
+                        share=state.share,
+                    )
+                )
+        return list(blocks.values())
+
+    def set_p(self, p: Any) -> None:
+        """Change the drop probabilities, from the next forward pass on.
+
+        Args:
+            p: As for :func:`add_stochastic_depth`: a float for the deepest block, a sequence, or a
+                mapping, whose other blocks keep their rate; None restores the inherited rates.
+
+        Raises:
+            TypeError, ValueError: ``p`` is none of these; every rate is then what it was.
+        """
+        settings = self._sites[0].settings
+        set_rates(self._sites, resolve_rates(p, self._branches, settings.blocks, settings.schedule))
+
+    def observed(self) -> dict[str, float]:
+        """The drop rate delivered since the last call, for each branch: dropped rows over rows.
+
+        Of this process; a checkpoint's recompute is not counted. 0 for a branch whose rate is 0,
+        which is not counted either; NaN for one through which no row has gone in training.
+        """
+        delivered = {}
+        for branch in self._branches:
+            if branch.rows_seen:
+                delivered[branch.name] = branch.rows_dropped / branch.rows_seen
+            else:
+                delivered[branch.name] = 0.0 if branch.p == 0.0 else float("nan")
+            branch.rows_seen = branch.rows_dropped = 0
+        return delivered
+
+    def last_kept(self) -> dict[str, Tensor]:
+        """The indices of the rows that each branch kept in the latest training forward pass."""
+        kept = {}
+        for branch in self._branches:
+            if branch.last is not None:
+                seen, rows = branch.last
+                if isinstance(rows, Tensor):
+                    kept[branch.name] = rows.clone()
+                else:
+                    kept[branch.name] = torch.arange(seen if rows else 0)
+        return kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rates, to be saved beside the model's own state_dict."""
+        return {"version": 1, "p": {branch.name: branch.p for branch in self._branches}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the rates of :meth:`state_dict`.
+
+        Raises:
+            ValueError: The branches are not those of this model, or the version is unknown.
+        """
+        if not isinstance(state, Mapping) or "p" not in state or state.get("version") != 1:
+            raise ValueError("expected what Plan.state_dict() returned, of version 1")
+        names = [branch.name for branch in self._branches]
+        if set(state["p"]) != set(names):
+            odd = sorted(set(state["p"]) ^ set(names))
+            raise ValueError(
+                f"these rates belong to another model: {', '.join(odd[:4])} "
+                f"{'is' if len(odd) == 1 else 'are'} not in both"
+            )
+        rates = [schedules.check_rate(state["p"][name], f"p[{name!r}]") for name in names]
+        set_rates(self._sites, rates)
+
+    def __repr__(self) -> str:
+        settings = self._sites[0].settings
+        how = f"{settings.mode} mode"
+        if settings.mode == "row":
+            how += f", {settings.sampling} sampling"
+        blocks = self.blocks
+        count = sum(len(block.branches) for block in blocks)
+        title = (
+            f"stochastic depth on {type(self._model).__name__}: {len(blocks)} blocks, "
+            f"{count} branches; {how}, scale={settings.scale!r}"
+        )
+        rows = [("block", "branch", "skip", "p", "action", "FLOPs")]
+        reasons: dict[str, None] = {}
+        for block in blocks:
+            for branch in block.branches:
+                label = branch.name[len(block.name) + 1 :] or "-"
+                action = branch.action
+                if branch.reason:
+                    reasons.setdefault(branch.reason)
+                    action += f" [{list(reasons).index(branch.reason) + 1}]"
+                share = "-" if branch.share is None else f"{branch.share:.1%}"
+                rows.append((block.name, label, branch.skip, f"{branch.p:.3f}", action, share))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [title]
+        for row in rows:
+            cells = [
+                cell.rjust(width) if i in (3, 5) else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)]
+        known = [b for block in blocks for b in block.branches if b.share is not None]
+        if known:
+            saved = sum(b.share * b.p for b in known if b.share and b.action == "skip")
+            lines.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
+        else:
+            lines.append("give example_inputs to see the share of each branch in the FLOPs")
+        return "\n".join(lines)
+
+
+def get_plan(model: nn.Module) -> Plan:
+    """The plan of what is attached to ``model``: also to a deepcopy, a loaded copy, or a part.
+
+    Raises:
+        ValueError: Nothing is attached.
+    """
+    sites = sites_of(model)
+    if not sites:
+        raise ValueError(
+            f"there is no stochastic depth on this {type(model).__name__}; "
+            f"torchdrop.add_stochastic_depth(model, p) adds it"
+        )
+    return Plan(model, sites)

@@ -1,0 +1,346 @@
+"""RUN: what stands in the ``forward`` slot of a block while stochastic depth is attached.
+
+In training with p > 0 a site runs a generated forward that defers the block's branches and comes
+back to :meth:`Site.join` for each; in evaluation, or with p = 0, it runs the block's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdrop import sampling
+from torchdrop.rewrite import Source
+from torchdrop.rows import add_rows, add_whole, take, touch
+
+__all__ = [
+    "BranchState",
+    "Bypass",
+    "Settings",
+    "Site",
+    "attach_to",
+    "attached",
+    "detach",
+    "sites_of",
+]
+
+# With one kept row, BatchNorm needs more than one value a channel from that row alone. A branch
+# may stride, so below this many positions a second row is computed along, and not used.
+_POSITIONS_FOR_ONE_ROW = 64
+
+
+@dataclass
+class Settings:
+    """What all branches of one model share. Holds no module, so that a part can be copied."""
+
+    mode: str
+    sampling: str
+    scale: str
+    schedule: str
+    sync_ranks: bool | None
+    zero_grad: bool
+    batch_dim: int
+    blocks: int = 0
+    ranks: sampling.SharedDecisions = field(default_factory=sampling.SharedDecisions)
+    meter: Callable[[], int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "meter": None}
+
+
+@dataclass(eq=False)
+class BranchState:
+    """One attached branch: what it is, its rate, and what was delivered."""
+
+    name: str
+    block: str
+    path: str
+    index: int
+    skip: str
+    action: str
+    reason: str
+    children: tuple[str, ...]
+    masks: tuple[str, ...]
+    inherited: float
+    gain: float
+    writes_skip: bool
+    has_batch_norm: bool
+    inner: tuple[str, ...]
+    p: float = 0.0
+    share: float | None = None
+    rows_seen: int = 0
+    rows_dropped: int = 0
+    last: tuple[int, Any] | None = None
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
+
+    def count(self, seen: int, kept: Any, kept_count: int) -> None:
+        """Book one decision."""
+        # A checkpoint runs the block again inside the backward pass: the same decision, not a
+        # new one.
+        if torch._C._current_graph_task_id() == -1:
+            self.rows_seen += seen
+            self.rows_dropped += seen - kept_count
+            self.last = (seen, kept)
+
+
+class Site:
+    """What stands in the ``forward`` slot of a block."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Settings,
+        branches: list[BranchState],
+        train: Source,
+        train_branches: dict[int, Source],
+        evaluate: Source | None,
+        eval_branches: dict[int, Source],
+        tensors: list[str],
+        constants: dict[str, Any],
+    ) -> None:
+        self.module = module
+        self.settings = settings
+        self.branches = branches
+        self.train = train
+        self.train_branches = train_branches
+        self.evaluate = evaluate
+        self.eval_branches = eval_branches
+        self.tensors = tensors
+        self.constants = constants
+        self.active = False
+        self._leading = list(self.__signature__.parameters)[: len(tensors)] == tensors
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Others read it: to choose the columns of a data set, to bind arguments.
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that this moment calls for."""
+        module = self.module
+        if self.active:
+            if module.training or self.settings.meter is not None:
+                return self.train.function(module, self, *self._bind(args, kwargs))
+            if self.evaluate is not None:
+                return self.evaluate.function(module, self, *self._bind(args, kwargs))
+        return type(module).forward(module, *args, **kwargs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The tensors of a call, in the order of the generated forward."""
+        if self._leading and not kwargs and len(args) == len(self.tensors):
+            return args
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in self.constants.items():
+            given = bound.arguments[name]
+            if given is not value and not (
+                type(given) is type(value) and not isinstance(given, Tensor) and given == value
+            ):
+                raise RuntimeError(
+                    f"{self.branches[0].block} was read with {name}={value!r}, but is called "
+                    f"with another {name} ({type(given).__name__}); give add_stochastic_depth an "
+                    f"example_inputs with which it is called that way"
+                )
+        return [bound.arguments[name] for name in self.tensors]
+
+    def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
+        """``skip`` plus branch ``k`` of ``inputs``, on the rows that are kept."""
+        branch, settings, module = self.branches[k], self.settings, self.module
+        if settings.meter is not None:
+            before = settings.meter()
+            out = self.train_branches[k].function(module, self, *inputs)
+            branch.share = (branch.share or 0.0) + settings.meter() - before
+            return add_whole(skip, out, branch.gain)
+        if not module.training:
+            gain = branch.gain * (1.0 - branch.p)
+            if gain == 0.0:
+                return skip if branch.writes_skip else skip.clone()
+            out = self.eval_branches[k].function(module, self, *inputs)
+            return add_whole(skip, out, gain, inplace=branch.writes_skip)
+        dim = settings.batch_dim
+        batch = skip.shape[dim]
+        rows = self._draw(branch, batch)
+        gain = branch.gain
+        if settings.scale == "train" and branch.p < 1.0:
+            gain = gain / (1.0 - branch.p)
+        run = self.train_branches[k].function
+        if rows is True:
+            out = run(module, self, *inputs)
+            total = add_whole(skip, out, gain, inplace=branch.writes_skip)
+        elif rows is False:
+            return self._dropped(branch, skip, inputs)
+        else:
+            computed = self._rows_to_compute(branch, rows, skip, dim)
+            on_device = computed.to(skip.device, non_blocking=True)
+            cut = [self._cut(branch, t, on_device, dim, batch) for t in inputs]
+            out = run(module, self, *cut)
+            if computed is not rows:
+                place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
+                out = take(out, place, dim)
+                on_device = rows.to(skip.device, non_blocking=True)
+            total = add_rows(skip, out, on_device, gain, dim, inplace=branch.writes_skip)
+        branch.dtypes[_precision(skip)] = total.dtype
+        return total
+
+    def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
+        """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
+        branch, settings = self.branches[k], self.settings
+        if settings.meter is not None:
+            return add_whole(skip, out, branch.gain)
+        if not self.module.training:
+            gain = branch.gain * (1.0 - branch.p)
+            if gain == 0.0:
+                return skip.clone()
+            return add_whole(skip, out, gain, inplace=branch.writes_skip)
+        dim = settings.batch_dim
+        rows = self._draw(branch, skip.shape[dim])
+        gain = branch.gain
+        if settings.scale == "train" and branch.p < 1.0:
+            gain = gain / (1.0 - branch.p)
+        if rows is True:
+            return add_whole(skip, out, gain, inplace=branch.writes_skip)
+        if rows is False:
+            return self._dropped(branch, skip, (out,))
+        kept = torch.zeros(skip.shape[dim], dtype=torch.bool)
+        kept[rows] = True
+        shape = [1] * skip.dim()
+        shape[dim] = -1
+        kept = kept.to(skip.device, non_blocking=True).view(shape)
+        # where, not a product: an infinity in a dropped row must not become NaN.
+        out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
+        return add_whole(skip, out, gain, inplace=branch.writes_skip)
+
+    def _draw(self, branch: BranchState, batch: int) -> Any:
+        """True: every row is kept; False: none; else the kept rows, ascending, on the host."""
+        settings = self.settings
+        rows: Any
+        if branch.p == 0.0:
+            rows = True
+        elif settings.mode == "batch":
+            rows = settings.ranks.keep_batch(branch.p, branch.name, settings.sync_ranks)
+        else:
+            rows = sampling.keep_rows(batch, branch.p, settings.sampling)
+            if rows.numel() == batch and batch > 0:
+                rows = True
+            elif rows.numel() == 0:
+                rows = False
+        kept = batch if rows is True else 0 if rows is False else rows.numel()
+        branch.count(batch, rows, kept)
+        return rows
+
+    def _rows_to_compute(self, branch: BranchState, rows: Tensor, skip: Tensor, dim: int) -> Tensor:
+        """``rows``, and one more where BatchNorm could not stand a single one."""
+        if not branch.has_batch_norm or rows.numel() != 1 or skip.dim() < 2:
+            return rows
+        positions = skip.numel() // max(skip.shape[dim] * skip.shape[1], 1)
+        if positions > _POSITIONS_FOR_ONE_ROW:
+            return rows
+        batch = skip.shape[dim]
+        other = (rows + 1 + torch.randint(batch - 1, (1,))) % batch
+        return torch.cat([rows, other]).sort().values
+
+    def _cut(self, branch: BranchState, value: Any, rows: Tensor, dim: int, batch: int) -> Any:
+        if not isinstance(value, Tensor):
+            raise RuntimeError(
+                f"the branch {branch.name} takes a {type(value).__name__}, which cannot be cut by "
+                f"rows; use compute='mask', or leave the block out with select="
+            )
+        if value.dim() <= dim or value.shape[dim] != batch:
+            raise RuntimeError(
+                f"the branch {branch.name} takes a tensor of shape {tuple(value.shape)}, which "
+                f"does not have the {batch} rows of its skip on dimension {dim}; "
+                f"use compute='mask', or leave the block out with select="
+            )
+        return take(value, rows, dim)
+
+    def _dropped(self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        """The skip alone: a new tensor, which an activation in place may write into."""
+        settings = self.settings
+        unused: list[Tensor] = []
+        if settings.zero_grad and torch.is_grad_enabled():
+            for path in branch.inner:
+                unused.extend(self.module.get_submodule(path).parameters())
+            unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
+        if branch.writes_skip:
+            return skip.add_(touch(skip.new_zeros(()), unused)) if unused else skip
+        dtype = branch.dtypes.get(_precision(skip))
+        if dtype is not None and dtype != skip.dtype:
+            skip = skip.to(dtype)
+        return touch(skip, unused)
+
+    def for_copy(self, module: nn.Module) -> Site:
+        """The same site, with the same state, for another instance of its block."""
+        twin = object.__new__(Site)
+        twin.__dict__.update(self.__dict__, module=module)
+        return twin
+
+
+class _Replicate:
+    """Rebinds what is attached when DataParallel makes a replica of a block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        module = self.module
+        replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+        attach_to(replica, module.__dict__["forward"].for_copy(replica))
+        return replica
+
+
+class Bypass:
+    """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return ``x``: what the layer masked is decided elsewhere now."""
+        return x
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def for_copy(self, module: nn.Module) -> Bypass:
+        """The same for another instance of the layer."""
+        return Bypass(module)
+
+
+def _precision(x: Tensor) -> tuple[Any, ...]:
+    """What decides, besides the branch itself, which dtype skip + branch has."""
+    kind = x.device.type
+    return x.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def attach_to(module: nn.Module, what: Site | Bypass) -> None:
+    """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
+    object.__setattr__(module, "forward", what)
+    object.__setattr__(module, "_replicate_for_data_parallel", _Replicate(module))
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach_to`."""
+    del module.__dict__["forward"]
+    del module.__dict__["_replicate_for_data_parallel"]
+
+
+def attached(module: nn.Module) -> Site | Bypass | None:
+    """What torchdrop put on ``module`` itself, or None."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, Site | Bypass) else None
+
+
+def sites_of(model: nn.Module) -> list[Site]:
+    """Every site in ``model``, in the order of its depth."""
+    found = [s for m in model.modules() if isinstance(s := attached(m), Site)]
+    return sorted(found, key=lambda site: site.branches[0].index)
