@@ -1,0 +1,181 @@
+"""The arguments of each subcommand, and what is printed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.main import get_command
+
+import torchdrop
+
+from .errors import UserError
+
+__all__ = ["app", "command"]
+
+app = typer.Typer(
+    name="torchdrop",
+    help="Stochastic depth that really skips the work.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+def command(arguments: list[str]) -> int | None:
+    """Parse the arguments and run what they ask for.
+
+    Raises:
+        UserError: The arguments are wrong, or what they ask for cannot be done.
+        KeyboardInterrupt: The user stopped it.
+    """
+    try:
+        code: Any = get_command(app)(args=arguments, prog_name="torchdrop", standalone_mode=False)
+    except Exception as error:
+        # Usage errors of click, which typer has begun to carry under a name of its own.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(describe())
+            return 2
+        raise UserError(f"{describe()} See torchdrop --help") from error
+    return code if isinstance(code, int) else None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"torchdrop {torchdrop.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Stochastic depth that really skips the work."""
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path(
+        "runs/compare"
+    ),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma separated: none, dropout, drop_path, stochastic_depth_row, "
+            "stochastic_depth_batch, subsample. None is always run.",
+            show_default="all",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="resnet-N (6n+2 layers), torchvision:NAME or package.module:factory.",
+            show_default="resnet-20",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, mnist5k, folder:PATH or torchvision:NAME.", show_default="digits"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A whole recipe: paper-cifar10. Other options override it.")
+    ] = None,
+    p: Annotated[
+        list[str] | None,
+        typer.Option(help="Drop probability of all methods, or METHOD=P of one. Repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
+    train_size: Annotated[int | None, typer.Option(help="Training images.")] = None,
+    val_size: Annotated[
+        int | None,
+        typer.Option(help="Validation images; the epoch of their lowest error is reported."),
+    ] = None,
+    test_size: Annotated[int | None, typer.Option(help="Test images.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize all images to this side.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all devices.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, shift or flip-shift.")] = None,
+    cost_steps: Annotated[
+        int, typer.Option(help="Training steps that FLOPs and bytes are the mean of.")
+    ] = 20,
+    devices: Annotated[int, typer.Option(help="Devices to train on, by DDP.")] = 1,
+    accelerator: Annotated[str, typer.Option(help="Lightning's: auto, cpu, gpu, mps.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Lightning's: 32-true, bf16-mixed, 16-mixed.")
+    ] = "32-true",
+    data_dir: Annotated[Path, typer.Option(help="Where torchvision's data sets are.")] = Path(
+        "data"
+    ),
+    download: Annotated[
+        bool, typer.Option("--download", help="Let torchvision download its data set.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs missing in --out.")
+    ] = False,
+) -> None:
+    """Train a network once per method and seed; show what each method buys and costs."""
+    from .compare import Settings
+    from .compare import compare as run
+    from .table import table
+
+    # A pipe or a file has no width of its own: the table gets what it takes.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    reporting = find_spec("jinja2") is not None and find_spec("matplotlib") is not None
+    if not reporting:
+        console.print("there will be no report.html: pip install 'torchdrop\\[report]'")
+    settings = Settings(
+        out=out,
+        methods=tuple(part.strip() for part in methods.split(",")) if methods else None,
+        model=model,
+        data=data,
+        preset=preset,
+        p=tuple(p or ()),
+        seeds=seeds,
+        train_size=train_size,
+        val_size=val_size,
+        test_size=test_size,
+        image_size=image_size,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=lr,
+        augment=augment,
+        cost_steps=cost_steps,
+        devices=devices,
+        accelerator=accelerator,
+        precision=precision,
+        data_dir=data_dir,
+        download=download,
+        resume=resume,
+        progress=sys.stderr.isatty(),
+    )
+    try:
+        content = run(settings, say=lambda line: console.print(line, markup=False, highlight=False))
+    except KeyboardInterrupt:
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        print(
+            f"\nstopped; what is finished is kept, go on with: "
+            f"torchdrop {shlex.join(again)} --resume",
+            file=sys.stderr,
+        )
+        raise
+    if reporting:
+        from .report import write_report
+
+        write_report(content, out / "report.html")
+    console.print(table(content))
+    written = "results.json and report.html" if reporting else "results.json"
+    console.print(f"{written} are in {out}", markup=False, highlight=False)

@@ -1,0 +1,357 @@
+"""The comparison: the same network, data and seeds, once per method."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import Batches, Data, open_source
+from .errors import UserError, one_line
+from .measure import Cost, Subject, count_step, time_steps
+from .methods import METHODS, Applied, rates
+from .models import Model, open_model
+from .recipe import AUGMENTATIONS, PRESETS, Recipe, default_recipe, preset
+from .results import Results, locked
+from .training import Run, evaluate, mean_observed, train
+
+__all__ = ["DEFAULT_METHODS", "Settings", "compare"]
+
+DEFAULT_METHODS = (
+    "none",
+    "dropout",
+    "drop_path",
+    "stochastic_depth_row",
+    "stochastic_depth_batch",
+    "subsample",
+)
+DEFAULT_MODEL = "resnet-20"
+DEFAULT_DATA = "digits"
+DEFAULT_TRAIN_SIZES = {"digits": 200}
+"""Few enough that a network without regularisation overfits (docs/design-notes.md)."""
+
+TIMING_ROUNDS = 30
+"""Over all seeds; each seed is timed in its share of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. None means: as the preset or the default has it."""
+
+    out: Path
+    methods: tuple[str, ...] | None = None
+    model: str | None = None
+    data: str | None = None
+    preset: str | None = None
+    p: tuple[str, ...] = ()
+    seeds: int = 3
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    image_size: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    augment: str | None = None
+    cost_steps: int = 20
+    devices: int = 1
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    data_dir: Path = Path("data")
+    download: bool = False
+    resume: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings with every default filled in."""
+
+    methods: list[str]
+    p: dict[str, float | None]
+    model: Model
+    data: str
+    train_size: int | None
+    val_size: int
+    recipe: Recipe
+
+
+def _resolved(settings: Settings) -> _Plan:
+    """Fill in the defaults; refuse what can be refused without reading data.
+
+    Raises:
+        UserError: Something asked for does not exist or is out of range.
+    """
+    _check_numbers(settings)
+    if settings.preset is not None and settings.preset not in PRESETS:
+        raise UserError(
+            f"there is no preset {settings.preset!r}; there is {', '.join(sorted(PRESETS))}"
+        )
+    chosen = preset(settings.preset, settings.model) if settings.preset else None
+    methods = settings.methods or (tuple(chosen.methods) if chosen else DEFAULT_METHODS)
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    # Every ratio is over "none", so it is always run.
+    ordered = [name for name in METHODS if name in {"none", *methods}]
+    defaults = {name: p for name, p in chosen.methods.items() if p is not None} if chosen else {}
+    data = settings.data or (chosen.data if chosen else DEFAULT_DATA)
+    train_size, val_size = settings.train_size, settings.val_size
+    if train_size is None:
+        train_size = chosen.train_size if chosen else DEFAULT_TRAIN_SIZES.get(data)
+    if val_size is None:
+        val_size = chosen.val_size if chosen else 0
+    return _Plan(
+        methods=ordered,
+        p=rates(ordered, settings.p, defaults),
+        model=open_model(settings.model or (chosen.model if chosen else DEFAULT_MODEL)),
+        data=data,
+        train_size=train_size,
+        val_size=val_size,
+        recipe=_recipe(settings, chosen.recipe if chosen else default_recipe(), val_size),
+    )
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name, value in (
+        ("seeds", settings.seeds),
+        ("epochs", settings.epochs),
+        ("batch-size", settings.batch_size),
+        ("train-size", settings.train_size),
+        ("test-size", settings.test_size),
+        ("image-size", settings.image_size),
+        ("cost-steps", settings.cost_steps),
+        ("devices", settings.devices),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} has to be 1 or more, but got {value}")
+    if settings.val_size is not None and settings.val_size < 0:
+        raise UserError(f"--val-size has to be 0 or more, but got {settings.val_size}")
+    if settings.learning_rate is not None and not 0 < settings.learning_rate < float("inf"):
+        raise UserError(f"--lr has to be a positive number, but got {settings.learning_rate}")
+    if settings.augment is not None and settings.augment not in AUGMENTATIONS:
+        raise UserError(
+            f"there is no augmentation {settings.augment!r}; there are {', '.join(AUGMENTATIONS)}"
+        )
+
+
+def _recipe(settings: Settings, recipe: Recipe, val_size: int) -> Recipe:
+    if settings.epochs is not None:
+        recipe = recipe.with_epochs(settings.epochs)
+    if settings.learning_rate is not None:
+        recipe = recipe.with_learning_rate(settings.learning_rate)
+    if settings.batch_size is not None:
+        recipe = replace(recipe, batch_size=settings.batch_size)
+    if settings.augment is not None:
+        recipe = replace(recipe, augment=settings.augment)
+    return replace(recipe, select="best_validation" if val_size else "last")
+
+
+def _config(settings: Settings, plan: _Plan) -> dict[str, Any]:
+    """What the figures depend on, apart from versions and the machine."""
+    return {
+        "model": plan.model.name,
+        "data": plan.data,
+        "train_size": plan.train_size,
+        "val_size": plan.val_size,
+        "test_size": settings.test_size,
+        "image_size": settings.image_size,
+        "methods": plan.p,
+        "seeds": settings.seeds,
+        "recipe": asdict(plan.recipe),
+        "cost_steps": settings.cost_steps,
+        "devices": settings.devices,
+        "accelerator": settings.accelerator,
+        "precision": settings.precision,
+    }
+
+
+def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the comparison, or what is left of it, and return the content of results.json.
+
+    Args:
+        settings: What to compare.
+        say: Called with a line for each thing worth telling.
+
+    Raises:
+        UserError: Bad input, with one line on what to do.
+        KeyboardInterrupt: The user stopped it. What is finished is in results.json.
+    """
+    plan = _resolved(settings)
+    with locked(settings.out):
+        results = Results(settings.out, _config(settings, plan), settings.resume)
+        _Comparison(settings, plan, results, say).run()
+        return results.content
+
+
+class _Comparison:
+    def __init__(
+        self, settings: Settings, plan: _Plan, results: Results, say: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.plan = plan
+        self.results = results
+        self.say = say
+        self.p = dict(plan.p)
+        self.drawn: dict[int, Data] = {}
+
+    def run(self) -> None:
+        settings, plan = self.settings, self.plan
+        if settings.methods is not None and "none" not in settings.methods:
+            self.say("none is run too: the costs of the others are over its own")
+        missing = [
+            (name, seed)
+            for seed in range(settings.seeds)
+            for name in plan.methods
+            if not self.results.finished(name, seed)
+        ]
+        if missing:
+            self.source = open_source(
+                plan.data,
+                image_size=settings.image_size,
+                test_size=settings.test_size,
+                data_dir=settings.data_dir,
+                download=settings.download,
+            )
+            self._measure_costs()
+            total = settings.seeds * len(plan.methods)
+            for number, (name, seed) in enumerate(missing, total - len(missing)):
+                self._train(name, seed, number, total)
+        self.results.save(complete=True)
+        shutil.rmtree(settings.out / "runs", ignore_errors=True)
+
+    def _data(self, seed: int) -> Data:
+        if seed not in self.drawn:
+            # One at a time: a large data set is not held once a seed.
+            self.drawn = {seed: self.source.draw(seed, self.plan.train_size, self.plan.val_size)}
+        return self.drawn[seed]
+
+    def _channels(self) -> int:
+        return self.plan.model.channels or self.source.pool.pixels.shape[1]
+
+    def _build(self, name: str, seed: int) -> tuple[nn.Module, Applied]:
+        """A network with the weights that all methods start from at a seed, and the method."""
+        torch.manual_seed(seed)
+        model = self.plan.model.build(self.source.classes, self._channels())
+        return model, METHODS[name].build(model, self.p[name] or 0.0)
+
+    def _subject(self, name: str, seed: int) -> Subject:
+        model, applied = self._build(name, seed)
+        batches = Batches(
+            self._data(seed),
+            batch_size=self.plan.recipe.batch_size,
+            seed=seed,
+            channels=self._channels(),
+            augment=self.plan.recipe.augment,
+        )
+        return Subject(model, applied, batches, self.plan.recipe, _device(self.settings))
+
+    def _measure_costs(self) -> None:
+        """Measure every method at every seed. This is also where a network that fails, fails."""
+        costs: dict[str, dict[str, dict[str, float]]] = self.results.content["costs"]
+        counted: dict[tuple[str, int], Cost] = {}
+        for name in self.plan.methods:
+            if METHODS[name].costs_like is not None and self.p[name] is None:
+                self.p[name] = self._p_to_cost_like(name, counted)
+            self.results.begin(name, summary=METHODS[name].summary, p=self.p[name])
+        for seed in range(self.settings.seeds):
+            if str(seed) in costs:
+                continue
+            subjects = {name: self._subject(name, seed) for name in self.plan.methods}
+            for name, subject in subjects.items():
+                self.results.begin(name, asked_p=subject.applied.asked)
+                if (name, seed) not in counted:
+                    counted[name, seed] = self._count(name, seed, subject)
+            rounds = max(1, round(TIMING_ROUNDS / self.settings.seeds))
+            times = time_steps(subjects, min(rounds, self.settings.cost_steps), seed)
+            costs[str(seed)] = {
+                name: {"step_ms": times[name], **asdict(counted[name, seed])} for name in subjects
+            }
+            self.results.save()
+
+    def _p_to_cost_like(self, name: str, counted: dict[tuple[str, int], Cost]) -> float:
+        """The ``p`` with which leaving out samples costs what another method costs.
+
+        Seed 0 decides: a method is the same one at every seed.
+        """
+        known: float | None = self.results.begin(name).get("p")
+        if known is not None:
+            return known
+        other = METHODS[name].costs_like
+        assert other is not None
+        if other not in self.p:
+            general = [entry for entry in self.settings.p if "=" not in entry]
+            self.p[other] = rates([other], general)[other]
+        for each in ("none", other):
+            counted[each, 0] = self._count(each, 0, self._subject(each, 0))
+        return max(0.0, 1.0 - counted[other, 0].flops / counted["none", 0].flops)
+
+    def _count(self, name: str, seed: int, subject: Subject) -> Cost:
+        try:
+            return count_step(subject, self.settings.cost_steps, seed)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape = "x".join(map(str, (self._channels(), *self.source.pool.pixels.shape[2:])))
+            raise UserError(
+                f"a training step of {self.plan.model.name} with {name} fails on batches of "
+                f"{shape} images: {one_line(error)}; try another --image-size or --batch-size"
+            ) from error
+
+    def _train(self, name: str, seed: int, number: int, total: int) -> None:
+        """Train one method at one seed, and put its figures into the results."""
+        settings, epochs = self.settings, self.plan.recipe.epochs
+        model, applied = self._build(name, seed)
+        data, channels = self._data(seed), self._channels()
+        start = time.monotonic()
+        history = train(
+            Run(
+                label=f"{name}  seed {seed}",
+                model=model,
+                channels=channels,
+                applied=applied,
+                data=data,
+                recipe=self.plan.recipe,
+                seed=seed,
+                folder=settings.out / "runs" / f"{name}-{seed}",
+                devices=settings.devices,
+                accelerator=settings.accelerator,
+                precision=settings.precision,
+                done=number * epochs,
+                total=total * epochs,
+                show=settings.progress,
+            ),
+            resume=settings.resume,
+        )
+        seconds = time.monotonic() - start
+        test = evaluate(model, data.test, data, channels)
+        best = self.plan.recipe.select == "best_validation"
+        self.results.add(
+            name,
+            seed,
+            test_error=test.error,
+            train_error=evaluate(model, data.train, data, channels).error,
+            test_nll=test.nll,
+            **self.results.content["costs"][str(seed)][name],
+            observed_p=mean_observed(history),
+            epoch=history.best_epoch if best else epochs,
+            seconds=seconds,
+            curves=asdict(history),
+        )
+        self.results.save()
+        self.say(
+            f"{number + 1:>3}/{total}  {name} seed {seed}: "
+            f"test error {test.error:.2%} in {seconds:.1f} s"
+        )
+
+
+def _device(settings: Settings) -> str:
+    """The device that the costs are measured on: the one that Lightning would train on."""
+    if settings.accelerator == "cpu" or not torch.accelerator.is_available():
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type

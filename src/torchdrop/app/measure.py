@@ -1,0 +1,114 @@
+"""What a training step of each method costs: time, FLOPs, bytes kept for backward."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import cycle, islice
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+
+from torchdrop.cost import FlopCounter, SavedBytes
+
+from .data import Batches
+from .methods import Applied
+from .recipe import Recipe
+from .training import loss_of, make_optimizer
+
+__all__ = ["Cost", "Subject", "count_step", "time_steps"]
+
+WARM_UP = 2
+STEPS_A_ROUND = 3
+"""Steps timed together: what whole-batch dropping leaves out varies from step to step."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The mean training step: floating point operations, and bytes kept for backward."""
+
+    flops: float
+    saved_bytes: float
+
+
+class Subject:
+    """A network with a method applied, an optimizer, and batches to take steps on."""
+
+    def __init__(
+        self, model: nn.Module, applied: Applied, batches: Batches, recipe: Recipe, device: str
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).train()
+        self.applied = applied
+        self.batches = batches
+        self.optimizer = make_optimizer(model, recipe)
+        for group in self.optimizer.param_groups:
+            # The cost of a step does not depend on it, and no network diverges while it is timed.
+            group["lr"] = 1e-4
+
+    def steps(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first ``count`` full batches, as often as it takes."""
+        full = [batch for batch in self.batches if len(batch[1]) >= self.batches.batch_size]
+        found = full or list(self.batches)[:1]
+        return [
+            (images.to(self.device), labels.to(self.device))
+            for images, labels in islice(cycle(found), count)
+        ]
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return loss_of(self.model, *self.applied.batch(images, labels))
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """A whole training step."""
+        loss = self.forward(images, labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def count_step(subject: Subject, steps: int, seed: int) -> Cost:
+    """FLOPs and bytes of a step: the mean over ``steps`` of them, all drawn from ``seed``."""
+    torch.manual_seed(seed)
+    flops, saved = [], []
+    for images, labels in subject.steps(steps):
+        with FlopCounter() as counter:
+            with SavedBytes() as bytes_kept:
+                loss = subject.forward(images, labels)
+            subject.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            subject.optimizer.step()
+        flops.append(counter.total)
+        saved.append(bytes_kept.total)
+    return Cost(fmean(flops), fmean(saved))
+
+
+def time_steps(subjects: dict[str, Subject], rounds: int, seed: int) -> dict[str, float]:
+    """The milliseconds of a training step of each subject, measured side by side.
+
+    In each round every subject takes a few steps on the same batches, one subject after the other
+    and another one first each round, so that whatever else the machine does meets all of them. The
+    figure is the median over rounds of the mean step.
+    """
+    torch.manual_seed(seed)
+    names = list(subjects)
+    batches = {name: subject.steps(STEPS_A_ROUND) for name, subject in subjects.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(WARM_UP + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            subject = subjects[name]
+            _wait(subject.device)
+            start = time.perf_counter()
+            for images, labels in batches[name]:
+                subject.step(images, labels)
+            _wait(subject.device)
+            if turn >= WARM_UP:
+                times[name].append((time.perf_counter() - start) / STEPS_A_ROUND * 1e3)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,70 @@
+"""The table at the end of a comparison, for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+__all__ = ["COLUMNS", "cells", "table"]
+
+# In two lines each: a row takes 96 columns.
+COLUMNS = (
+    "method",
+    "test\nerror %",
+    "train\nerror %",
+    "test\nNLL",
+    "step time\n/ none",
+    "FLOPs\n/ none",
+    "bytes kept\n/ none",
+    "dropped %\n(asked)",
+)
+
+
+def cells(content: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table as text, from the content of results.json."""
+    rows = []
+    for name, entry in content["methods"].items():
+        mean, std, ratio = entry["mean"], entry["std"], entry["ratio"]
+        error = _percent(mean["test_error"])
+        if std["test_error"] is not None:
+            error += f" ± {_percent(std['test_error'])}"
+        dropped = _percent(mean["observed_p"], 1)
+        if mean["observed_p"] is not None:
+            dropped += f" ({_percent(entry['asked_p'], 1)})"
+        rows.append(
+            [
+                name,
+                error,
+                _percent(mean["train_error"]),
+                _number(mean["test_nll"], 3),
+                *(_number(ratio[key], 2) for key in ("step_ms", "flops", "saved_bytes")),
+                dropped,
+            ]
+        )
+    return rows
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The table, narrow enough for 100 columns."""
+    seeds = content["config"]["seeds"]
+    config = content["config"]
+    result = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        title=f"{config['model']} on {config['data']}, mean ± std over {seeds} seeds",
+    )
+    for index, name in enumerate(COLUMNS):
+        result.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in cells(content):
+        result.add_row(*row)
+    return result
