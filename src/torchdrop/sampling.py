@@ -45,23 +45,25 @@ def _host_generator() -> torch.Generator | None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
-    seed = int(torch.randint(2**62, ()))
-    return torch.Generator().manual_seed((seed ^ (dist.get_rank() * 0x9E3779B97F4A7C15)) % 2**63)
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    return torch.Generator("cpu").manual_seed(
+        (seed ^ (dist.get_rank() * 0x9E3779B97F4A7C15)) % 2**63
+    )
 
 
 def _exact(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
-    return torch.randperm(batch, generator=generator)[:kept].sort().values
+    return torch.randperm(batch, generator=generator, device="cpu")[:kept].sort().values
 
 
 def _independent(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
-    return (torch.rand(batch, generator=generator) >= p).nonzero().flatten()
+    return (torch.rand(batch, generator=generator, device="cpu") >= p).nonzero().flatten()
 
 
 def _window(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
-    start = int(torch.randint(max(batch, 1), (), generator=generator))
-    return ((torch.arange(kept) + start) % max(batch, 1)).sort().values
+    start = int(torch.randint(max(batch, 1), (), generator=generator, device="cpu"))
+    return ((torch.arange(kept, device="cpu") + start) % max(batch, 1)).sort().values
 
 
 def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
@@ -69,7 +71,8 @@ def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
     rest = count - whole
     # float64, so that a count that misses an integer by one ulp is rounded wrongly never.
     return whole + int(
-        rest > 0 and float(torch.rand((), generator=generator, dtype=torch.float64)) < rest
+        rest > 0
+        and float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) < rest
     )
 
 
@@ -95,7 +98,7 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
 
 def keep_batch(p: float) -> bool:
     """Whether the whole batch is kept: True with probability ``1 - p`` (one draw)."""
-    return float(torch.rand((), dtype=torch.float64)) >= p
+    return float(torch.rand((), dtype=torch.float64, device="cpu")) >= p
 
 
 class SharedDecisions:
@@ -124,10 +127,10 @@ class SharedDecisions:
         if not group or sync is False:
             return keep_batch(p)
         if self._seed is None:
-            seed = [int(torch.randint(2**62, ()))]
+            seed = [int(torch.randint(2**62, (), device="cpu"))]
             dist.broadcast_object_list(seed, src=0)
             self._seed = seed[0]
-        token = (branch, int(torch.randint(2**62, ())))
+        token = (branch, int(torch.randint(2**62, (), device="cpu")))
         recompute = torch._C._current_graph_task_id() != -1
         if recompute and token in self._filed:
             number = self._filed[token]

@@ -1,0 +1,205 @@
+"""Rates and laws of the draws, where they are drawn. The twins show that the tests can fail."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+
+from torchdrop import sampling
+
+ALPHA = 1e-6
+RATES = [0.001, 0.1, 0.3, 0.5, 0.9, 0.999]
+
+
+def agrees(kept, draws, p):
+    """Whether ``kept`` of ``draws`` independent draws fit a keep probability of 1 - p."""
+    return stats.binomtest(kept, draws, 1 - p).pvalue > ALPHA
+
+
+# Masks
+
+
+def mask_rate_is_right(draw, p):
+    torch.manual_seed(0)
+    mask = draw((1000, 1000), p)
+    return agrees(int(mask.sum()), mask.numel(), p)
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_mask_rate(p):
+    assert mask_rate_is_right(sampling.keep_mask, p)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda s, p: sampling.keep_mask(s, 1 - p), id="p as keep probability"),
+        pytest.param(
+            lambda s, p: torch.floor(torch.rand(s, dtype=torch.bfloat16) + (1 - p)) > 0,
+            id="drawn in bfloat16",
+        ),
+    ],
+)
+def test_mask_rate_can_fail(wrong):
+    assert not mask_rate_is_right(wrong, 0.001)
+
+
+def test_mask_laws():
+    assert sampling.keep_mask((1000,), 0.0).all()
+    assert not sampling.keep_mask((1000,), 1.0).any()
+    assert sampling.keep_mask((0, 3), 0.5).shape == (0, 3)
+    assert sampling.keep_mask((2, 3), 0.5, device=torch.device("meta")).is_meta
+
+
+def test_mask_follows_its_generator_and_else_the_global_seed():
+    def drawn(**kwargs):
+        return sampling.keep_mask((50,), 0.5, **kwargs)
+
+    def seeded():
+        return drawn(generator=torch.Generator().manual_seed(7))
+
+    state = torch.get_rng_state()
+    assert torch.equal(seeded(), seeded())
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(1)
+    first = drawn()
+    assert not torch.equal(first, drawn())
+    torch.manual_seed(1)
+    assert torch.equal(first, drawn())
+
+
+# Rows
+
+
+@pytest.mark.parametrize("sampling_rule", sampling.ROW_SAMPLERS)
+@pytest.mark.parametrize("batch", [0, 1, 2, 7, 64])
+def test_rows_are_ascending_and_in_the_batch(sampling_rule, batch):
+    for p in (0.0, 0.2, 0.5, 1.0):
+        rows = sampling.keep_rows(batch, p, sampling_rule).tolist()
+        assert rows == sorted(set(rows))
+        assert set(rows) <= set(range(batch))
+        if p in (0.0, 1.0):
+            assert len(rows) == batch * (1 - p)
+
+
+def drawn_rows(draw, batch, p, times, rule):
+    torch.manual_seed(0)
+    return [tuple(draw(batch, p, rule).tolist()) for _ in range(times)]
+
+
+def row_rate_is_right(draw, batch, p, rule):
+    """Each row by itself is a Bernoulli draw a call, whatever the rule couples within a call."""
+    times = 4000
+    kept = Counter(itertools.chain(*drawn_rows(draw, batch, p, times, rule)))
+    return all(agrees(kept[row], times, p) for row in range(batch))
+
+
+@pytest.mark.parametrize("sampling_rule", sampling.ROW_SAMPLERS)
+@pytest.mark.parametrize(("batch", "p"), [(1, 0.3), (2, 0.4), (5, 0.1), (8, 0.45)])
+def test_every_row_is_kept_with_the_rate_asked_for(sampling_rule, batch, p):
+    assert row_rate_is_right(sampling.keep_rows, batch, p, sampling_rule)
+
+
+def _subset_at_least_one(batch, p, rule):
+    return torch.randperm(batch)[: max(int(batch * (1 - p)), 1)].sort().values
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(_subset_at_least_one, id="max(int(b * keep), 1)"),
+        pytest.param(lambda b, p, rule: sampling.keep_rows(b, 1 - p, rule), id="p as keep"),
+        pytest.param(lambda b, p, rule: sampling.keep_rows(b, p, rule)[1:], id="never the first"),
+    ],
+)
+def test_row_rate_can_fail(wrong):
+    assert not row_rate_is_right(wrong, 8, 0.45, "exact")
+
+
+def count_law_holds(draw, batch, p, rule):
+    """The number of rows is floor or ceil of m = batch * (1-p): mean m, variance f * (1-f)."""
+    times = 4000
+    mean = batch * (1 - p)
+    fraction = mean - math.floor(mean)
+    counts = [len(rows) for rows in drawn_rows(draw, batch, p, times, rule)]
+    if not set(counts) <= {math.floor(mean), math.ceil(mean)}:
+        return False
+    more = sum(c > mean for c in counts)
+    return stats.binomtest(more, times, fraction).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("sampling_rule", ["exact", "window"])
+@pytest.mark.parametrize(("batch", "p"), [(3, 0.5), (5, 0.1), (8, 0.45), (64, 0.2), (64, 0.37)])
+def test_exact_counts_hardly_vary(sampling_rule, batch, p):
+    assert count_law_holds(sampling.keep_rows, batch, p, sampling_rule)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(_subset_at_least_one, id="always rounded down"),
+        pytest.param(lambda b, p, _: sampling.keep_rows(b, p, "independent"), id="independent"),
+    ],
+)
+def test_exact_count_law_can_fail(wrong):
+    assert not count_law_holds(wrong, 8, 0.45, "exact")
+
+
+def subsets_are_uniform(draw, rule):
+    """At 5 rows, p = .4 there are exactly 10 subsets of 3."""
+    seen = Counter(drawn_rows(draw, 5, 0.4, 4000, rule))
+    return len(seen) == 10 and stats.chisquare(list(seen.values())).pvalue > ALPHA
+
+
+def test_exact_is_a_uniformly_random_subset():
+    assert subsets_are_uniform(sampling.keep_rows, "exact")
+
+
+def test_subset_law_can_fail():
+    assert not subsets_are_uniform(sampling.keep_rows, "window")
+
+
+def test_window_is_a_cyclic_run():
+    for rows in drawn_rows(sampling.keep_rows, 10, 0.6, 50, "window"):
+        gaps = [(b - a) % 10 for a, b in zip(rows, (*rows[1:], rows[0]), strict=True)]
+        assert sorted(gaps) == [1, 1, 1, 7]
+
+
+def test_independent_counts_are_binomial():
+    counts = [len(rows) for rows in drawn_rows(sampling.keep_rows, 16, 0.3, 4000, "independent")]
+    assert agrees(sum(counts), 16 * 4000, 0.3)
+    variance = torch.tensor(counts, dtype=torch.float64).var().item()
+    assert variance == pytest.approx(16 * 0.3 * 0.7, rel=0.15)
+
+
+# The whole batch
+
+
+def batch_rate_is_right(draw, p):
+    torch.manual_seed(0)
+    times = 20_000
+    return agrees(sum(draw(p) for _ in range(times)), times, p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_batch_rate(p):
+    assert batch_rate_is_right(sampling.keep_batch, p)
+
+
+def test_batch_rate_can_fail():
+    assert not batch_rate_is_right(lambda p: sampling.keep_batch(1 - p), 0.1)
+    assert not batch_rate_is_right(lambda p: torch.empty(()).uniform_() is not None, 0.1)
+
+
+def test_batch_laws():
+    assert all(sampling.keep_batch(0.0) for _ in range(100))
+    assert not any(sampling.keep_batch(1.0) for _ in range(100))
+
+
+def test_host_draws_do_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        assert sampling.keep_rows(8, 0.5).device.type == "cpu"
+        assert isinstance(sampling.keep_batch(0.5), bool)

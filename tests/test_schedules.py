@@ -1,0 +1,88 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchdrop import schedules
+
+rates = st.floats(0, 1)
+depths = st.integers(1, 60)
+
+
+@given(rates)
+def test_a_legal_rate_comes_back_as_the_same_float(p):
+    assert schedules.check_rate(p) == p
+    assert type(schedules.check_rate(p)) is float
+
+
+@pytest.mark.parametrize("p", [0, 1, np.float32(0.5), np.float64(0.5), np.int64(1)])
+def test_integers_and_numpy_scalars_are_rates(p):
+    assert schedules.check_rate(p) == float(p)
+    assert type(schedules.check_rate(p)) is float
+
+
+@pytest.mark.parametrize("p", [-1e-9, 1.0000001, 1.5, -1, 2, math.inf, -math.inf, math.nan])
+def test_a_rate_outside_0_1_is_refused(p):
+    with pytest.raises(ValueError, match=r"probability rate has to be between 0 and 1, but got"):
+        schedules.check_rate(p, "rate")
+
+
+@pytest.mark.parametrize("p", [True, False, "0.1", None, [0.1], 1j, torch.tensor(0.1)])
+def test_what_is_no_real_number_is_refused(p):
+    with pytest.raises(TypeError, match=r"rate has to be a real number between 0 and 1, but got"):
+        schedules.check_rate(p, "rate")
+
+
+@given(rates, depths)
+def test_every_rule_gives_one_legal_rate_a_block_that_never_falls_with_depth(p, depth):
+    for rule in schedules.DEPTH_RULES:
+        got = schedules.over_depth(p, depth, rule)
+        assert len(got) == depth
+        assert all(0 <= a <= p for a in got)
+        assert got == sorted(got)
+
+
+@given(rates, depths)
+def test_the_deepest_block_gets_p(p, depth):
+    assert schedules.linear(p, depth)[-1] == p
+    assert schedules.uniform(p, depth)[-1] == p
+    assert schedules.linear_from_zero(p, depth)[-1] == (p if depth > 1 else 0.0)
+
+
+def test_the_rules_differ_as_their_names_say():
+    """Three rules are called linear in the wild; these are the means of two at p=.1, L=12."""
+    paper = schedules.over_depth(0.1, 12, "linear")
+    timm = schedules.over_depth(0.1, 12, "linear_from_zero")
+    assert sum(paper) / 12 == pytest.approx(0.0542, abs=5e-5)
+    assert sum(timm) / 12 == pytest.approx(0.05)
+    assert paper[0] == pytest.approx(0.1 / 12)
+    assert timm[0] == 0.0
+    assert schedules.over_depth(0.5, 54) == schedules.linear(0.5, 54)
+
+
+def test_timm_gives_the_same_rates():
+    layers = pytest.importorskip("timm.layers")
+    if not hasattr(layers, "calculate_drop_path_rates"):
+        pytest.skip("this timm has no calculate_drop_path_rates")
+    assert schedules.linear_from_zero(0.1, 12) == pytest.approx(
+        layers.calculate_drop_path_rates(0.1, 12)
+    )
+
+
+def test_no_blocks_have_no_rates():
+    assert [schedules.over_depth(0.1, 0, rule) for rule in schedules.DEPTH_RULES] == [[], [], []]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"schedule has to be one of 'linear', .* but got 'cos'"):
+        schedules.over_depth(0.1, 3, "cos")
+    with pytest.raises(ValueError, match=r"depth has to be 0 or more, but got -1"):
+        schedules.over_depth(0.1, -1)
+    for depth in (True, 3.0, "3"):
+        with pytest.raises(TypeError, match=r"depth has to be a number of blocks, but got"):
+            schedules.over_depth(0.1, depth)
+    with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
+        schedules.over_depth(1.5, 3)
