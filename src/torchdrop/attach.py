@@ -357,7 +357,8 @@ def _prepare_site(
         splits.append((split, action))
         states.append(_state(model, residual, branch, split, action, reason, order))
     train, train_branches = rewrite(block, splits, owner or type(model).__name__)
-    evaluate, eval_branches = None, {}
+    evaluate: Source | None = None
+    eval_branches: dict[int, Source] = {}
     if settings.scale == "eval":
         evaluate, eval_branches = _rewrite_for_evaluation(block, splits)
     return Site(
@@ -422,6 +423,14 @@ def _state(
         writes_skip=split.writes_skip,
         has_batch_norm=norms,
         inner=tuple(child.removeprefix(prefix) for child in branch.children),
+        own=tuple(
+            dict.fromkeys(
+                str(source.target)
+                for node in split.inside
+                for source in (node, *node.all_input_nodes)
+                if source.op == "get_attr"
+            )
+        ),
     )
 
 

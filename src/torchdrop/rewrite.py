@@ -98,7 +98,7 @@ class _Rewriter:
             if action == "skip":
                 inputs = outside_inputs(split, self.nodes)
                 self.branches[k] = self.branch(k, split, inputs)
-                arguments = (site, k, skip, *map(ref, inputs))
+                arguments: tuple[Any, ...] = (site, k, skip, *map(ref, inputs))
                 env[node] = graph.call_method("join", arguments)
             else:
                 env[node] = graph.call_method("mask", (site, k, skip, ref(split.branch)))

@@ -118,4 +118,7 @@ def touch(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     if not torch.is_grad_enabled():
         return out.clone()
     wanted = [t for t in tensors if t.requires_grad]
-    return _Touch.apply(out, *wanted) if wanted else out.clone()  # type: ignore[no-any-return,no-untyped-call]
+    if not wanted:
+        return out.clone()
+    copy: Tensor = _Touch.apply(out, *wanted)
+    return copy

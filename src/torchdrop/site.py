@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdrop import sampling
 from torchdrop.rewrite import Source
 from torchdrop.rows import add_rows, add_whole, take, touch
+from torchdrop.sampling import SharedDecisions, keep_rows
 
 __all__ = [
     "BranchState",
@@ -46,7 +46,7 @@ class Settings:
     zero_grad: bool
     batch_dim: int
     blocks: int = 0
-    ranks: sampling.SharedDecisions = field(default_factory=sampling.SharedDecisions)
+    ranks: SharedDecisions = field(default_factory=SharedDecisions)
     meter: Callable[[], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,6 +71,7 @@ class BranchState:
     writes_skip: bool
     has_batch_norm: bool
     inner: tuple[str, ...]
+    own: tuple[str, ...]
     p: float = 0.0
     share: float | None = None
     rows_seen: int = 0
@@ -228,7 +229,7 @@ class Site:
         elif settings.mode == "batch":
             rows = settings.ranks.keep_batch(branch.p, branch.name, settings.sync_ranks)
         else:
-            rows = sampling.keep_rows(batch, branch.p, settings.sampling)
+            rows = keep_rows(batch, branch.p, settings.sampling)
             if rows.numel() == batch and batch > 0:
                 rows = True
             elif rows.numel() == 0:
@@ -269,6 +270,7 @@ class Site:
         if settings.zero_grad and torch.is_grad_enabled():
             for path in branch.inner:
                 unused.extend(self.module.get_submodule(path).parameters())
+            unused.extend(_attribute(self.module, path) for path in branch.own)
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         if branch.writes_skip:
             return skip.add_(touch(skip.new_zeros(()), unused)) if unused else skip
@@ -292,7 +294,7 @@ class _Replicate:
 
     def __call__(self) -> nn.Module:
         module = self.module
-        replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+        replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
         attach_to(replica, module.__dict__["forward"].for_copy(replica))
         return replica
 
@@ -314,6 +316,12 @@ class Bypass:
     def for_copy(self, module: nn.Module) -> Bypass:
         """The same for another instance of the layer."""
         return Bypass(module)
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    parent, _, name = path.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(parent), name)
+    return value
 
 
 def _precision(x: Tensor) -> tuple[Any, ...]:
