@@ -212,7 +212,10 @@ def _may_overwrite(x: Tensor) -> bool:
         return True
     # A view writes into its base: flatten(relu(z)) is no safer than relu(z).
     owners = (x,) if x._base is None else (x, x._base)
-    return not any(hasattr(type(owner.grad_fn), name) for owner in owners for name in _SAVED_OUTPUT)
+    return not any(
+        owner.is_leaf or any(hasattr(type(owner.grad_fn), name) for name in _SAVED_OUTPUT)
+        for owner in owners
+    )
 
 
 def drop_path(

@@ -34,6 +34,8 @@ def keep_mask(
     dtype of the activation: P(True) is ``1 - p`` to within 2**-24.
     """
     # rand is in [0, 1): p=0 keeps everything, p=1 nothing. bernoulli_ fails under vmap, rand works.
+    if generator is None:  # the overload that takes one refuses symbolic sizes under compile
+        return torch.rand(shape, device=device, dtype=torch.float32) >= p
     return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
 
 

@@ -137,7 +137,8 @@ class Results:
                 else None
                 for name in _RATIOS
             }
-        text = json.dumps(_finite(self.content), indent=1, allow_nan=False) + "\n"
+        self.content = _finite(self.content)
+        text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
         write_whole(self.path, text)
 
 

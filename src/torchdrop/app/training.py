@@ -29,7 +29,7 @@ from .recipe import Recipe
 __all__ = ["History", "Run", "Scores", "evaluate", "make_optimizer", "train"]
 
 EVALUATION_BATCH = 500
-CURVE_POINTS = 20
+CURVE_POINTS = 10
 """About so many times during a run the test error is taken, for the curves only."""
 
 

@@ -1,0 +1,182 @@
+"""Every layer through every term of tests/contracts.py, and broken layers that have to fail."""
+
+import pytest
+import torch
+from torch import nn
+
+import contracts
+from contracts import CHECKS, Layer
+from torchdrop import functional
+from torchdrop.layers import DropPath
+
+
+def _rows_gone(y):
+    return (y == 0).flatten(1).all(1)
+
+
+def drop_path(name, make, shape=(6, 4, 3)):
+    return Layer(
+        name=name,
+        make=make,
+        function=functional.drop_path,
+        shape=shape,
+        many=(250_000, 1),
+        dropped=_rows_gone,
+    )
+
+
+LAYERS = [
+    drop_path("DropPath", DropPath),
+    drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
+    drop_path("DropPath 5-d", DropPath, (4, 8, 3, 5, 6)),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_contract(layer, check):
+    if layer.name != "DropPath" and check in (
+        contracts.delivers_its_rate_in_every_dtype,
+        contracts.refuses_bad_rates,
+    ):
+        pytest.skip("does not depend on the shape")
+    check(layer)
+
+
+class Masked(nn.Module):
+    """DropPath as it is pasted from snippets: each override below is one of their mistakes."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def keep(self):
+        return 1 - self.p
+
+    def mask(self, x):
+        return torch.floor(torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype) + self.keep())
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0:
+            return x
+        return x / self.keep() * self.mask(x)
+
+
+class KeepsP(Masked):
+    def keep(self):
+        return self.p
+
+
+class AlwaysOn(Masked):
+    def forward(self, x):
+        return x / self.keep() * self.mask(x)
+
+
+class PrivateGenerator(Masked):
+    def __init__(self, p):
+        super().__init__(p)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def mask(self, x):
+        u = torch.rand(len(x), *[1] * (x.dim() - 1), generator=self.generator)
+        return (u >= self.p).to(x.dtype)
+
+
+class Bernoulli(Masked):
+    def mask(self, x):
+        return x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(self.keep())
+
+
+class Buffered(Masked):
+    def __init__(self, p):
+        super().__init__(p)
+        self.rate = torch.tensor(p)
+
+    def keep(self):
+        return 1 - self.rate
+
+    def mask(self, x):
+        return (torch.rand(len(x), *[1] * (x.dim() - 1)) < self.keep()).to(x.dtype)
+
+
+class Closure(Masked):
+    def __init__(self, p):
+        super().__init__(p)
+        self.rule = lambda: p
+
+
+class Contiguous(Masked):
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
+class Averages(Masked):
+    def forward(self, x):
+        if not len(x):
+            raise RuntimeError("no rows")
+        return super().forward(x)
+
+
+class Coupled(Masked):
+    def forward(self, x):
+        return super().forward(x) if float(x.abs().sum()) > 0 else x
+
+
+class Float32(Masked):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class Fixed(Masked):
+    def __init__(self, p):
+        super().__init__(p)
+        if p == 0.0:
+            self.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (Masked, contracts.delivers_its_rate_in_every_dtype),
+        (KeepsP, contracts.delivers_its_rate_in_every_dtype),
+        (Float32, contracts.keeps_dtype_shape_and_finite_values),
+        (AlwaysOn, contracts.evaluation_is_the_identity_by_object),
+        (Masked, contracts.ends_are_finite_and_right),
+        (Masked, contracts.what_is_dropped_is_gone_even_if_infinite),
+        (PrivateGenerator, contracts.follows_the_global_seed),
+        (Coupled, contracts.compiles_whole),
+        (Bernoulli, contracts.runs_under_vmap),
+        (PrivateGenerator, contracts.replays_in_a_checkpoint),
+        (Masked, contracts.is_a_leaf_for_fx_that_honours_eval),
+        (Buffered, contracts.works_on_the_meta_device),
+        (Closure, contracts.pickles_and_copies),
+        (Contiguous, contracts.keeps_channels_last),
+        (Averages, contracts.takes_an_empty_batch),
+        (Masked, contracts.refuses_bad_rates),
+        (Masked, contracts.refuses_bad_inputs),
+        (Fixed, contracts.can_change_its_rate),
+        (Bernoulli, contracts.compiles_a_bounded_number_of_times_while_its_rate_changes),
+    ],
+    ids=lambda x: x.__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # the compiler has its say about some of them
+def test_contract_can_fail(broken, check):
+    layer = drop_path("broken", broken, (4, 8, 5, 6))
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        check(layer)
+
+
+def test_contract_of_the_generator_can_fail():
+    def deaf(x, p, training=True, generator=None):
+        return functional.drop_path(x, p, training)
+
+    layer = drop_path("broken", DropPath)
+    layer = Layer(**{**layer.__dict__, "function": deaf})
+    with pytest.raises(AssertionError):
+        contracts.has_a_generator(layer)
+
+
+def test_every_check_has_a_layer_that_fails_it():
+    marks = test_contract_can_fail.pytestmark
+    cases = next(m.args[1] for m in marks if m.name == "parametrize")
+    assert {c for _, c in cases} | {contracts.has_a_generator} == set(CHECKS)
