@@ -60,6 +60,26 @@ class BlockGraph:
     constants: dict[str, Any] = field(default_factory=dict)
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        # numbers have no memory to write into
+        target = plain if is_shape_node(self.node) else in_place
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    setattr(_Proxy, f"__{in_place.__name__}__", method)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    _record_in_place(getattr(operator, f"i{_name}"), getattr(operator, _name))
+
+
 class _Reader(fx.Tracer):
     """Traces one module's own forward, every child module being a leaf."""
 
@@ -70,6 +90,9 @@ class _Reader(fx.Tracer):
         self._given = constants
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
