@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,8 +133,8 @@ def compare(
     from .compare import compare as run
     from .table import table
 
-    # A pipe or a file has no width of its own: the table gets what it takes.
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    # Never narrower than the table: a figure that is cut off is worse than a line that wraps.
+    console = Console(width=max(100, shutil.get_terminal_size().columns))
     reporting = find_spec("jinja2") is not None and find_spec("matplotlib") is not None
     if not reporting:
         console.print("there will be no report.html: pip install 'torchdrop\\[report]'")

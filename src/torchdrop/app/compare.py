@@ -254,14 +254,13 @@ class _Comparison:
 
     def _measure_costs(self) -> None:
         """Measure every method at every seed. This is also where a network that fails, fails."""
-        costs: dict[str, dict[str, dict[str, float]]] = self.results.content["costs"]
         counted: dict[tuple[str, int], Cost] = {}
         for name in self.plan.methods:
             if METHODS[name].costs_like is not None and self.p[name] is None:
                 self.p[name] = self._p_to_cost_like(name, counted)
             self.results.begin(name, summary=METHODS[name].summary, p=self.p[name])
         for seed in range(self.settings.seeds):
-            if str(seed) in costs:
+            if str(seed) in self.results.content["costs"]:
                 continue
             subjects = {name: self._subject(name, seed) for name in self.plan.methods}
             for name, subject in subjects.items():
@@ -270,7 +269,7 @@ class _Comparison:
                     counted[name, seed] = self._count(name, seed, subject)
             rounds = max(1, round(TIMING_ROUNDS / self.settings.seeds))
             times = time_steps(subjects, min(rounds, self.settings.cost_steps), seed)
-            costs[str(seed)] = {
+            self.results.content["costs"][str(seed)] = {
                 name: {"step_ms": times[name], **asdict(counted[name, seed])} for name in subjects
             }
             self.results.save()

@@ -38,7 +38,11 @@ class Recipe:
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The same recipe stretched to another length: phases keep their share of it."""
-        phases = tuple((round(start * epochs / self.epochs), rate) for start, rate in self.phases)
+        # Rounded half up, so that even one epoch starts at the highest rate.
+        phases = tuple(
+            ((2 * start * epochs + self.epochs) // (2 * self.epochs), rate)
+            for start, rate in self.phases
+        )
         return replace(self, epochs=epochs, phases=phases)
 
     def with_learning_rate(self, rate: float) -> Recipe:

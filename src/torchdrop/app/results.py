@@ -122,11 +122,12 @@ class Results:
         Raises:
             UserError: There is no space or no right to write.
         """
+        self.content = _finite(self.content)
         self.content["status"] = "complete" if complete else "partial"
         for entry in self.content["methods"].values():
             entry["mean"] = {name: _over_seeds(entry, name, fmean) for name in FIGURES}
             entry["std"] = {
-                name: _over_seeds(entry, name, lambda v: stdev(v) if len(v) > 1 else math.nan)
+                name: _over_seeds(entry, name, lambda v: stdev(v) if len(v) > 1 else None)
                 for name in FIGURES
             }
         dense = self.content["methods"].get("none", {}).get("mean", {})
@@ -137,7 +138,6 @@ class Results:
                 else None
                 for name in _RATIOS
             }
-        self.content = _finite(self.content)
         text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
         write_whole(self.path, text)
 
@@ -236,7 +236,8 @@ def _over_seeds(entry: dict[str, Any], name: str, how: Any) -> float | None:
     # A mean over some of the seeds only would flatter: a run that has no figure counts.
     if not values or any(value is None for value in values):
         return None
-    return float(how(values))
+    figure: float | None = how(values)
+    return figure
 
 
 def _finite(value: Any) -> Any:

@@ -202,6 +202,11 @@ class Observer(lightning.Callback):
         self._progress: Progress | None = None
         self._saved_at = 0.0
 
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in Lightning's checkpoint."""
+        return "torchdrop"
+
     def state_dict(self) -> dict[str, Any]:
         """The history, for Lightning's checkpoint."""
         return {"history": dict(vars(self.history)), "best_weights": self.best_weights}

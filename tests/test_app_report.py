@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from torchdrop.app.methods import METHODS
+from torchdrop.app.report import write_report
+from torchdrop.app.results import FIGURES, Results
+from torchdrop.app.table import table
+
+
+@pytest.fixture
+def content(tmp_path):
+    results = Results(
+        tmp_path, {"model": "resnet-<20>", "data": "digits", "seeds": 2, "methods": {}}
+    )
+    for name, method in METHODS.items():
+        results.begin(name, p=0.5, asked_p=0.2778, summary=method.summary)
+        for seed in range(2):
+            curves = {
+                "train_loss": [2.0, 1.0, None, 0.3],
+                "test_epoch": [2, 4],
+                "test_error": [0.5, 0.25 + 0.1 * seed],
+            }
+            figures = {**dict.fromkeys(FIGURES, 0.1234), "test_error": 0.1 + 0.2 * seed}
+            results.add(name, seed, **figures, epoch=4, seconds=1.0, curves=curves)
+    results.begin("none")["seeds"][0]["observed_p"] = None
+    results.save(complete=True)
+    return results.content
+
+
+def _text(content, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(table(content))
+        return console.export_text()
+
+
+def test_table_is_whole_at_100_columns(content):
+    text = _text(content, 100)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    for name in METHODS:
+        assert name in text
+    assert "20.00 ± 14.14" in text  # percent
+    assert "12.3 (27.8)" in text
+
+
+def test_table_without_seeds_to_spread_has_no_spread(content):
+    for method in content["methods"].values():
+        method["std"]["test_error"] = None
+    assert "±" not in _text(content, 100).split("\n", 1)[1]
+
+
+class _Outside(HTMLParser):
+    """Collects what a page would load, and checks that tags are closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        for key, value in attrs:
+            if key in {"src", "href", "xlink:href", "data", "srcset"} and value[0] != "#":
+                self.loads.append(value)
+        if tag not in {"meta", "br", "img", "link"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_needs_nothing_else(content, tmp_path):
+    write_report(content, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    parser = _Outside()
+    parser.feed(page)
+    assert parser.loads == []
+    assert parser.open == []
+    assert "@import" not in page
+    assert page.count("<svg") == 2
+    for name, method in METHODS.items():
+        assert name in page
+        assert re.sub("[&'].*", "", method.summary) in page
+    assert "resnet-&lt;20&gt;" in page
+
+
+def test_the_same_results_give_the_same_report(content, tmp_path):
+    for name in ("a.html", "b.html"):
+        write_report(content, tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
