@@ -260,8 +260,8 @@ class StochasticDepth(_Rated):
             nothing tells whether it would have to be cut with the rows.
         scale: ``"train"``, ``"eval"`` or ``"none"``, see the table.
         batch_dim: The dimension that counts samples, for ``mode="row"``.
-        zero_grad: Give the parameters of a module that did not run gradients of zero, which
-            DistributedDataParallel waits for. False leaves None.
+        zero_grad: Give the parameters of what did not run, the module or a projection that was not
+            needed, gradients of zero, which DistributedDataParallel waits for. False leaves None.
 
     Shape:
         ``m(x)`` and ``s(x)`` have to have the same shape. This is checked whenever both are known,
@@ -372,7 +372,8 @@ class StochasticDepth(_Rated):
         self._compare(x, tuple(part_skip.shape), tuple(out.shape), tuple(part.shape))
         if self.scale == "train":
             out = _stretched(part_skip, out, 1.0 - self.p)
-        return skip.index_copy(dim, index, out.to(skip.dtype))
+        # Not index_copy, which makes channels_last contiguous; a clone keeps the format.
+        return skip.clone().index_copy_(dim, index, out.to(skip.dtype))
 
     def _kept(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.scale != "train":
@@ -398,6 +399,8 @@ class StochasticDepth(_Rated):
             skip = _output_shape(self.projection, x) if self._is_new(x) else None
         out = self._run(x, args, kwargs, may_write=True)
         self._compare(x, skip, tuple(out.shape))
+        if self.training and self.touches_skipped and self.projection is not None:
+            out = rows.touch(out, self.projection.parameters())  # it did not run either
         return out
 
     def _expected(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
