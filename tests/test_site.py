@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zoo import BARELY, assert_same, without_randomness
 
 import torchdrop
 from torchdrop.site import attached
+from zoo import BARELY, assert_same, without_randomness
 
 models = pytest.importorskip("torchvision.models")
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import check_surgery, check_training
 
 import torchdrop
+from zoo import check_surgery, check_training
 
 models = pytest.importorskip("torchvision.models")
 

@@ -327,7 +327,8 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
 def _precision(x: Tensor) -> tuple[Any, ...]:
     """What decides, besides the branch itself, which dtype skip + branch has."""
     kind = x.device.type
-    return x.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.dtype, torch.get_autocast_dtype(kind) if autocast else None
 
 
 def attach_to(module: nn.Module, what: Site | Bypass) -> None:

@@ -1,0 +1,108 @@
+"""The plan: rates, what was delivered, and what that saves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchdrop
+from test_site import net
+from torchdrop.cost import flops
+
+models = pytest.importorskip("torchvision.models")
+
+
+def test_observed_counts_since_the_last_call() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, [0.0, 0.5])
+    observed = plan.observed()
+    assert observed["0"] == 0.0
+    assert math.isnan(observed["1"])
+    model(torch.randn(6, 6))
+    assert plan.observed() == {"0": 0.0, "1": 0.5}
+    assert math.isnan(plan.observed()["1"])
+    model.eval()(torch.randn(6, 6))
+    assert math.isnan(plan.observed()["1"])
+
+
+def test_last_kept_is_a_copy() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, [0.5, 1.0])
+    assert plan.last_kept() == {}
+    model(torch.randn(6, 6))
+    plan.last_kept()["0"].zero_()
+    assert len(set(plan.last_kept()["0"].tolist())) == 3
+    assert len(plan.last_kept()["1"]) == 0
+
+
+def test_state_dict_goes_round_and_refuses_strangers() -> None:
+    plan = torchdrop.add_stochastic_depth(net(3), [0.1, 0.2, 0.3])
+    state = plan.state_dict()
+    plan.set_p(0.0)
+    plan.load_state_dict(state)
+    assert [r.p for r in plan.blocks] == [0.1, 0.2, 0.3]
+    other = torchdrop.add_stochastic_depth(net(2), 0.5)
+    with pytest.raises(ValueError, match="another model: 2 is not in both"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"Plan\.state_dict\(\) returned, of version 1"):
+        other.load_state_dict({**state, "version": 2})
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        plan.load_state_dict({"version": 1, "p": {"0": 0.5, "1": 0.5, "2": 2.0}})
+    assert [r.p for r in plan.blocks] == [0.1, 0.2, 0.3]
+
+
+def test_the_table_shows_blocks_branches_rates_and_shares() -> None:
+    model = models.vit_b_32(image_size=64)
+    plan = torchdrop.add_stochastic_depth(model, 0.2)
+    text = repr(plan)
+    assert "12 blocks, 24 branches; row mode, exact sampling" in text
+    assert "give example_inputs" in text
+    torchdrop.remove_stochastic_depth(model)
+    x = torch.randn(2, 3, 64, 64)
+    plan = torchdrop.add_stochastic_depth(model, 0.2, example_inputs=x)
+    text = repr(plan)
+    assert "self_attention" in text
+    assert "expected FLOPs of a forward pass in training:" in text
+    shares = [b.share for r in plan.blocks for b in r.branches]
+    assert 0.9 < sum(s for s in shares if s is not None) < 1.0
+
+
+def _training_step(model: nn.Module, x: torch.Tensor) -> Any:
+    def step() -> None:
+        model.zero_grad()
+        model(x).sum().backward()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "size"),
+    [("resnet50", {}, 64), ("vit_b_16", {"image_size": 32}, 32)],
+)
+def test_flops_of_training_follow_the_decisions(
+    architecture: str, options: dict[str, Any], size: int
+) -> None:
+    """Mean of 20 training steps over dense, against the value from ``plan.observed()``."""
+    model = getattr(models, architecture)(num_classes=10, **options).train()
+    step = _training_step(model, torch.randn(6, 3, size, size))
+    dense = flops(step)
+    plan = torchdrop.add_stochastic_depth(model, 0.0)
+    assert flops(step) == dense
+    names = [branch.name for residual in plan.blocks for branch in residual.branches]
+    share = {}
+    for name in names:  # what each branch alone costs, forward and backward
+        plan.set_p({other: float(other == name) for other in names})
+        share[name] = 1 - flops(step) / dense
+    for mode in ("row", "batch"):
+        torchdrop.remove_stochastic_depth(model)
+        plan = torchdrop.add_stochastic_depth(model, 0.5, mode=mode)
+        measured = sum(flops(step) for _ in range(20)) / 20 / dense
+        observed = plan.observed()
+        assert measured == pytest.approx(1 - sum(share[n] * observed[n] for n in names), rel=0.01)
+        assert measured < 0.9
+        # the twin: the value depends on the decisions; with those of dense steps it is 1
+        assert measured != pytest.approx(1.0, rel=0.01)
