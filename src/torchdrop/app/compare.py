@@ -19,7 +19,7 @@ from .methods import METHODS, Applied, rates
 from .models import Model, open_model
 from .recipe import AUGMENTATIONS, PRESETS, Recipe, default_recipe, preset
 from .results import Results, locked
-from .training import Run, evaluate, mean_observed, train
+from .training import Run, check_devices, evaluate, mean_observed, train
 
 __all__ = ["DEFAULT_METHODS", "Settings", "compare"]
 
@@ -184,6 +184,7 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
         KeyboardInterrupt: The user stopped it. What is finished is in results.json.
     """
     plan = _resolved(settings)
+    check_devices(settings.devices, settings.accelerator, settings.precision)
     with locked(settings.out):
         results = Results(settings.out, _config(settings, plan), settings.resume)
         _Comparison(settings, plan, results, say).run()

@@ -16,17 +16,18 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerStatus
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .data import Batches, Data, Images
-from .errors import UserError
+from .errors import UserError, one_line
 from .methods import Applied
 from .recipe import Recipe
 
-__all__ = ["History", "Run", "Scores", "evaluate", "make_optimizer", "train"]
+__all__ = ["History", "Run", "Scores", "check_devices", "evaluate", "make_optimizer", "train"]
 
 EVALUATION_BATCH = 500
 CURVE_POINTS = 10
@@ -352,6 +353,41 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+def _trainer(
+    devices: int, accelerator: str, precision: str, epochs: int, *callbacks: lightning.Callback
+) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        # Spawned workers, since a relaunched script would compare everything once more.
+        strategy="ddp_spawn" if devices > 1 else "auto",
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def check_devices(devices: int, accelerator: str, precision: str) -> None:
+    """Ask Lightning whether it can train with these.
+
+    Raises:
+        UserError: It cannot.
+    """
+    with _quiet():
+        try:
+            _trainer(devices, accelerator, precision, epochs=1)
+        except (ValueError, RuntimeError, MisconfigurationException) as error:
+            raise UserError(
+                f"cannot train with --devices {devices} --accelerator {accelerator} "
+                f"--precision {precision}: {one_line(error)}"
+            ) from error
+
+
 def train(run: Run, resume: bool = False) -> History:
     """Train the network of ``run`` in place, to the epoch that its recipe selects.
 
@@ -368,19 +404,8 @@ def train(run: Run, resume: bool = False) -> History:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.outcome.unlink(missing_ok=True)
     with _quiet():
-        trainer = lightning.Trainer(
-            accelerator=run.accelerator,
-            devices=run.devices,
-            # Spawned workers, since a relaunched script would compare everything once more.
-            strategy="ddp_spawn" if run.devices > 1 else "auto",
-            precision=run.precision,  # type: ignore[arg-type]
-            max_epochs=run.recipe.epochs,
-            callbacks=[Observer(run)],
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        trainer = _trainer(
+            run.devices, run.accelerator, run.precision, run.recipe.epochs, Observer(run)
         )
         before = signal.getsignal(signal.SIGINT)
         try:
@@ -391,6 +416,13 @@ def train(run: Run, resume: bool = False) -> History:
             if trainer.state.status == TrainerStatus.INTERRUPTED:
                 raise KeyboardInterrupt from error
             raise
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise UserError(
+                f"cannot write in {str(run.folder)!r} ({one_line(error)}); make room, then go on "
+                f"with --resume"
+            ) from error
         finally:
             signal.signal(signal.SIGINT, before)
     outcome = torch.load(run.outcome, weights_only=True)
