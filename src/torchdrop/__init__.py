@@ -1,21 +1,28 @@
 """Stochastic depth that really skips the work, for any PyTorch model, in one line."""
 
+from torchdrop import cost, functional, schedules
 from torchdrop.attach import (
     add_stochastic_depth,
     has_stochastic_depth,
     remove_stochastic_depth,
 )
+from torchdrop.layers import DropPath, StochasticDepth
 from torchdrop.plan import Plan, get_plan
 from torchdrop.residual import Residual, find_residuals
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropPath",
     "Plan",
     "Residual",
+    "StochasticDepth",
     "add_stochastic_depth",
+    "cost",
     "find_residuals",
+    "functional",
     "get_plan",
     "has_stochastic_depth",
     "remove_stochastic_depth",
+    "schedules",
 ]
