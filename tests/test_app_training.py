@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
+import re
 import signal
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from torchdrop.app import training
@@ -177,6 +181,19 @@ def test_evaluation_leaves_every_mode_as_it_was(source):
     evaluate(model, data.test, data, 1)
     assert model.training
     assert not model.bn1.training
+
+
+def test_progress_shows_method_seed_epoch_loss_and_time_left(source, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        training, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
+    )
+    monkeypatch.setattr(training, "SHOW_SECONDS", 0.0)
+    run = _run(source, tmp_path, "none", total=8, done=4)
+    train(dataclasses.replace(run, label="none  seed 0", show=True))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert re.search(r"none  seed 0  epoch \d/4  loss \d\.\d{3} +\S* +\d+ %  left +\S+", shown)
+    assert "100 %" in shown
 
 
 def test_an_empty_batch_trains_on_nothing():

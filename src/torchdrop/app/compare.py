@@ -255,6 +255,8 @@ class _Comparison:
 
     def _measure_costs(self) -> None:
         """Measure every method at every seed. This is also where a network that fails, fails."""
+        if len(self.results.content["costs"]) < self.settings.seeds:
+            self.say("measuring what a training step of each method costs")
         counted: dict[tuple[str, int], Cost] = {}
         for name in self.plan.methods:
             if METHODS[name].costs_like is not None and self.p[name] is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 import warnings
@@ -30,6 +31,7 @@ from .recipe import Recipe
 __all__ = ["History", "Run", "Scores", "check_devices", "evaluate", "make_optimizer", "train"]
 
 EVALUATION_BATCH = 500
+SHOW_SECONDS = 0.5
 CURVE_POINTS = 10
 """About so many times during a run the test error is taken, for the curves only."""
 
@@ -202,6 +204,7 @@ class Observer(lightning.Callback):
         self._losses: list[Tensor] = []
         self._progress: Progress | None = None
         self._saved_at = 0.0
+        self._shown_at = 0.0
 
     @property
     def state_key(self) -> str:
@@ -236,6 +239,17 @@ class Observer(lightning.Callback):
             )
             self._progress.start()
 
+    def _show(self, epochs_done: float, loss: float) -> None:
+        if self._progress is not None:
+            self._shown_at = time.monotonic()
+            epochs = self.run.recipe.epochs
+            self._progress.update(
+                self._progress.task_ids[0],
+                completed=self.run.done + epochs_done,
+                description=f"{self.run.label}  epoch {math.ceil(epochs_done)}/{epochs}  "
+                f"loss {loss:.3f}",
+            )
+
     def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -266,8 +280,11 @@ class Observer(lightning.Callback):
         batch: Any,
         index: int,
     ) -> None:
-        """Remember the loss."""
+        """Remember the loss; show it now and then, since reading it waits for the device."""
         self._losses.append(outputs["loss"].detach())
+        if self._progress is not None and time.monotonic() - self._shown_at > SHOW_SECONDS:
+            share = (index + 1) / trainer.num_training_batches
+            self._show(trainer.current_epoch + share, float(self._losses[-1]))
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, task: lightning.LightningModule
@@ -283,12 +300,7 @@ class Observer(lightning.Callback):
         done = trainer.current_epoch + 1
         if trainer.is_global_zero:
             self._evaluate(done)
-        if self._progress is not None:
-            self._progress.update(
-                self._progress.task_ids[0],
-                completed=run.done + done,
-                description=f"{run.label}  epoch {done}/{run.recipe.epochs}  loss {loss:.3f}",
-            )
+        self._show(done, loss)
         # Clocks differ: the ranks have to agree before they save together.
         due = time.monotonic() - self._saved_at >= run.checkpoint_seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):
