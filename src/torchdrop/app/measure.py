@@ -19,8 +19,8 @@ from .training import loss_of, make_optimizer
 
 __all__ = ["Cost", "Subject", "count_step", "time_steps"]
 
-WARM_UP = 2
-STEPS_A_ROUND = 3
+WARM_UP = 1
+STEPS_A_ROUND = 2
 """Steps timed together: what whole-batch dropping leaves out varies from step to step."""
 
 
