@@ -25,7 +25,8 @@ SMALL = [
     "--epochs=2",
     "--batch-size=20",
     "--seeds=2",
-    "--cost-steps=2",
+    "--cost-steps=4",
+    "--threads=1",
     "--accelerator=cpu",
 ]
 
@@ -38,7 +39,8 @@ def _small(out, **changes):
         "epochs": 2,
         "batch_size": 20,
         "seeds": 2,
-        "cost_steps": 2,
+        "cost_steps": 4,
+        "threads": 1,
         "accelerator": "cpu",
         "progress": False,
     }

@@ -111,8 +111,15 @@ def compare(
     lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, shift or flip-shift.")] = None,
     cost_steps: Annotated[
-        int, typer.Option(help="Training steps that FLOPs and bytes are the mean of.")
+        int, typer.Option(help="Steps, over all seeds, that FLOPs and bytes are the mean of.")
     ] = 20,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads. 1 is safest for small networks on a busy machine.",
+            show_default="all cores",
+        ),
+    ] = None,
     devices: Annotated[int, typer.Option(help="Devices to train on, by DDP.")] = 1,
     accelerator: Annotated[str, typer.Option(help="Lightning's: auto, cpu, gpu, mps.")] = "auto",
     precision: Annotated[
@@ -155,6 +162,7 @@ def compare(
         learning_rate=lr,
         augment=augment,
         cost_steps=cost_steps,
+        threads=threads,
         devices=devices,
         accelerator=accelerator,
         precision=precision,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ DEFAULT_TRAIN_SIZES = {"digits": 200}
 """Few enough that a network without regularisation overfits (docs/design-notes.md)."""
 
 TIMING_ROUNDS = 30
-"""Over all seeds; each seed is timed in its share of them."""
+"""Over all seeds, at most; each seed is timed in its share of them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Settings:
     learning_rate: float | None = None
     augment: str | None = None
     cost_steps: int = 20
+    threads: int | None = None
     devices: int = 1
     accelerator: str = "auto"
     precision: str = "32-true"
@@ -127,6 +130,7 @@ def _check_numbers(settings: Settings) -> None:
         ("test-size", settings.test_size),
         ("image-size", settings.image_size),
         ("cost-steps", settings.cost_steps),
+        ("threads", settings.threads),
         ("devices", settings.devices),
     ):
         if value is not None and value < 1:
@@ -166,6 +170,7 @@ def _config(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "seeds": settings.seeds,
         "recipe": asdict(plan.recipe),
         "cost_steps": settings.cost_steps,
+        "threads": settings.threads,
         "devices": settings.devices,
         "accelerator": settings.accelerator,
         "precision": settings.precision,
@@ -185,10 +190,20 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
     """
     plan = _resolved(settings)
     check_devices(settings.devices, settings.accelerator, settings.precision)
-    with locked(settings.out):
+    with _threads(settings.threads), locked(settings.out):
         results = Results(settings.out, _config(settings, plan), settings.resume)
         _Comparison(settings, plan, results, say).run()
         return results.content
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Comparison:
@@ -270,12 +285,16 @@ class _Comparison:
                 self.results.begin(name, asked_p=subject.applied.asked)
                 if (name, seed) not in counted:
                     counted[name, seed] = self._count(name, seed, subject)
-            rounds = max(1, round(TIMING_ROUNDS / self.settings.seeds))
-            times = time_steps(subjects, min(rounds, self.settings.cost_steps), seed)
+            rounds = self._share(min(TIMING_ROUNDS, self.settings.cost_steps))
+            times = time_steps(subjects, rounds, seed)
             self.results.content["costs"][str(seed)] = {
                 name: {"step_ms": times[name], **asdict(counted[name, seed])} for name in subjects
             }
             self.results.save()
+
+    def _share(self, steps: int) -> int:
+        """One seed's share of a number of steps: costs are means over all seeds."""
+        return math.ceil(steps / self.settings.seeds)
 
     def _p_to_cost_like(self, name: str, counted: dict[tuple[str, int], Cost]) -> float:
         """The ``p`` with which leaving out samples costs what another method costs.
@@ -296,7 +315,7 @@ class _Comparison:
 
     def _count(self, name: str, seed: int, subject: Subject) -> Cost:
         try:
-            return count_step(subject, self.settings.cost_steps, seed)
+            return count_step(subject, self._share(self.settings.cost_steps), seed)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = "x".join(map(str, (self._channels(), *self.source.pool.pixels.shape[2:])))
             raise UserError(

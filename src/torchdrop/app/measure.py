@@ -78,7 +78,7 @@ def count_step(subject: Subject, steps: int, seed: int) -> Cost:
                 loss = subject.forward(images, labels)
             subject.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            subject.optimizer.step()
+        subject.optimizer.step()
         flops.append(counter.total)
         saved.append(bytes_kept.total)
     return Cost(fmean(flops), fmean(saved))

@@ -32,6 +32,7 @@ __all__ = ["History", "Run", "Scores", "check_devices", "evaluate", "make_optimi
 
 EVALUATION_BATCH = 500
 SHOW_SECONDS = 0.5
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 CURVE_POINTS = 10
 """About so many times during a run the test error is taken, for the curves only."""
 
@@ -220,6 +221,13 @@ class Observer(lightning.Callback):
         self.history = History(**state["history"])
         self.best_weights = state["best_weights"]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Quieten a spawned worker, which knows nothing of its parent's settings."""
+        self.__dict__.update(state)
+        _ignore_known_warnings()
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
     def on_fit_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         """Start the progress bar, on the first rank."""
         self._saved_at = time.monotonic()
@@ -342,20 +350,25 @@ def _over_ranks(trainer: lightning.Trainer, value: float) -> float:
     return float(trainer.strategy.reduce(tensor, reduce_op="mean"))
 
 
+def _ignore_known_warnings() -> None:
+    """Say nothing of what the user of the command line can do nothing about."""
+    # The batches come from memory: there are no workers to add.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Small data has fewer steps in an epoch than Lightning would log, and nothing is logged.
+    warnings.filterwarnings("ignore", message="The number of training batches")
+    # --accelerator cpu on a machine with a GPU was the user's choice.
+    warnings.filterwarnings("ignore", message="GPU available but not used")
+    # Lightning 2.6 on torch 2.14, inside its own loader.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning without what does not concern the user of the command line."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        # torchdrop takes no loader workers: the images are in memory already.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # A small data set has fewer steps in an epoch than Lightning would log.
-        warnings.filterwarnings("ignore", message="The number of training batches")
-        # The user chose the devices.
-        warnings.filterwarnings("ignore", message="GPU available but not used")
-        # Lightning's own use of an interface that torch is about to change.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch)\..*")
+        _ignore_known_warnings()
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
