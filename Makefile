@@ -31,7 +31,8 @@ docs: .venv/.with-docs
 	$(BIN)/mkdocs build --strict
 
 bench: .venv/.with-test
-	$(BIN)/python benchmarks/first_light.py
+	mkdir -p runs
+	$(BIN)/python benchmarks/steps.py --out runs/steps.json
 
 clean:
 	rm -rf .venv runs site
