@@ -349,6 +349,7 @@ class _Comparison:
             resume=settings.resume,
         )
         seconds = time.monotonic() - start
+        model.to(_device(settings))  # Lightning hands it back on the CPU
         test = evaluate(model, data.test, data, channels)
         best = self.plan.recipe.select == "best_validation"
         self.results.add(
