@@ -507,8 +507,11 @@ def test_the_signature_of_forward_stays() -> None:
     torchdrop.add_stochastic_depth(model, 0.5)
     assert inspect.signature(model[0].forward) == before
     assert model[0](hidden_states=torch.randn(2, 6)).shape == (2, 6)
-    with pytest.raises(RuntimeError, match=r"read with scale=1\.0.*example_inputs"):
-        model[0](torch.randn(2, 6), 2.0)
+    # another constant than the one that the block was read with: it is read again
+    torchdrop.get_plan(model).set_p([1.0, 1.0])
+    assert_same(model[0](x := torch.randn(2, 6), 2.0), x)
+    torchdrop.get_plan(model).set_p([BARELY, BARELY])
+    assert_same(model[0](x, 2.0), Named.forward(model[0], x, 2.0))
 
 
 def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:

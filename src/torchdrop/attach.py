@@ -20,9 +20,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchdrop import cost, sampling, schedules
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.residual import Branch, Residual, Split, Survey, read_splits, survey
-from torchdrop.rewrite import Source, rewrite
-from torchdrop.site import BranchState, Bypass, Settings, Site, attach_to, attached, detach
-from torchdrop.tracing import A_TENSOR, BlockGraph, record_calls, run_once, trace_block
+from torchdrop.rewrite import Program, rewrite
+from torchdrop.site import (
+    BY_ORDER,
+    BranchState,
+    Bypass,
+    Settings,
+    Site,
+    attach_to,
+    attached,
+    detach,
+)
+from torchdrop.tracing import BlockGraph, Example, run_once, trace_block
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
 
@@ -103,8 +112,8 @@ def add_stochastic_depth(
         model, schedule, mode, sampling, scale, compute, sync_ranks, zero_grad, batch_dim, select
     )
     _check_model(model)
-    calls = None if example_inputs is None else record_calls(model, example_inputs)
-    found = survey(model, calls)
+    example = None if example_inputs is None else Example(model, example_inputs, batch_dim)
+    found = survey(model, example, batch_dim)
     chosen = [r for r in found.residuals if (select(r) if select else r.default)]
     if not chosen:
         raise ValueError(_nothing_found(model, found, select is not None))
@@ -348,7 +357,7 @@ def _prepare_site(
     for residual, branch, split in entries:
         action, reason = branch.action, branch.reason
         if compute == "mask" and action == "skip":
-            action, reason = "mask", "compute='mask'"
+            action, reason = "mask", BY_ORDER
         elif compute == "skip" and action != "skip":
             raise ValueError(
                 f"compute='skip', but {branch.name} cannot be skipped: {reason}; "
@@ -356,40 +365,27 @@ def _prepare_site(
             )
         splits.append((split, action))
         states.append(_state(model, residual, branch, split, action, reason, order))
-    train, train_branches = rewrite(block, splits, owner or type(model).__name__)
-    evaluate: Source | None = None
-    eval_branches: dict[int, Source] = {}
-    if settings.scale == "eval":
-        evaluate, eval_branches = _rewrite_for_evaluation(block, splits)
     return Site(
         block.module,
         settings,
         states,
-        train,
-        train_branches,
-        evaluate,
-        eval_branches,
-        block.tensors,
-        block.constants,
+        rewrite(block, splits, owner or type(model).__name__),
+        _rewrite_for_evaluation(block, splits) if settings.scale == "eval" else None,
+        [split.place for split, _ in splits],
     )
 
 
-def _rewrite_for_evaluation(
-    block: BlockGraph, splits: Sequence[tuple[Split, str]]
-) -> tuple[Source, dict[int, Source]]:
+def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str]]) -> Program:
     """The same deferral in the forward as it is in evaluation, where dropout is off."""
     label = f"{type(block.module).__name__} in evaluation"
-    given = {**block.constants, **dict.fromkeys(block.tensors, A_TENSOR)}
-    in_eval = trace_block(block.module, training=False, constants=given)
-    in_training = [entry.split for entry in read_splits(block)]
+    in_eval = trace_block(block.module, training=False, arguments=block.arguments)
     twins = [entry.split for entry in read_splits(in_eval)]
-    if len(in_training) != len(twins):
+    if len(twins) <= max(split.place for split, _ in splits):
         raise ValueError(
             f"scale='eval' scales branches in evaluation, but {label} does not add the same "
             f"branches as in training; use scale='train'"
         )
-    places = {split.add: i for i, split in enumerate(in_training)}
-    return rewrite(in_eval, [(twins[places[s.add]], action) for s, action in splits], label)
+    return rewrite(in_eval, [(twins[s.place], action) for s, action in splits], label)
 
 
 def _state(
@@ -423,6 +419,7 @@ def _state(
         writes_skip=split.writes_skip,
         has_batch_norm=norms,
         inner=tuple(child.removeprefix(prefix) for child in branch.children),
+        cuts=split.cuts,
         own=tuple(
             dict.fromkeys(
                 str(source.target)

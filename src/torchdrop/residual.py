@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from torchdrop.tracing import (
     BlockGraph,
-    Calls,
+    Example,
+    Shapes,
     UntraceableError,
     is_shape_node,
-    record_calls,
     trace_block,
-    writes_in_place,
 )
 
 __all__ = [
@@ -43,8 +42,22 @@ __all__ = [
 
 @dataclass(eq=False)
 class Split:
-    """How one addition of a graph falls into skip and branch."""
+    """How one addition of a graph falls into skip and branch.
 
+    Attributes:
+        place: The how manyeth residual addition of its forward it is, from 0.
+        add: The addition.
+        skip: Its operand that is always there.
+        branch: Its operand that can be dropped.
+        inside: The nodes that only the branch needs.
+        skip_gain: What the addition multiplies the skip by.
+        branch_gain: What it multiplies the branch by.
+        writes_skip: Whether the sum is written into the memory of the skip.
+        cuts: Where it was measured: the dimension on which each value that the branch takes from
+            outside carries the batch, by the name of its node; None for one that does not.
+    """
+
+    place: int
     add: fx.Node
     skip: fx.Node
     branch: fx.Node
@@ -52,6 +65,7 @@ class Split:
     skip_gain: float
     branch_gain: float
     writes_skip: bool
+    cuts: dict[str, int | None] | None = None
 
 
 @dataclass(eq=False)
@@ -184,8 +198,11 @@ _LINEAR_NAMES = {
     "new_zeros", "zeros", "embedding", "_assert", "identity", "unfold", "fold", "moveaxis",
     "boolean_dispatch", "fn", "div", "truediv", "div_", "einsum",
 }  # fmt: skip
-_PRODUCTS = {"mul", "imul", "mul_", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
-             "truediv", "div_"}  # fmt: skip
+_PRODUCTS = {
+    "mul", "imul", "mul_", "rmul", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
+    "truediv", "div_", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
 
 
 def _callee(node: fx.Node) -> str:
@@ -204,23 +221,61 @@ def _depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     return memo[node]
 
 
-class _Linearity:
-    """Decides whether nodes and modules are linear, reading the forward of composite modules."""
+class _Children:
+    """What is known about the modules of a model as parts of a branch; each is read once."""
 
     def __init__(self) -> None:
-        self._modules: dict[nn.Module, bool] = {}
+        self._graphs: dict[nn.Module, BlockGraph | UntraceableError] = {}
+        self._linear: dict[nn.Module, bool] = {}
+        self._writing: dict[nn.Module, bool] = {}
 
-    def nodes(self, nodes: Iterable[fx.Node], owner: nn.Module) -> bool:
+    def read(self, module: nn.Module) -> BlockGraph:
+        """The graph of ``module`` as its signature alone gives it."""
+        if module not in self._graphs:
+            try:
+                self._graphs[module] = trace_block(module)
+            except UntraceableError as error:
+                self._graphs[module] = error
+        found = self._graphs[module]
+        if isinstance(found, UntraceableError):
+            raise found
+        return found
+
+    def linear(self, module: nn.Module) -> bool:
+        """Whether ``module`` is linear (affine; norms, pools and dropout count as such)."""
+        if module not in self._linear:
+            self._linear[module] = True  # a module that contains itself
+            self._linear[module] = self._is_linear(module)
+        return self._linear[module]
+
+    def _is_linear(self, module: nn.Module) -> bool:
+        if is_mask(module):
+            return True
+        if _has_forward_of(module, (nn.Sequential,)):
+            return all(self.linear(child) for child in module.children())
+        if _has_forward_of(module, _LINEAR_MODULES):
+            return True
+        if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
+            return False
+        try:
+            nodes = self.read(module).graph.nodes
+        except UntraceableError:
+            # a convolution that pads by the size of its input, say: its class has to be believed
+            return isinstance(module, _LINEAR_MODULES) and all(map(self.linear, module.children()))
+        return self.linear_nodes(nodes, module)
+
+    def linear_nodes(self, nodes: Iterable[fx.Node], owner: nn.Module) -> bool:
+        """Whether every one of ``nodes``, a part of the forward of ``owner``, is linear."""
         memo: dict[fx.Node, bool] = {}
-        return all(self._node(node, owner, memo) for node in nodes)
+        return all(self._linear_node(node, owner, memo) for node in nodes)
 
-    def _node(self, node: fx.Node, owner: nn.Module, memo: dict[fx.Node, bool]) -> bool:
+    def _linear_node(self, node: fx.Node, owner: nn.Module, memo: dict[fx.Node, bool]) -> bool:
         if node.op == "call_module":
-            return self.module(owner.get_submodule(str(node.target)))
-        if node.op in ("placeholder", "get_attr", "output") or is_shape_node(node):
+            return self.linear(owner.get_submodule(str(node.target)))
+        if node.op in ("placeholder", "output") or not _depends_on_input(node, memo):
             return True
         name = _callee(node)
-        if name in _PRODUCTS or name in ("mul", "rmul"):
+        if name in _PRODUCTS:
             factors = [i for i in node.all_input_nodes if _depends_on_input(i, memo)]
             return len(factors) <= 1 and not (
                 # a square: one activation, taken twice
@@ -228,31 +283,83 @@ class _Linearity:
             )
         return name in _LINEAR_NAMES
 
-    def module(self, module: nn.Module) -> bool:
-        if module not in self._modules:
-            self._modules[module] = True  # a module that contains itself
-            self._modules[module] = self._read(module)
-        return self._modules[module]
+    def writes_input(self, module: nn.Module) -> bool:
+        """Whether ``module`` writes into an argument, as far as its forward can be read."""
+        if module not in self._writing:
+            self._writing[module] = False
+            self._writing[module] = self._does_write(module)
+        return self._writing[module]
 
-    def _read(self, module: nn.Module) -> bool:
-        if isinstance(module, _LINEAR_MODULES) or is_mask(module):
-            return True
-        if isinstance(module, nn.Sequential):
-            return all(self.module(child) for child in module)
-        if next(module.children(), None) is None and not parametrize.is_parametrized(module):
-            activation = type(module).__module__.startswith("torch.nn")
-            if activation:
-                return False
+    def _does_write(self, module: nn.Module) -> bool:
+        if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
+            return bool(getattr(module, "inplace", False))
+        if _has_forward_of(module, (nn.Sequential,)):
+            for child in module.children():
+                if self.writes_input(child):
+                    return True
+                if not isinstance(child, nn.Identity | nn.Flatten | nn.Dropout):
+                    return False
+            return False
         try:
-            traced = trace_block(module)
+            nodes = self.read(module).graph.nodes
         except UntraceableError:
             return False
-        return self.nodes(traced.graph.nodes, module)
+        written = (self.written(node, module) for node in nodes)
+        return any(node is not None and node.op == "placeholder" for node in written)
+
+    def written(self, node: fx.Node, owner: nn.Module) -> fx.Node | None:
+        """The node into whose memory ``node``, a part of the forward of ``owner``, writes."""
+        if not node.args or not self._writes(node, owner):
+            return None
+        return self.storage(node.args[0], owner)
+
+    def _writes(self, node: fx.Node, owner: nn.Module) -> bool:
+        if node.op == "call_module":
+            return self.writes_input(owner.get_submodule(str(node.target)))
+        name = _callee(node)
+        trailing = name.endswith("_") and not name.endswith("__")
+        if node.op == "call_method":
+            return trailing
+        return node.op == "call_function" and (
+            trailing or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+        )
+
+    def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
+        """The node whose memory ``node`` may share, through views and in-place operations."""
+        while isinstance(node, fx.Node):
+            is_view = (
+                _callee(node) in _VIEWS and node.op in ("call_function", "call_method")
+            ) or self._writes(node, owner)
+            if node.op == "call_module":
+                module = owner.get_submodule(str(node.target))
+                is_view = is_view or isinstance(module, nn.Identity | nn.Flatten)
+            if not is_view or not node.args:
+                return node
+            node = node.args[0]
+        return None
+
+
+def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether ``module`` is of one of ``kinds`` and runs its forward: a subclass may add to it."""
+    mine = type(module).forward
+    return isinstance(module, kinds) and any(
+        mine is base.__dict__.get("forward") for base in _forwards(kinds)
+    )
+
+
+@cache
+def _forwards(kinds: tuple[type[nn.Module], ...]) -> list[type[nn.Module]]:
+    """The classes of torch that define the forwards of ``kinds``."""
+    return list({base for kind in kinds for base in kind.__mro__ if "forward" in base.__dict__})
 
 
 # ---------------------------------------------------------------------------------------------
 # One graph
 
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.ipow, operator.imod, operator.iand, operator.ior, operator.ixor, operator.setitem,
+}  # fmt: skip
 _ADDS = {operator.add, operator.iadd, torch.add}
 _SUBTRACTIONS = {operator.sub, operator.isub, torch.sub}
 
@@ -294,19 +401,34 @@ class Entry:
     why_not: str
 
 
-def read_splits(block: BlockGraph) -> list[Entry]:
-    """Every residual addition of one block's forward, in order."""
-    return _Finder(block, _Linearity()).entries()
+def read_splits(block: BlockGraph, known_cuts: Sequence[dict[str, int | None]] = ()) -> list[Entry]:
+    """Every residual addition of one block's forward, in order.
+
+    Args:
+        block: The graph of the forward.
+        known_cuts: ``Split.cuts`` of the same block, measured in another call.
+    """
+    return _Finder(block, _Children(), known_cuts=known_cuts).entries
 
 
 class _Finder:
     """The residual additions of one graph."""
 
-    def __init__(self, block: BlockGraph, linearity: _Linearity) -> None:
+    def __init__(
+        self,
+        block: BlockGraph,
+        children: _Children,
+        shapes: Callable[[], tuple[Shapes, Shapes] | None] = lambda: None,
+        batch_dim: int = 0,
+        known_cuts: Sequence[dict[str, int | None]] = (),
+    ) -> None:
+        self.known_cuts = known_cuts
         self.block = block
         self.owner = block.module
         self.nodes: list[fx.Node] = list(block.graph.nodes)
-        self.linearity = linearity
+        self.children = children
+        self.shapes = shapes
+        self.batch_dim = batch_dim
         self.order = {node: i for i, node in enumerate(self.nodes)}
         # Ancestors as bit sets, so that a forward with thousands of nodes stays cheap.
         self.ancestors: dict[fx.Node, int] = {}
@@ -315,6 +437,12 @@ class _Finder:
             for source in node.all_input_nodes:
                 mine |= self.ancestors[source]
             self.ancestors[node] = mine
+        self.entries: list[Entry] = []
+        for node in self.nodes:
+            terms = _terms(node)
+            entry = None if terms is None else self._entry(node, *terms)
+            if entry is not None:
+                self.entries.append(entry)
 
     def _set(self, bits: int) -> set[fx.Node]:
         found = set()
@@ -336,45 +464,41 @@ class _Finder:
                 return True
         return False
 
-    def entries(self) -> list[Entry]:
-        """Every residual addition, in order."""
-        found = []
-        for node in self.nodes:
-            terms = _terms(node)
-            if terms is not None:
-                split = self._split(node, *terms)
-                if split is not None:
-                    found.append(Entry(*self._closed(split[0]), *split[1:]))
-        return found
-
-    def _split(
-        self, add: fx.Node, left: fx.Node, right: fx.Node, gain: float
-    ) -> tuple[Split, str, str] | None:
+    def _entry(self, add: fx.Node, left: fx.Node, right: fx.Node, gain: float) -> Entry | None:
         left_bits, right_bits = self.ancestors[left], self.ancestors[right]
         memo: dict[fx.Node, bool] = {}
-        if not any(_depends_on_input(n, memo) for n in self._set(left_bits & right_bits)):
+        common = self._set(left_bits & right_bits)
+        if not any(_depends_on_input(n, memo) and not _is_container(n) for n in common):
             return None  # a bias, a positional embedding: nothing that both sides come from
         only_left = self._set(left_bits & ~right_bits)
         only_right = self._set(right_bits & ~left_bits)
         kind, why_not = "identity", ""
         if only_left and only_right:
-            linear = [self.linearity.nodes(side, self.owner) for side in (only_left, only_right)]
+            # A branch that was added to one side before belongs to neither:
+            # x + f(x) + g(x) are two branches of x.
+            sides = [self._without_earlier(side) for side in (only_left, only_right)]
+            linear = [self.children.linear_nodes(side, self.owner) for side in sides]
             if linear[0] == linear[1]:
                 return None  # two branches side by side, or RepVGG's parallel convolutions
-            kind = "projection"
             branch_is_right = linear[0]
+            if not all(map(self._does_nothing, sides[0 if branch_is_right else 1])):
+                kind = "projection"
         else:
             branch_is_right = not only_left
             inside = only_right if branch_is_right else only_left
-            if self.has_parameters(inside) and self.linearity.nodes(inside, self.owner):
+            if self.has_parameters(inside) and self.children.linear_nodes(inside, self.owner):
                 why_not = "its branch is linear"
         skip, branch = (left, right) if branch_is_right else (right, left)
-        inside = only_right if branch_is_right else only_left
+        # an argument that only the branch reads comes from outside all the same
+        inside = {
+            n for n in (only_right if branch_is_right else only_left) if n.op != "placeholder"
+        }
         if not self.has_parameters(inside) or not _depends_on_input(branch, memo):
             return None
-        if all(node.op == "get_attr" or node.op == "placeholder" for node in inside):
+        if all(node.op == "get_attr" for node in inside):
             return None
         split = Split(
+            place=len(self.entries),
             add=add,
             skip=skip,
             branch=branch,
@@ -383,7 +507,25 @@ class _Finder:
             branch_gain=gain if branch_is_right else 1.0,
             writes_skip=branch_is_right and _writes_left(add),
         )
-        return split, kind, why_not
+        if split.skip_gain < 0.0:
+            why_not = "its skip is subtracted"
+        split, action, reason = self._closed(split)
+        return Entry(split, action, reason, kind, why_not)
+
+    def _without_earlier(self, side: set[fx.Node]) -> set[fx.Node]:
+        left = set(side)
+        for entry in self.entries:
+            if entry.split.add in side and not entry.why_not:
+                left -= entry.split.inside | {entry.split.add}
+        return left
+
+    def _does_nothing(self, node: fx.Node) -> bool:
+        """Whether ``node`` only hands on its input: sum() starts from the number 0, for one."""
+        if node.op == "call_module":
+            return isinstance(self.owner.get_submodule(str(node.target)), nn.Identity)
+        if node.target is operator.add:
+            return any(type(a) in (int, float) and a == 0 for a in node.args)
+        return node.op == "call_method" and node.target in ("contiguous", "clone")
 
     def _closed(self, split: Split) -> tuple[Split, str, str]:
         """The part of the branch that nothing outside uses, the action for it, and the reason."""
@@ -401,10 +543,25 @@ class _Finder:
             reason = f"{first.name} is used outside the branch, too"
             if split.branch in kept_out or not self.has_parameters(inside):
                 return split, "mask", reason
-            split = Split(**{**split.__dict__, "inside": frozenset(inside)})
+            split = replace(split, inside=frozenset(inside))
             reason += ": computed for every row"
         refusal = self._refusal(split)
-        return (split, "mask", refusal) if refusal else (split, "skip", reason)
+        if refusal:
+            return split, "mask", refusal
+        cuts, refusal = self._cuts(split)
+        if refusal:
+            return split, "mask", refusal
+        return replace(split, cuts=cuts), "skip", reason
+
+    @cached_property
+    def elements(self) -> dict[Entry, str | None]:
+        """The element of a loop over a ModuleList that each addition belongs to, if any."""
+        found = {entry: _element(_called(entry.split), self.owner) for entry in self.entries}
+        containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
+        return {
+            entry: e if e is not None and containers[e.rpartition(".")[0]] > 1 else None
+            for entry, e in found.items()
+        }
 
     @staticmethod
     def _readers(node: fx.Node) -> set[fx.Node]:
@@ -422,50 +579,80 @@ class _Finder:
     def _refusal(self, split: Split) -> str:
         """Why the branch cannot be deferred and cut by rows, or nothing."""
         for node in split.inside:
-            if not writes_in_place(node, self.owner) or not node.args:
-                continue
-            target = self._storage(node.args[0])
+            target = self.children.written(node, self.owner)
             if target is not None and target not in split.inside:
                 return f"{node.name} writes into its input, which the skip uses"
-        inputs = {self._storage(i) for i in self.outside_inputs(split)} | {
-            self._storage(split.skip)
+        inputs = {
+            self.children.storage(i, self.owner) for i in [*self.outside_inputs(split), split.skip]
         }
         start = min(self.order[n] for n in split.inside)
         for node in self.nodes[start : self.order[split.add]]:
-            if node in split.inside or not writes_in_place(node, self.owner):
+            if node in split.inside:
                 continue
-            if node.args and self._storage(node.args[0]) in inputs:
+            target = self.children.written(node, self.owner)
+            if target is not None and target in inputs:
                 return f"{node.name} writes into an input of the branch while it is computed"
-        sources = self.outside_inputs(split)
-        placeholders = {
-            self.nodes[i].name
-            for source in sources
-            for i in range(len(self.nodes))
-            if self.ancestors[source] >> i & 1 and self.nodes[i].op == "placeholder"
-        }
-        if len(placeholders) > 1:
-            return (
-                f"it takes several tensors ({', '.join(sorted(placeholders))}), and which of them "
-                "carry the batch cannot be told from the signature"
-            )
         return ""
 
-    def _storage(self, node: Any) -> fx.Node | None:
-        """The node whose memory ``node`` may share, through views and in-place operations."""
-        while isinstance(node, fx.Node):
-            is_view = (
-                _callee(node) in _VIEWS and node.op in ("call_function", "call_method")
-            ) or writes_in_place(node, self.owner)
-            if node.op == "call_module":
-                module = self.owner.get_submodule(str(node.target))
-                is_view = is_view or isinstance(module, nn.Identity | nn.Flatten)
-            if not is_view or not node.args:
-                return node
-            node = node.args[0]
-        return None
+    def _cuts(self, split: Split) -> tuple[dict[str, int | None] | None, str]:
+        """On which dimension each input of the branch is cut by rows; or why that is not known."""
+        inputs = self.outside_inputs(split)
+        if inputs == [split.skip]:
+            return None, ""
+        sources = {
+            self.nodes[i].name
+            for node in inputs
+            for i in range(len(self.nodes))
+            if self.ancestors[node] >> i & 1 and self.nodes[i].op == "placeholder"
+        }
+        shapes = self.shapes()
+        if shapes is None:
+            memo: dict[fx.Node, bool] = {}
+            for cuts in self.known_cuts:
+                if set(cuts) == {node.name for node in inputs}:
+                    return cuts, ""
+            if len(sources) <= 1:
+                vary = {node.name: _depends_on_input(node, memo) for node in inputs}
+                return {n: self.batch_dim if v else None for n, v in vary.items()}, ""
+            return None, (
+                f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
+                "carry the batch is not known: example_inputs may tell, where the model takes "
+                "them with a batch of any size"
+            )
+        few, many = (s[split.skip] for s in shapes)
+        varying = [i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b]
+        if len(few) != len(many) or varying != [self.batch_dim]:
+            return None, f"dimension {self.batch_dim} of its skip is not the batch"
+        batches = few[self.batch_dim], many[self.batch_dim]
+        measured: dict[str, int | None] = {}
+        for node in inputs:
+            if node not in shapes[0] and node not in shapes[1]:
+                measured[node.name] = None  # no tensor
+                continue
+            one, two = (s.get(node, ()) for s in shapes)
+            differ = [i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
+            if len(one) != len(two) or len(differ) > 1:
+                return None, f"how its input {node.name} carries the batch is not clear"
+            if differ and (one[differ[0]], two[differ[0]]) != batches:
+                return None, f"its input {node.name} holds several rows for each of the batch"
+            measured[node.name] = differ[0] if differ else None
+        return measured, ""
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
         return outside_inputs(split, self.nodes)
+
+
+def _is_container(node: fx.Node) -> bool:
+    """Whether ``node`` is an argument that only hands out its items: a list of feature maps."""
+    return (
+        node.op == "placeholder"
+        and len(node.users) > 0
+        and all(
+            user.target in (operator.getitem, operator.setitem)
+            and isinstance(user.args[1], int | str)
+            for user in node.users
+        )
+    )
 
 
 def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -552,52 +739,106 @@ def _called(split: Split) -> list[str]:
     return sorted(dict.fromkeys(calls))
 
 
-def survey(model: nn.Module, calls: Calls | None = None) -> Survey:
+def survey(model: nn.Module, example: Example | None = None, batch_dim: int = 0) -> Survey:
     """Read every block of ``model`` and list its residuals, in the order of the model's depth.
 
     Args:
         model: The model; it is left as it is.
-        calls: The arguments by name of a real call of each block, from ``example_inputs``.
+        example: What each block is really called with.
+        batch_dim: Which dimension of the residual tensors is the batch.
     """
-    linearity = _Linearity()
+    children = _Children()
     unreadable: dict[str, str] = {}
-    found: list[Residual] = []
-    seen = additions = 0
+    finders: dict[str, _Finder] = {}
     for name, module in _candidates(model):
         try:
-            block = trace_block(module, constants=(calls or {}).get(name))
+            if example is not None and name in example.calls:
+                block = trace_block(module, arguments=example.calls[name])
+                shapes = cache(partial(example.shapes, name, block))
+                finders[name] = _Finder(block, children, shapes, batch_dim)
+            else:
+                finders[name] = _Finder(children.read(module), children, batch_dim=batch_dim)
         except UntraceableError as error:
             unreadable[name] = str(error)
-            continue
-        seen += 1
-        finder = _Finder(block, linearity)
-        additions += sum(_terms(node) is not None for node in finder.nodes)
-        found += _residuals_of(name, finder)
+    uses = _uses(model, finders.values())
+    taken = _choose(finders, uses)
+    found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
     _settle_masks(model, found)
-    _mark_lone(found)
     _mark_inner(found)
-    return Survey(found, unreadable, seen, additions)
+    additions = sum(_terms(node) is not None for f in finders.values() for node in f.nodes)
+    return Survey(found, unreadable, len(finders), additions)
 
 
-def _residuals_of(name: str, finder: _Finder) -> list[Residual]:
+def _uses(model: nn.Module, finders: Iterable[_Finder]) -> Counter[nn.Module]:
+    """How often each module is called, as far as its parents tell: layers may be shared."""
+    uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for finder in finders:
+        calls = Counter(
+            finder.owner.get_submodule(str(node.target))
+            for node in finder.nodes
+            if node.op == "call_module"
+        )
+        for module, times in calls.items():
+            uses[module] = max(uses[module], times)
+    return uses
+
+
+def _choose(finders: dict[str, _Finder], uses: Counter[nn.Module]) -> dict[Entry, str]:
+    """For each residual addition why it is not taken by default, or an empty text.
+
+    A residual stack repeats, as modules of one class, or one after the other in one forward. A
+    lone addition is something else. Where additions of one forward are nested, the outermost that
+    repeat are taken.
+    """
+    why_not = {entry: entry.why_not for finder in finders.values() for entry in finder.entries}
+    family: dict[Entry, tuple[object, ...]] = {}
+    for name, finder in finders.items():
+        for entry in finder.entries:
+            module, element = _module_of(finder, entry)
+            family[entry] = (name, type(module)) if element else (type(module),)
+    while True:
+        outermost = {
+            entry: finder
+            for finder in finders.values()
+            for entry in finder.entries
+            if not why_not[entry]
+            and not any(
+                entry.split.add in other.split.inside
+                for other in finder.entries
+                if not why_not[other]
+            )
+        }
+        sizes: Counter[tuple[object, ...]] = Counter()
+        for entry, finder in outermost.items():
+            sizes[family[entry]] += uses[finder.owner]
+        lone = [entry for entry in outermost if sizes[family[entry]] < 2]
+        for entry in lone:
+            module, _ = _module_of(outermost[entry], entry)
+            why_not[entry] = f"no other {type(module).__name__} has a residual"
+        if not lone:
+            break
+    return {
+        entry: why or ("" if entry in outermost else "inside another residual of its block")
+        for entry, why in why_not.items()
+    }
+
+
+def _module_of(finder: _Finder, entry: Entry) -> tuple[nn.Module, str | None]:
+    """The module that an addition belongs to: the element of a loop, or the block itself."""
+    element = finder.elements[entry]
+    return (finder.owner.get_submodule(element) if element else finder.owner), element
+
+
+def _residuals_of(name: str, finder: _Finder, why_not: dict[Entry, str]) -> list[Residual]:
     """The blocks of one forward: itself, or the elements of the ModuleList that it loops over."""
     owner = finder.owner
-    entries = finder.entries()
-    elements = {entry: _element(_called(entry.split), owner) for entry in entries}
-    in_container = Counter(
-        element.rpartition(".")[0] for element in set(elements.values()) if element
-    )
     blocks: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        # Where additions are nested in one forward, the outermost counts.
-        nested = any(entry.split.add in other.split.inside for other in entries)
-        why_not = entry.why_not or ("inside another residual of its block" if nested else "")
-        element = elements[entry]
-        loops = element is not None and in_container[element.rpartition(".")[0]] > 1
-        key = _join(name, element) if element is not None and loops else name
-        blocks.setdefault((key, why_not), []).append(entry)
+    for entry in finder.entries:
+        element = finder.elements[entry]
+        key = _join(name, element) if element is not None else name
+        blocks.setdefault((key, why_not[entry]), []).append(entry)
     result = []
-    for (key, why_not), members in blocks.items():
+    for (key, why), members in blocks.items():
         module = owner.get_submodule(key[len(name) :].lstrip(".")) if key != name else owner
         label = key or type(module).__name__
         names = _branch_names(label, [entry.split for entry in members], owner)
@@ -615,9 +856,7 @@ def _residuals_of(name: str, finder: _Finder) -> list[Residual]:
             for entry, branch_name in zip(members, names, strict=True)
         ]
         result.append(
-            Residual(
-                label, module, branches, not why_not, why_not, _traced=finder.block, _owner=name
-            )
+            Residual(label, module, branches, not why, why, _traced=finder.block, _owner=name)
         )
     return result
 
@@ -664,23 +903,6 @@ def _settle_masks(model: nn.Module, residuals: list[Residual]) -> None:
             branch.p = rates[0] if len(rates) == 1 else 1.0 - kept
 
 
-def _mark_lone(residuals: list[Residual]) -> None:
-    """A residual stack repeats; a lone addition is something else, unless ``select`` says so."""
-
-    def family(residual: Residual) -> tuple[object, ...]:
-        traced = residual._traced
-        assert traced is not None
-        if residual.module is traced.module:
-            return (type(residual.module),)
-        return residual._owner, type(residual.module)  # the elements of one loop
-
-    sizes = Counter(family(r) for r in residuals if r.default)
-    for residual in residuals:
-        if residual.default and sizes[family(residual)] < 2:
-            residual.default = False
-            residual.why_not = f"no other {type(residual.module).__name__} has a residual"
-
-
 def _mark_inner(residuals: list[Residual]) -> None:
     """Of nested residuals the outermost is taken."""
     outer = {c for r in residuals if r.default for b in r.branches for c in b.children}
@@ -710,5 +932,5 @@ def find_residuals(
     Returns:
         One entry a block; ``len(r.branches)`` of them may be more (attention and MLP).
     """
-    calls = None if example_inputs is None else record_calls(model, example_inputs)
-    return [r for r in survey(model, calls).residuals if (select(r) if select else r.default)]
+    example = None if example_inputs is None else Example(model, example_inputs)
+    return [r for r in survey(model, example).residuals if (select(r) if select else r.default)]

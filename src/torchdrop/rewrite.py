@@ -9,18 +9,20 @@ source text with the names it uses, so that what is attached to a model can be p
 from __future__ import annotations
 
 import importlib
+import inspect
 import linecache
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from torchdrop.residual import Split, outside_inputs
-from torchdrop.tracing import BlockGraph, is_shape_node
+from torchdrop.tracing import BlockGraph, is_shape_node, same, unfold
 
-__all__ = ["Source", "rewrite"]
+__all__ = ["MismatchError", "Program", "Source", "rewrite"]
 
 
 class Source:
@@ -54,22 +56,91 @@ class Source:
         self.__init__(state["label"], state["text"], {**names, **state["values"]})  # type: ignore[misc]
 
 
+@dataclass(eq=False)
+class Program:
+    """A deferred forward, the functions of its branches, and the calls that it stands for.
+
+    Attributes:
+        forward: ``forward(self, site, *tensors)``.
+        branches: By number, ``forward(self, site, *inputs)`` of each branch that can be skipped.
+        cuts: For each of them, the dimension on which each input is cut by rows (None: it is
+            not); None where that was not measured.
+        tensors: The arguments that vary, as :func:`torchdrop.tracing.unfold` names them.
+        constants: The other arguments, which the forward holds fixed.
+        attributes: The attributes of the block that it holds fixed.
+    """
+
+    forward: Source
+    branches: dict[int, Source]
+    cuts: dict[int, list[int | None] | None]
+    tensors: list[str]
+    constants: dict[str, Any]
+    attributes: dict[str, Any]
+
+    def accepts_plainly(self, args: tuple[Any, ...]) -> bool:
+        """Whether ``args`` are simply the tensors, none left out that the block could take."""
+        return len(args) == len(self.tensors) and all(isinstance(a, Tensor) for a in args)
+
+    def bind(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """The tensors of a call in the order of the forward.
+
+        Raises:
+            MismatchError: What the forward holds fixed is different in this call.
+        """
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        _, tensors, constants = unfold(bound.arguments)
+        for path, value in self.constants.items():
+            if path not in constants or not same(value, constants[path]):
+                given = constants.get(path, tensors.get(path))
+                raise MismatchError(f"{path}={value!r}", f"{path} ({type(given).__name__})")
+        if list(tensors) != self.tensors or len(constants) != len(self.constants):
+            raise MismatchError(f"({', '.join(self.tensors)})", f"tensors ({', '.join(tensors)})")
+        return list(tensors.values())
+
+    def check_attributes(self, module: nn.Module) -> None:
+        """Raise :class:`MismatchError` where an attribute of the block is no longer what it was."""
+        for name, value in self.attributes.items():
+            now = getattr(module, name, None)
+            if not same(value, now):
+                raise MismatchError(f"self.{name} = {value!r}", f"self.{name} = {now!r}")
+
+
+class MismatchError(Exception):
+    """A call is not one of those that a program stands for.
+
+    Attributes:
+        known: What the program holds fixed.
+        given: What was found instead.
+    """
+
+    def __init__(self, known: str, given: str) -> None:
+        super().__init__(known, given)
+        self.known = known
+        self.given = given
+
+
 def _source(label: str, graph: fx.Graph) -> Source:
     code = graph.python_code("self")
     return Source(label, code.src, code.globals)
 
 
 class _Rewriter:
-    def __init__(self, block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str) -> None:
+    def __init__(
+        self, block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str, first: int
+    ) -> None:
         self.nodes = list(block.graph.nodes)
-        self.splits = splits
+        self.splits = dict(enumerate(splits, first))
         self.label = label
         self.branches: dict[int, Source] = {}
+        self.cuts: dict[int, list[int | None] | None] = {}
 
     def emit(self, graph: fx.Graph, region: list[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
         """Copy ``region`` into ``graph``, its residual additions replaced by calls of the site."""
         here = set(region)
-        joins = {s.add: k for k, (s, _) in enumerate(self.splits) if s.add in here}
+        joins = {s.add: k for k, (s, _) in self.splits.items() if s.add in here}
         deferred: set[fx.Node] = set()
         for k in joins.values():
             split, action = self.splits[k]
@@ -98,6 +169,8 @@ class _Rewriter:
             if action == "skip":
                 inputs = outside_inputs(split, self.nodes)
                 self.branches[k] = self.branch(k, split, inputs)
+                cuts = split.cuts
+                self.cuts[k] = None if cuts is None else [cuts[node.name] for node in inputs]
                 arguments: tuple[Any, ...] = (site, k, skip, *map(ref, inputs))
                 env[node] = graph.call_method("join", arguments)
             else:
@@ -123,18 +196,22 @@ _SITE = fx.Graph().placeholder("site")  # stands for the site in every environme
 
 
 def rewrite(
-    block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str
-) -> tuple[Source, dict[int, Source]]:
+    block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str, first: int = 0
+) -> Program:
     """The deferred forward of a block, and a function for each branch that can be skipped.
 
     Args:
         block: The block's graph.
         splits: Its residual additions, each with its action, ``"skip"`` or ``"mask"``.
         label: The name of the block, for tracebacks.
-
-    Returns:
-        ``forward(self, site, *tensors)``, and ``{k: forward(self, site, *inputs)}``.
+        first: The number of the first branch; the others count on from there.
     """
-    rewriter = _Rewriter(block, splits, label)
-    main = rewriter.main()
-    return main, rewriter.branches
+    rewriter = _Rewriter(block, splits, label, first)
+    return Program(
+        rewriter.main(),
+        rewriter.branches,
+        rewriter.cuts,
+        block.tensors,
+        block.constants,
+        block.attributes,
+    )

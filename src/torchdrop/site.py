@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdrop.rewrite import Source
+from torchdrop.residual import read_splits
+from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows import add_rows, add_whole, take, touch
 from torchdrop.sampling import SharedDecisions, keep_rows
+from torchdrop.tracing import UntraceableError, trace_block
 
 __all__ = [
+    "BY_ORDER",
     "BranchState",
     "Bypass",
     "Settings",
@@ -32,6 +35,12 @@ __all__ = [
 # With one kept row, BatchNorm needs more than one value a channel from that row alone. A branch
 # may stride, so below this many positions a second row is computed along, and not used.
 _POSITIONS_FOR_ONE_ROW = 64
+
+# How many different settings of its block (attributes, constant arguments) a site reads.
+_READINGS = 16
+
+# The reason of a branch that is masked because that was asked for.
+BY_ORDER = "compute='mask'"
 
 
 @dataclass
@@ -72,6 +81,7 @@ class BranchState:
     has_batch_norm: bool
     inner: tuple[str, ...]
     own: tuple[str, ...]
+    cuts: dict[str, int | None] | None = None
     p: float = 0.0
     share: float | None = None
     rows_seen: int = 0
@@ -97,24 +107,22 @@ class Site:
         module: nn.Module,
         settings: Settings,
         branches: list[BranchState],
-        train: Source,
-        train_branches: dict[int, Source],
-        evaluate: Source | None,
-        eval_branches: dict[int, Source],
-        tensors: list[str],
-        constants: dict[str, Any],
+        train: Program,
+        evaluate: Program | None,
+        places: Sequence[int],
     ) -> None:
         self.module = module
         self.settings = settings
         self.branches = branches
-        self.train = train
-        self.train_branches = train_branches
-        self.evaluate = evaluate
-        self.eval_branches = eval_branches
-        self.tensors = tensors
-        self.constants = constants
+        # The block as it was read first, and with other attributes or constants than then. Branch
+        # number k of all of them together is branch k modulo the number of branches.
+        self.train = [train]
+        self.evaluate = [] if evaluate is None else [evaluate]
+        # Which of the additions of the forward the branches are.
+        self.places = list(places)
         self.active = False
-        self._leading = list(self.__signature__.parameters)[: len(tensors)] == tensors
+        leading = list(self.__signature__.parameters)[: len(train.tensors)] == train.tensors
+        self._plain = train.tensors if leading else None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -130,42 +138,88 @@ class Site:
         module = self.module
         if self.active:
             if module.training or self.settings.meter is not None:
-                return self.train.function(module, self, *self._bind(args, kwargs))
-            if self.evaluate is not None:
-                return self.evaluate.function(module, self, *self._bind(args, kwargs))
+                return self._run(self.train, True, args, kwargs)
+            if self.evaluate:
+                return self._run(self.evaluate, False, args, kwargs)
         return type(module).forward(module, *args, **kwargs)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-        """The tensors of a call, in the order of the generated forward."""
-        if self._leading and not kwargs and len(args) == len(self.tensors):
-            return args
+    def _run(
+        self, programs: list[Program], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the program that stands for this call; read the block again where none does."""
+        mismatch: MismatchError | None = None
+        for program in programs:
+            try:
+                program.check_attributes(self.module)
+                tensors: Sequence[Any] = args
+                plain = self._plain == program.tensors and not kwargs
+                if not plain or not program.accepts_plainly(args):
+                    tensors = program.bind(self.__signature__, args, kwargs)
+                break
+            except MismatchError as found:
+                mismatch = mismatch or found
+        else:
+            assert mismatch is not None
+            program = self._read_again(programs, training, args, kwargs, mismatch)
+            tensors = program.bind(self.__signature__, args, kwargs)
+        return program.forward.function(self.module, self, *tensors)
+
+    def _read_again(
+        self,
+        programs: list[Program],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mismatch: MismatchError,
+    ) -> Program:
+        """Read the block once more, in the call that happens now."""
+        name = self.branches[0].block
+        what = f"{name} was read with {mismatch.known}, but is called with {mismatch.given}"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{what}; run the model once like this before it is compiled")
+        if len(programs) >= _READINGS:
+            raise RuntimeError(
+                f"{what}, and it was called in {_READINGS} different ways before; leave the block "
+                f"out with select=, or pass what changes as a tensor"
+            )
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        for name, value in self.constants.items():
-            given = bound.arguments[name]
-            if given is not value and not (
-                type(given) is type(value) and not isinstance(given, Tensor) and given == value
-            ):
-                raise RuntimeError(
-                    f"{self.branches[0].block} was read with {name}={value!r}, but is called "
-                    f"with another {name} ({type(given).__name__}); give add_stochastic_depth an "
-                    f"example_inputs with which it is called that way"
-                )
-        return [bound.arguments[name] for name in self.tensors]
+        try:
+            block = trace_block(self.module, training=training, arguments=bound.arguments)
+        except UntraceableError as error:
+            raise RuntimeError(f"{what}, and so it cannot be read: {error}") from None
+        known = [branch.cuts for branch in self.branches if branch.cuts is not None]
+        entries = read_splits(block, known)
+        if len(entries) <= max(self.places):
+            raise RuntimeError(f"{what}, and so it does not add the same branches")
+        splits = [
+            (entries[place].split, "mask" if branch.reason == BY_ORDER else entries[place].action)
+            for place, branch in zip(self.places, self.branches, strict=True)
+        ]
+        program = rewrite(block, splits, name, len(programs) * len(self.branches))
+        programs.append(program)
+        return program
+
+    def _branch(self, k: int) -> BranchState:
+        return self.branches[k % len(self.branches)]
+
+    def _compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
+        program = programs[k // len(self.branches)]
+        return program.branches[k].function(self.module, self, *inputs)
 
     def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
         """``skip`` plus branch ``k`` of ``inputs``, on the rows that are kept."""
-        branch, settings, module = self.branches[k], self.settings, self.module
+        branch, settings, module = self._branch(k), self.settings, self.module
         if settings.meter is not None:
             before = settings.meter()
-            out = self.train_branches[k].function(module, self, *inputs)
+            out = self._compute(self.train, k, inputs)
             branch.share = (branch.share or 0.0) + settings.meter() - before
             return add_whole(skip, out, branch.gain)
         if not module.training:
             gain = branch.gain * (1.0 - branch.p)
             if gain == 0.0:
                 return skip if branch.writes_skip else skip.clone()
-            out = self.eval_branches[k].function(module, self, *inputs)
+            out = self._compute(self.evaluate, k, inputs)
             return add_whole(skip, out, gain, inplace=branch.writes_skip)
         dim = settings.batch_dim
         batch = skip.shape[dim]
@@ -173,17 +227,24 @@ class Site:
         gain = branch.gain
         if settings.scale == "train" and branch.p < 1.0:
             gain = gain / (1.0 - branch.p)
-        run = self.train_branches[k].function
         if rows is True:
-            out = run(module, self, *inputs)
+            out = self._compute(self.train, k, inputs)
             total = add_whole(skip, out, gain, inplace=branch.writes_skip)
         elif rows is False:
             return self._dropped(branch, skip, inputs)
         else:
             computed = self._rows_to_compute(branch, rows, skip, dim)
             on_device = computed.to(skip.device, non_blocking=True)
-            cut = [self._cut(branch, t, on_device, dim, batch) for t in inputs]
-            out = run(module, self, *cut)
+            cuts = self.train[k // len(self.branches)].cuts[k]
+            if cuts is None:
+                cut = [self._cut(branch, t, on_device, dim, batch) for t in inputs]
+            else:
+                cut = [
+                    # a single slice is broadcast to whatever rows there are
+                    t if d is None or t.shape[d] == 1 else self._cut(branch, t, on_device, d, batch)
+                    for t, d in zip(inputs, cuts, strict=True)
+                ]
+            out = self._compute(self.train, k, cut)
             if computed is not rows:
                 place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
                 out = take(out, place, dim)
@@ -194,7 +255,7 @@ class Site:
 
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
-        branch, settings = self.branches[k], self.settings
+        branch, settings = self._branch(k), self.settings
         if settings.meter is not None:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:

@@ -5,28 +5,38 @@ torch.fx is used to read. The graph is never handed to the user and never run as
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import operator
+import random
+import re
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "A_TENSOR",
     "BlockGraph",
     "Calls",
+    "Example",
+    "Shapes",
     "UntraceableError",
     "is_shape_node",
     "record_calls",
     "run_once",
+    "same",
     "trace_block",
-    "writes_in_place",
+    "unfold",
 ]
 
 # The arguments by name of one real call of each block, by the block's path.
@@ -50,14 +60,63 @@ class BlockGraph:
     Attributes:
         module: The block.
         graph: Its forward. Children are leaves; nodes that nobody uses are gone.
-        tensors: The names of the parameters that became placeholders, in order.
-        constants: The other parameters of the forward, with the values that the graph holds fixed.
+        arguments: The arguments by name that it was read with, tensors as ``A_TENSOR``.
+        tensors: The arguments that became placeholders, in order: their names, and for a tensor
+            in a tuple, list or dict the name with a path ("states.0").
+        constants: The other arguments, which the graph holds fixed; of a container its size.
+        attributes: The plain attributes of the block that its forward read, also fixed.
     """
 
     module: nn.Module
     graph: fx.Graph
+    arguments: dict[str, Any]
     tensors: list[str]
-    constants: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any]
+    attributes: dict[str, Any]
+
+
+def unfold(
+    arguments: Mapping[str, Any], tensor: Callable[[str, Any], Any] = lambda path, value: value
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Sort the arguments of a call into tensors and constants, also inside containers.
+
+    Args:
+        arguments: The arguments by name.
+        tensor: What to put in place of each tensor, from its path and itself.
+
+    Returns:
+        The arguments with their tensors replaced; what replaced the tensors, by path; the
+        constants, by path.
+    """
+    tensors: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+
+    def go(path: str, value: Any) -> Any:
+        if value is A_TENSOR or isinstance(value, Tensor):
+            tensors[path] = tensor(path, value)
+            return tensors[path]
+        if type(value) in (tuple, list):
+            constants[path] = (type(value).__name__, len(value))
+            return type(value)([go(f"{path}.{i}", item) for i, item in enumerate(value)])
+        if type(value) is dict:
+            constants[path] = ("dict", tuple(value))
+            return {key: go(f"{path}.{key}", item) for key, item in value.items()}
+        constants[path] = value
+        return value
+
+    return {name: go(name, value) for name, value in arguments.items()}, tensors, constants
+
+
+def same(known: Any, given: Any) -> bool:
+    """Whether ``given`` is as good as ``known`` where a graph holds ``known`` fixed."""
+    if known is given:
+        return True
+    if type(known) is not type(given) or isinstance(known, Tensor):
+        return False
+    try:
+        return bool(known == given)
+    except Exception:  # an array, whose comparison is one, say
+        return False
 
 
 class _Proxy(fx.Proxy):
@@ -80,16 +139,88 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _record_in_place(getattr(operator, f"i{_name}"), getattr(operator, _name))
 
 
+_FACTORIES = tuple(
+    getattr(torch, name)
+    for name in (
+        "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones",
+        "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros",
+    )
+)  # fmt: skip
+
+
+class _RecordFactories(TorchFunctionMode):
+    """Records tensors that a forward makes from nothing; else they would stay those of the trace.
+
+    Above all random numbers: they have to be drawn anew in every call.
+    """
+
+    def __init__(self, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a forward may change around a part of itself, and a graph does not show."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )
+
+
+_OF_EVERY_MODULE = set(nn.Module().__dict__)
+
+
+def _stand_in(module: nn.Module, training: bool, attributes: dict[str, Any]) -> nn.Module:
+    """A double of ``module`` for its forward to run on, with the same children and parameters.
+
+    It notes the plain attributes that are read, and refuses those that are set: the generated
+    forward would not set them.
+    """
+    kind = type(module)
+
+    def read(self: nn.Module, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if name not in _OF_EVERY_MODULE and name in object.__getattribute__(self, "__dict__"):
+            # a list may be changed in place
+            attributes[name] = copy.copy(value) if type(value) in (list, dict, set) else value
+        return value
+
+    def refuse(self: nn.Module, name: str, value: Any) -> None:
+        raise UntraceableError(f"it sets self.{name}")
+
+    space = {"__getattribute__": read, "__setattr__": refuse, "__module__": kind.__module__}
+    metaclass: Any = type(kind)
+    double: nn.Module = object.__new__(metaclass(kind.__name__, (kind,), space))
+    state = {**module.__dict__, "training": training}
+    for name in ("_parameters", "_buffers", "_modules"):
+        state[name] = dict(state[name])
+    object.__setattr__(double, "__dict__", state)
+    return double
+
+
 class _Reader(fx.Tracer):
     """Traces one module's own forward, every child module being a leaf."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, constants: Mapping[str, Any] | None) -> None:
-        super().__init__()
-        self._given = constants
+    def __init__(self, arguments: Mapping[str, Any] | None, training: bool) -> None:
+        super().__init__(autowrap_modules=(math,), autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)
+        self._given = arguments
+        self._training = training
+        self._thread = threading.get_ident()
+        self._around = _surroundings()
+        self.arguments: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -97,29 +228,59 @@ class _Reader(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # fx's patches are on nn.Module itself: other threads that run a model come by as well.
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self._around:
+            raise UntraceableError(
+                "it runs under torch.no_grad, autocast or the like of its own, on the method or "
+                "inside"
+            )
+        return super().create_node(*args, **kwargs)
+
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        positional: list[Any] = [self.root]
-        named: dict[str, Any] = {}
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         for parameter in parameters:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
             name = parameter.name
             if self._given is not None and name in self._given:
                 value = self._given[name]
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                value = ()
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                value = {}
             elif parameter.default is not parameter.empty:
                 value = parameter.default
             else:
                 value = None if self._given is not None else A_TENSOR
-            if value is A_TENSOR or isinstance(value, Tensor):
-                value = self.create_proxy("placeholder", name, (), {})
-                self.tensors.append(name)
-            else:
-                self.constants[name] = value
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                named[name] = value
+            self.arguments[name] = value
+        self.arguments = unfold(self.arguments, lambda path, value: A_TENSOR)[0]
+
+        def placeholder(path: str, value: Any) -> fx.Proxy:
+            return self.create_proxy("placeholder", re.sub(r"\W", "_", path), (), {})
+
+        values, tensors, self.constants = unfold(self.arguments, placeholder)
+        self.tensors = list(tensors)
+        positional: list[Any] = [_stand_in(self.root, self._training, self.attributes)]
+        named: dict[str, Any] = {}
+        for parameter in parameters:
+            value = values[parameter.name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                positional.extend(value)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                named.update(value)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                named[parameter.name] = value
             else:
                 positional.append(value)
         return (lambda *args: root_fn(*args, **named)), positional
@@ -128,42 +289,51 @@ class _Reader(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is b for b in self.root.buffers())
             if not known:
-                # fx would store it on the user's module. It is also wrong: a tensor made during
-                # the trace (random numbers, say) would stay what it was in that one call.
+                # fx would store it on the user's module, and it would stay what it is now
                 raise UntraceableError("it makes a tensor that does not come from its inputs")
         return super().create_arg(a)
 
 
 @contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    # On the block alone: its own forward is all that is run.
-    before = module.training
-    module.training = training
+def _nothing_drawn() -> Iterator[None]:
+    """Refuse random numbers that decide in Python: the graph would hold one decision for ever."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), torch.get_rng_state()
+    arrays = numpy.random.get_state() if numpy is not None else None
     try:
         yield
     finally:
-        module.training = before
+        drawn = random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1])
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
+        if numpy is not None and arrays is not None:
+            after = numpy.random.get_state()
+            drawn = drawn or after[2] != arrays[2] or bool((after[1] != arrays[1]).any())
+            numpy.random.set_state(arrays)
+    if drawn:
+        raise UntraceableError("it draws random numbers in Python")
 
 
 def trace_block(
-    module: nn.Module, *, training: bool = True, constants: Mapping[str, Any] | None = None
+    module: nn.Module, *, training: bool = True, arguments: Mapping[str, Any] | None = None
 ) -> BlockGraph:
     """Read ``module``'s own forward.
 
     Args:
         module: The block. It is left as it is.
         training: Whether the forward is read in training mode or in evaluation.
-        constants: The arguments by name of a call that really happened: its tensors become
+        arguments: The arguments by name of a call that really happened: its tensors become
             placeholders, everything else stays what it was. None: parameters without a default
             are tensors, those with one keep it.
 
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
-    reader = _Reader(constants)
-    with _LOCK, _mode(module, training):
+    reader = _Reader(arguments, training)
+    with _LOCK:
         try:
-            graph = reader.trace(module)
+            with _nothing_drawn(), _RecordFactories(reader):
+                graph = reader.trace(module)
         except UntraceableError as error:
             raise UntraceableError(f"{_where(module, error)}: {error}") from None
         except Exception as error:
@@ -172,7 +342,12 @@ def trace_block(
             what = f"{type(error).__name__}: {first}"
             raise UntraceableError(f"{_where(module, error)}: {what}") from None
     _drop_unused(graph)
-    return BlockGraph(module, graph, reader.tensors, reader.constants)
+    attributes = {
+        name: value
+        for name, value in reader.attributes.items()
+        if not isinstance(value, Tensor | nn.Module)
+    }
+    return BlockGraph(module, graph, reader.arguments, reader.tensors, reader.constants, attributes)
 
 
 def _where(module: nn.Module, error: BaseException) -> str:
@@ -219,39 +394,11 @@ def _drop_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-_IN_PLACE_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.ipow, operator.imod, operator.iand, operator.ior, operator.ixor, operator.setitem,
-}  # fmt: skip
-
-
-def _module_writes(module: nn.Module) -> bool:
-    """Whether calling ``module`` writes into its input, as far as its structure tells."""
-    if isinstance(module, nn.Sequential):
-        return len(module) > 0 and _module_writes(module[0])
-    return bool(getattr(module, "inplace", False)) and not any(True for _ in module.children())
-
-
-def writes_in_place(node: fx.Node, module: nn.Module) -> bool:
-    """Whether ``node`` writes into its first argument; ``module`` is the block it belongs to."""
-    if node.op == "call_module":
-        return _module_writes(module.get_submodule(str(node.target)))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return (
-            node.target in _IN_PLACE_OPERATORS
-            or node.kwargs.get("inplace") is True
-            or (name.endswith("_") and not name.endswith("__"))
-        )
-    return False
-
-
-def run_once(model: nn.Module, example_inputs: Any) -> None:
-    """One forward pass that leaves no trace: no gradients, no statistics, no random numbers."""
-    before = [(m, m.training) for m in model.modules()]
+@contextmanager
+def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; modes, buffers and random numbers are as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
@@ -259,15 +406,25 @@ def run_once(model: nn.Module, example_inputs: Any) -> None:
             torch.no_grad(),
             torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)),
         ):
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, tuple | list):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+            yield
     finally:
-        for module, training in before:
+        for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def run_once(model: nn.Module, example_inputs: Any) -> None:
+    """One forward pass that leaves no trace: no gradients, no statistics, no random numbers."""
+    with _leaving_no_trace(model):
+        if isinstance(example_inputs, Mapping):
+            model(**example_inputs)
+        elif isinstance(example_inputs, tuple | list):
+            model(*example_inputs)
+        else:
+            model(example_inputs)
 
 
 def record_calls(model: nn.Module, example_inputs: Any) -> Calls:
@@ -293,3 +450,73 @@ def record_calls(model: nn.Module, example_inputs: Any) -> Calls:
         for hook in handles:
             hook.remove()
     return calls
+
+
+class Example:
+    """What the blocks of a model are called with, for an example input and for a larger batch.
+
+    Two batch sizes tell which tensors carry the batch, and on which dimension. A single one does
+    not: a sequence may be as long as the batch is large.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int = 0) -> None:
+        self.batch_dim = batch_dim
+        self.calls = record_calls(model, example_inputs)
+        self._model = model
+        self._inputs = example_inputs
+
+    @cached_property
+    def larger(self) -> Calls:
+        """The calls with a batch twice as large; empty where the model does not take one."""
+        sizes: list[int] = []
+        dim = self.batch_dim
+
+        def twice(path: str, value: Tensor) -> Tensor:
+            if value.dim() <= dim:
+                return value
+            sizes.append(value.shape[dim])
+            return torch.cat([value, value], dim) if sizes[-1] == sizes[0] else value
+
+        given = self._inputs
+        inputs = unfold({"": list(given) if isinstance(given, tuple | list) else given}, twice)
+        try:
+            return record_calls(self._model, inputs[0][""])
+        except Exception:  # the user's model, with an input it was not made for
+            return {}
+
+    def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
+        """The shape of every tensor in the graph of the block ``name``, for both batch sizes."""
+        if name not in self.calls or name not in self.larger:
+            return None
+        both = []
+        for calls in (self.calls, self.larger):
+            tensors, constants = unfold(calls[name])[1:]
+            known = block.constants
+            if list(tensors) != block.tensors or any(
+                path not in constants or not same(value, constants[path])
+                for path, value in known.items()
+            ):
+                return None
+            recorder = _ShapeRecorder(block)
+            try:
+                with _leaving_no_trace(block.module):
+                    recorder.run(*tensors.values())
+            except Exception:  # a hook of the user's, say, on which the first forward depends
+                return None
+            both.append(recorder.shapes)
+        return both[0], both[1]
+
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, block: BlockGraph) -> None:
+        super().__init__(block.module, graph=block.graph)
+        self.shapes: Shapes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
