@@ -372,6 +372,15 @@ def test_none_is_always_run_and_said(tmp_path):
     assert said[0].startswith("none is run too")
 
 
+@pytest.mark.parametrize(
+    ("asked", "threads"),
+    [({}, 1), ({"model": "resnet-56"}, None), ({"data": "mnist5k"}, None), ({"threads": 3}, 3)],
+)
+def test_the_embedded_run_takes_one_thread(tmp_path, asked, threads):
+    settings = Settings(out=tmp_path, **asked)
+    assert compare._config(settings, compare._resolved(settings))["threads"] == threads
+
+
 def test_the_paper_s_preset_is_the_paper_s_recipe(tmp_path):
     settings = Settings(out=tmp_path, preset="paper-cifar10")
     plan = compare._resolved(settings)

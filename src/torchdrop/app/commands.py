@@ -117,7 +117,7 @@ def compare(
         int | None,
         typer.Option(
             help="CPU threads. 1 is safest for small networks on a busy machine.",
-            show_default="all cores",
+            show_default="1 for the default network on digits, else all cores",
         ),
     ] = None,
     devices: Annotated[int, typer.Option(help="Devices to train on, by DDP.")] = 1,

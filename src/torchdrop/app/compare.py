@@ -82,6 +82,7 @@ class _Plan:
     data: str
     train_size: int | None
     val_size: int
+    threads: int | None
     recipe: Recipe
 
 
@@ -117,8 +118,18 @@ def _resolved(settings: Settings) -> _Plan:
         data=data,
         train_size=train_size,
         val_size=val_size,
+        threads=settings.threads or _default_threads(settings, data),
         recipe=_recipe(settings, chosen.recipe if chosen else default_recipe(), val_size),
     )
+
+
+def _default_threads(settings: Settings, data: str) -> int | None:
+    """One thread for the embedded run, else None: as many as torch takes.
+
+    Its steps are so small that a second thread gains a quarter at best, and where another program
+    has the other core the threads wait for each other: 16 times slower, measured.
+    """
+    return 1 if settings.model is None and data == DEFAULT_DATA else None
 
 
 def _check_numbers(settings: Settings) -> None:
@@ -170,7 +181,7 @@ def _config(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "seeds": settings.seeds,
         "recipe": asdict(plan.recipe),
         "cost_steps": settings.cost_steps,
-        "threads": settings.threads,
+        "threads": plan.threads,
         "devices": settings.devices,
         "accelerator": settings.accelerator,
         "precision": settings.precision,
@@ -190,7 +201,7 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
     """
     plan = _resolved(settings)
     check_devices(settings.devices, settings.accelerator, settings.precision)
-    with _threads(settings.threads), locked(settings.out):
+    with _threads(plan.threads), locked(settings.out):
         results = Results(settings.out, _config(settings, plan), settings.resume)
         _Comparison(settings, plan, results, say).run()
         return results.content
