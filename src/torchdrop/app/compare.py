@@ -129,7 +129,8 @@ def _default_threads(settings: Settings, data: str) -> int | None:
     Its steps are so small that a second thread gains a quarter at best, and where another program
     has the other core the threads wait for each other: 16 times slower, measured.
     """
-    return 1 if settings.model is None and data == DEFAULT_DATA else None
+    embedded = settings.model is None and settings.preset is None and data == DEFAULT_DATA
+    return 1 if embedded else None
 
 
 def _check_numbers(settings: Settings) -> None:
