@@ -7,7 +7,7 @@ from torch import nn
 import contracts
 from contracts import CHECKS, Layer
 from torchdrop import functional
-from torchdrop.layers import DropPath
+from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d, DropPath
 
 
 def _rows_gone(y):
@@ -21,7 +21,24 @@ def drop_path(name, make, shape=(6, 4, 3)):
         function=functional.drop_path,
         shape=shape,
         many=(250_000, 1),
-        dropped=_rows_gone,
+        law=contracts.masked(_rows_gone),
+    )
+
+
+def _one_unit_a_map(y):
+    """Of each map one unit, another one from map to map: its share is the mean over the map."""
+    maps = y.flatten(2).flatten(0, 1)
+    return maps[torch.arange(len(maps)), torch.arange(len(maps)) % maps.shape[1]] == 0
+
+
+def drop_block(name, kind, function, shape, **kwargs):
+    return Layer(
+        name=name,
+        make=lambda p: kind(p, 3, **kwargs),
+        function=lambda x, p, **more: function(x, p, 3, **kwargs, **more),
+        shape=shape,
+        many=(2_000, 15, *(4 for _ in shape[2:])),
+        law=contracts.masked(_one_unit_a_map),
     )
 
 
@@ -29,16 +46,25 @@ LAYERS = [
     drop_path("DropPath", DropPath),
     drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
     drop_path("DropPath 5-d", DropPath, (4, 8, 3, 5, 6)),
+    drop_block("DropBlock1d", DropBlock1d, functional.drop_block1d, (6, 4, 9)),
+    drop_block("DropBlock2d", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6)),
+    drop_block(
+        "DropBlock2d per unit", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6), scale="unit"
+    ),
+    drop_block(
+        "DropBlock2d by count", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6), scale="count"
+    ),
+    drop_block("DropBlock3d", DropBlock3d, functional.drop_block3d, (4, 8, 3, 5, 6)),
 ]
+# What does not depend on the shape of the input is tested on the first of a kind.
+ONCE = (contracts.delivers_its_rate_in_every_dtype, contracts.refuses_bad_rates)
+SHAPES = ("DropPath 4-d", "DropPath 5-d", "DropBlock1d", "DropBlock2d per unit")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_contract(layer, check):
-    if layer.name != "DropPath" and check in (
-        contracts.delivers_its_rate_in_every_dtype,
-        contracts.refuses_bad_rates,
-    ):
+    if layer.name in SHAPES and check in ONCE:
         pytest.skip("does not depend on the shape")
     check(layer)
 

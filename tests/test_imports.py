@@ -13,10 +13,11 @@ ROOT = Path(torchdrop.__file__).parent
 
 # From the bottom up: a file may import from lines above its own, and from its own.
 ORDER = [
-    {"schedules", "sampling"},
+    {"schedules", "sampling", "checks"},
     {"rows"},
-    {"functional", "drop_block"},
-    {"layers"},
+    {"drop_path", "drop_block"},
+    {"functional", "rated"},
+    {"layers", "stochastic_depth"},
     {"cost"},
     {"tracing", "residual", "rewrite"},
     {"site", "attach", "plan"},

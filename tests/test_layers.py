@@ -11,7 +11,7 @@ from scipy import stats
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdrop import layers, sampling
+from torchdrop import functional, sampling, stochastic_depth
 from torchdrop.layers import DropPath, StochasticDepth
 
 ALPHA = 1e-6
@@ -153,7 +153,7 @@ def test_row_mode_gathers_nothing_where_all_rows_stay(x, block, decide, monkeypa
     def take(*args):
         raise AssertionError("gathered")
 
-    monkeypatch.setattr(layers.rows, "take", take)
+    monkeypatch.setattr(stochastic_depth.rows, "take", take)
     StochasticDepth(block, 0.3, mode="row")(x)
 
 
@@ -412,8 +412,10 @@ def test_the_look_at_shapes_touches_nothing():
 
 def test_the_look_at_shapes_happens_once_for_each_shape(monkeypatch):
     looked = []
-    shape_of = layers._output_shape
-    monkeypatch.setattr(layers, "_output_shape", lambda *a: looked.append(a) or shape_of(*a))
+    shape_of = stochastic_depth._output_shape
+    monkeypatch.setattr(
+        stochastic_depth, "_output_shape", lambda *a: looked.append(a) or shape_of(*a)
+    )
     layer = StochasticDepth(nn.Conv2d(4, 8, 1), 0.5, nn.Conv2d(4, 8, 1)).eval()
     for batch in (1, 2, 3):
         layer(torch.randn(batch, 4, 8, 8))
@@ -422,7 +424,7 @@ def test_the_look_at_shapes_happens_once_for_each_shape(monkeypatch):
     assert len(looked) == 2
     for size in range(10, 100):
         layer(torch.randn(1, 4, size, 1))
-    assert len(layer._agreed) <= layers._MOST_SHAPES
+    assert len(layer._agreed) <= stochastic_depth._MOST_SHAPES
 
 
 def test_a_module_that_cannot_run_without_values_is_compared_when_it_runs():
@@ -717,7 +719,7 @@ def test_repr():
 def test_drop_path_forwards_its_arguments():
     x = torch.randn(5, 7)
     torch.manual_seed(0)
-    expected = layers.functional.drop_path(x, 0.5, mode="row", batch_dim=1)
+    expected = functional.drop_path(x, 0.5, mode="row", batch_dim=1)
     torch.manual_seed(0)
     assert torch.equal(DropPath(0.5, batch_dim=1)(x), expected)
     y = DropPath(0.5, inplace=True)(x)

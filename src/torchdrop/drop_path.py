@@ -1,8 +1,4 @@
-"""Tensor in, tensor out: the checks and the maths of every layer.
-
-``p`` is always the probability of dropping. In evaluation, and with ``p=0``, the very object that
-was passed in comes back.
-"""
+"""Whole samples, dropped from the output of a branch (drop_path) or while it is added."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ from torch.overrides import (
     has_torch_function_unary,
 )
 
-from torchdrop.sampling import MODES, keep_mask
+from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.sampling import keep_mask, readable, transformed
 from torchdrop.schedules import check_rate
 
 __all__ = ["drop_path", "drop_path_add"]
@@ -32,52 +29,6 @@ _ROW_WORTH_A_KERNEL = 4096
 _SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "_saved_out", "saved_tensors")
 
 
-def check_mode(mode: object) -> None:
-    """Refuse a ``mode`` that is neither "batch" nor "row".
-
-    Raises:
-        ValueError: It is something else.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
-
-
-def check_input(x: object, name: str = "input") -> None:
-    """Refuse what no drop can act on.
-
-    Raises:
-        TypeError: ``x`` is no tensor, or its dtype is not a floating-point one.
-        ValueError: ``x`` has no dimension.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} has to be a tensor, but got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has to be a floating-point tensor, but got dtype {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError(f"{name} has to have at least one dimension, but got a 0-d tensor")
-
-
-def check_dim(dim: object, ndim: int | None = None, name: str = "batch_dim") -> int:
-    """Return the dimension, counted from the front where ``ndim`` is known.
-
-    Raises:
-        TypeError: ``dim`` is no integer.
-        ValueError: A tensor of ``ndim`` dimensions has no such dimension.
-    """
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(
-            f"{name} has to be an integer, but got {dim!r} of type {type(dim).__name__}"
-        )
-    if ndim is None:
-        return dim
-    if not -ndim <= dim < ndim:
-        raise ValueError(
-            f"{name} has to be between {-ndim} and {ndim - 1} for an input of {ndim} dimensions, "
-            f"but got {dim}"
-        )
-    return dim % ndim
-
-
 def _mask(
     x: Tensor, p: float, mode: str, batch_dim: int, generator: torch.Generator | None
 ) -> Tensor:
@@ -88,26 +39,10 @@ def _mask(
     return keep_mask(shape, p, device=x.device, generator=generator)
 
 
-def _transformed() -> bool:
-    """Whether something other than plain eager autograd looks on.
-
-    A compiler, vmap and its like, or a dispatch mode (fake tensors, make_fx) would not survive, or
-    would not see, that the mask is read on the host.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _in_runs(x: Tensor, mask: Tensor, dim: int) -> bool:
     """Whether to work on runs of rows, each in one pass, with the mask read on the host."""
     return (
-        x.device.type == "cpu"  # elsewhere reading the mask would wait for the device
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not _transformed()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=)
+        readable(x)
         and x.numel() >= _ROW_WORTH_A_KERNEL * mask.numel()
         and (mask.numel() > 1 or x.shape[dim] > 0)
     )
@@ -206,7 +141,7 @@ class _AddRuns(torch.autograd.Function):
 
 def _may_overwrite(x: Tensor) -> bool:
     """Whether autograd, as far as it can be seen from ``x``, does not need its values."""
-    if _transformed():
+    if transformed():
         return False
     if not (torch.is_grad_enabled() and x.requires_grad):
         return True

@@ -9,6 +9,7 @@ governs it, and activation checkpointing restores it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +17,25 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["MODES", "ROW_SAMPLERS", "SharedDecisions", "keep_batch", "keep_mask", "keep_rows"]
+__all__ = [
+    "MODES",
+    "ROW_SAMPLERS",
+    "SharedDecisions",
+    "keep_batch",
+    "keep_mask",
+    "keep_rows",
+    "laid_out_like",
+    "rare_hits",
+    "readable",
+    "transformed",
+]
 
 MODES = ("row", "batch")
 
 
 def keep_mask(
     shape: Sequence[int],
-    p: float,
+    p: float | Tensor,
     *,
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
@@ -37,6 +49,69 @@ def keep_mask(
     if generator is None:  # the overload that takes one refuses symbolic sizes under compile
         return torch.rand(shape, device=device, dtype=torch.float32) >= p
     return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
+
+
+def transformed() -> bool:
+    """Whether something other than plain eager autograd looks on.
+
+    A compiler, vmap and its like, or a dispatch mode (fake tensors, make_fx) would not survive, or
+    would not see, that random numbers are read on the host.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether what is drawn for ``x`` may be read on the host, and costs no waiting there."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not transformed()
+        and not _batched_the_old_way(x)
+    )
+
+
+def _batched_the_old_way(x: Tensor) -> bool:
+    """Whether autograd.grad(is_grads_batched=True) is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def laid_out_like(x: Tensor, drawn: Tensor) -> Tensor:
+    """What was drawn for ``x``, in its memory format, so that what is computed from both has it."""
+    if torch._C._are_functorch_transforms_active() or _batched_the_old_way(x):
+        return drawn  # a batched tensor does not tell its format
+    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
+            return drawn.contiguous(memory_format=memory_format)
+    return drawn
+
+
+def rare_hits(total: int, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """The ascending indices, on the host, of the places among ``total`` that are hit.
+
+    Each is hit with probability ``p``, independently. Only the gaps between hits are drawn, which
+    are geometric: for small ``p`` that costs a fraction of one number a place. They are float64, so
+    that small rates are exact too.
+    """
+    if p >= 1.0:
+        return torch.arange(total, device="cpu")
+    parts: list[Tensor] = []
+    reached = -1.0
+    while reached < total:
+        rest = (total - reached) * p
+        draws = int(rest + 6.0 * math.sqrt(rest)) + 8  # seldom too few; then once more
+        gap = torch.rand(draws, generator=generator, dtype=torch.float64, device="cpu")
+        # 1 - rand is in (0, 1], and P(gap >= k) = P(1 - rand <= (1 - p)**k) = (1 - p)**k.
+        gap.neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1.0)
+        parts.append(gap.cumsum_(0).add_(reached))
+        reached = float(parts[-1][-1])
+    hits = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return hits[: int(torch.searchsorted(hits, float(total)))].long()
 
 
 def _host_generator() -> torch.Generator | None:

@@ -1,0 +1,69 @@
+"""What a legal argument is: the checks that all functions and layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchdrop.sampling import MODES
+
+__all__ = ["check_choice", "check_dim", "check_input", "check_mode"]
+
+
+def check_choice(value: object, choices: Sequence[str], name: str) -> None:
+    """Refuse what is none of the ``choices``.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in choices:
+        raise ValueError(
+            f"{name} has to be one of {', '.join(map(repr, choices))}, but got {value!r}"
+        )
+
+
+def check_mode(mode: object) -> None:
+    """Refuse a ``mode`` that is neither "batch" nor "row".
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
+
+
+def check_input(x: object, name: str = "input") -> None:
+    """Refuse what no drop can act on.
+
+    Raises:
+        TypeError: ``x`` is no tensor, or its dtype is not a floating-point one.
+        ValueError: ``x`` has no dimension.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} has to be a tensor, but got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has to be a floating-point tensor, but got dtype {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} has to have at least one dimension, but got a 0-d tensor")
+
+
+def check_dim(dim: object, ndim: int | None = None, name: str = "batch_dim") -> int:
+    """Return the dimension, counted from the front where ``ndim`` is known.
+
+    Raises:
+        TypeError: ``dim`` is no integer.
+        ValueError: A tensor of ``ndim`` dimensions has no such dimension.
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(
+            f"{name} has to be an integer, but got {dim!r} of type {type(dim).__name__}"
+        )
+    if ndim is None:
+        return dim
+    if not -ndim <= dim < ndim:
+        raise ValueError(
+            f"{name} has to be between {-ndim} and {ndim - 1} for an input of {ndim} dimensions, "
+            f"but got {dim}"
+        )
+    return dim % ndim

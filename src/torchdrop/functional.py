@@ -1,0 +1,21 @@
+"""Tensor in, tensor out: the checks and the maths of every layer.
+
+``p`` is always the probability of dropping. In evaluation, and with ``p=0``, the very object that
+was passed in comes back.
+"""
+
+from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
+from torchdrop.drop_path import drop_path, drop_path_add
+
+__all__ = [
+    "check_dim",
+    "check_input",
+    "check_mode",
+    "drop_block1d",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_block_gamma",
+    "drop_path",
+    "drop_path_add",
+]

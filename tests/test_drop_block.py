@@ -1,0 +1,458 @@
+"""DropBlock: the equation, the masks, the rates, the scales, the speed of its two ways."""
+
+import math
+
+import pytest
+import torch
+from scipy import optimize, stats
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from torchdrop import drop_block as module
+from torchdrop import sampling
+from torchdrop.functional import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
+from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d
+
+ALPHA = 1e-6
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+MAPS = [(n, n) for n in (5, 7, 14, 28, 56)] + [(9, 31), (17,), (1,), (5, 6, 7), (8, 8, 8)]
+BLOCKS = [2, 3, 5, 7]
+RATES = [0.01, 0.1, 0.5, 0.9, 0.99]
+
+
+@pytest.fixture(params=["few", "any"])
+def either_way(request, monkeypatch):
+    """Both ways of drawing: the gaps between seeds, and every place."""
+    worth = 0 if request.param == "few" else 10**12
+    monkeypatch.setattr(module, "_WORTH_WRITING", worth)
+    return request.param
+
+
+def seeded(f, *args, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return f(*args, **kwargs)
+
+
+def covering(shape, block):
+    """For each unit the number of blocks that cover it, counted by laying every one."""
+    block = (block,) * len(shape) if isinstance(block, int) else block
+    b = [min(k, n) for k, n in zip(block, shape, strict=True)]
+    count = torch.zeros(shape, dtype=torch.float64)
+    for start in torch.cartesian_prod(
+        *(torch.arange(n - k + 1) for n, k in zip(shape, b, strict=True)), torch.arange(1)
+    ).tolist():
+        count[tuple(slice(s, s + k) for s, k in zip(start, b, strict=False))] += 1
+    return count
+
+
+# The equation
+
+
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gamma_solves_the_equation(shape, block):
+    n = covering(shape, block)
+    for p in RATES:
+        gamma = drop_block_gamma(shape, block, p)
+        assert float(1 - ((1 - gamma) ** n).mean()) == pytest.approx(p, abs=1e-9)
+        brent = optimize.brentq(lambda g, p=p: float(1 - ((1 - g) ** n).mean()) - p, 0, 1)
+        assert gamma == pytest.approx(brent, rel=1e-8, abs=1e-9)
+
+
+def test_gamma_of_blocks_that_are_not_square_or_too_large():
+    for shape, block in (((9, 31), (2, 5)), ((4, 6), (9, 3)), ((5, 5), 7)):
+        gamma = drop_block_gamma(shape, block, 0.3)
+        n = covering(shape, block)
+        assert float(1 - ((1 - gamma) ** n).mean()) == pytest.approx(0.3, abs=1e-9)
+    assert drop_block_gamma((5, 5), 7, 0.3) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("length", [5, 14, 31])
+def test_gamma_of_a_block_and_of_its_complement(length):
+    for b in range(1, length + 1):
+        for p in (0.1, 0.7):
+            assert drop_block_gamma((length, length), b, p) == pytest.approx(
+                drop_block_gamma((length, length), length + 1 - b, p), rel=1e-12
+            )
+
+
+def test_gamma_at_the_ends_and_near_them():
+    assert drop_block_gamma((14, 14), 7, 0) == 0.0
+    assert drop_block_gamma((14, 14), 7, 1) == 1.0
+    tiny = drop_block_gamma((14, 14), 7, 1e-12)
+    assert tiny == pytest.approx(1e-12 / float(covering((14, 14), 7).mean()), rel=1e-9)
+    most = drop_block_gamma((14, 14), 7, 1 - 2**-53)
+    assert 0.999 < most <= 1.0
+    rates = [drop_block_gamma(28, 7, i / 100) for i in range(101)]
+    assert rates == sorted(rates)
+    assert len(set(rates)) == 101
+
+
+def test_the_papers_gamma_is_newtons_first_step():
+    p, h, b = 0.1, 14, 7
+    paper = drop_block_gamma((h, h), b, p, rate="paper")
+    assert paper == pytest.approx(p / b**2 * h**2 / (h - b + 1) ** 2)
+    assert paper < drop_block_gamma((h, h), b, p)
+
+
+def test_gamma_is_cached_and_the_cache_is_bounded():
+    drop_block_gamma((11, 13), 3, 0.123)
+    hits = module._law.cache_info().hits
+    drop_block_gamma((11, 13), 3, 0.123)
+    assert module._law.cache_info().hits == hits + 1
+    assert module._law.cache_info().maxsize is not None
+    assert module._histogram.cache_info().maxsize is not None
+
+
+# The masks
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((7, 9), 3), ((7, 9), 2), ((7, 9), (4, 1)), ((3, 9), 5), ((12,), 4), ((4, 5, 6), (2, 3, 2))],
+    ids=str,
+)
+def test_what_is_dropped_is_a_union_of_whole_blocks(shape, block):
+    op = {1: drop_block1d, 2: drop_block2d, 3: drop_block3d}[len(shape)]
+    sizes = (block,) * len(shape) if isinstance(block, int) else block
+    sizes = tuple(min(b, n) for b, n in zip(sizes, shape, strict=True))
+    gone = op(torch.ones(60, 5, *shape), 0.3, block) == 0
+    assert gone.any()
+    assert not gone.all()
+    # A place may start a block if the whole of it is gone; those blocks cover all that is gone.
+    starts = gone
+    for dim, b in enumerate(sizes, start=2):
+        starts = starts.unfold(dim, b, 1).all(-1)
+    covered = torch.zeros_like(gone)
+    for start in starts.nonzero().tolist():
+        box = (slice(s, s + b) for s, b in zip(start[2:], sizes, strict=True))
+        covered[(*start[:2], *box)] = True
+    assert torch.equal(covered, gone)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_kept_values_are_divided_and_dropped_ones_zero():
+    x = torch.randn(40, 6, 9, 9, dtype=torch.float64) + 3
+    for per_channel in (True, False):
+        y = drop_block2d(x, 0.3, 3, per_channel=per_channel)
+        kept = y != 0
+        assert 0 < kept.sum() < kept.numel()
+        assert torch.equal(y[kept], x[kept] / 0.7)
+        same = (kept == kept[:, :1]).all()
+        assert bool(same) != per_channel
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ends_and_infinities(per_channel, dtype):
+    x = torch.full((4, 3, 9, 9), math.inf, dtype=dtype, requires_grad=True)
+    y = drop_block2d(x, 1, 3, per_channel=per_channel)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros_like(y))
+    assert not y.signbit().any()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert drop_block2d(x, 0, 3) is x
+    assert drop_block2d(x, 0.5, 3, False) is x
+
+
+@pytest.mark.usefixtures("either_way")
+def test_everything_dropped_is_zero_and_never_nan():
+    """Other DropBlocks divide by a count of zero."""
+    x = torch.ones(4, 3, 7, 7)
+    for scale in module.SCALES:
+        for p in (0.999999, 1):
+            assert torch.equal(drop_block2d(x, p, 7, scale=scale), torch.zeros_like(x))
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("kwargs", [{}, {"per_channel": False}, {"scale": "unit"}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch, in forward mode
+def test_derivatives_of_every_kind(kwargs):
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def f(t):
+        return seeded(drop_block2d, t, 0.4, 2, **kwargs).pow(3)
+
+    assert gradcheck(f, (x,), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(f, (x,))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("shape", [(40, 20, 10, 10), (40, 20, 5, 10, 2)])
+def test_channels_last_is_kept_on_large_maps(shape, per_channel):
+    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    op = drop_block2d if len(shape) == 4 else drop_block3d
+    x = torch.randn(shape)
+    y = seeded(op, x.to(memory_format=memory_format), 0.2, 2, per_channel=per_channel)
+    assert y.is_contiguous(memory_format=memory_format)
+    assert torch.equal(y, seeded(op, x, 0.2, 2, per_channel=per_channel))
+
+
+def test_the_two_ways_of_selecting_give_the_same_bits():
+    x = torch.randn(40, 20, 10, 10)
+    for dtype in DTYPES:
+        a = seeded(drop_block2d, x.to(dtype), 0.2, 3, per_channel=False)
+        one = seeded(drop_block2d, torch.ones(40, 20, 10, 10), 0.2, 3, per_channel=False)
+        assert torch.equal(a, x.to(dtype).masked_fill(one == 0, 0).div_(0.8))
+
+
+def test_rare_hits():
+    """Each place hit with probability p, independently: counts by place and gaps."""
+    for p in (0.002, 0.3, 0.9):
+        torch.manual_seed(0)
+        hits = sampling.rare_hits(10**6, p)
+        assert torch.equal(hits, hits.unique())
+        assert int(hits[0]) >= 0
+        assert int(hits[-1]) < 10**6
+        assert stats.binomtest(len(hits), 10**6, p).pvalue > ALPHA
+        pairs = torch.zeros(10**6, dtype=torch.bool)
+        pairs[hits] = True
+        both = int((pairs[::2] & pairs[1::2]).sum())
+        assert stats.binomtest(both, 10**6 // 2, p * p).pvalue > ALPHA
+    assert sampling.rare_hits(5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert sampling.rare_hits(5, 1e-320).tolist() == []
+    ends = [sampling.rare_hits(10, 0.5).tolist() for _ in range(4000)]
+    for place in (0, 9):
+        assert stats.binomtest(sum(place in e for e in ends), 4000, 0.5).pvalue > ALPHA
+
+
+# The rates
+
+
+def rate_is_right(op, p, shape, maps=4000, dtype=torch.float32):
+    """The mean over maps of the share dropped, within 5 standard errors of p.
+
+    Units of a map are not independent, maps are.
+    """
+    torch.manual_seed(0)
+    ones = torch.ones(maps // 4, 4, *shape, dtype=dtype)
+    share = (op(ones, p) == 0).flatten(2).double().mean(2).flatten()
+    error = share.std() / math.sqrt(maps)
+    return abs(float(share.mean()) - p) <= 5 * float(error)
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize(
+    ("shape", "block", "p"),
+    [
+        ((7, 7), 7, 0.1),
+        ((14, 14), 7, 0.1),
+        ((14, 14), 7, 0.5),
+        ((28, 28), 7, 0.1),
+        ((9, 31), (2, 5), 0.3),
+        ((6, 6), 9, 0.9),
+    ],
+    ids=str,
+)
+def test_rate(shape, block, p):
+    assert rate_is_right(lambda x, p: drop_block2d(x, p, block), p, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rate_does_not_depend_on_the_dtype(dtype):
+    assert rate_is_right(lambda x, p: drop_block2d(x, p, 3), 0.02, (10, 10), dtype=dtype)
+    one = seeded(drop_block2d, torch.ones(300, 4, 10, 10), 0.02, 3) == 0
+    assert torch.equal(
+        one, seeded(drop_block2d, torch.ones(300, 4, 10, 10).to(dtype), 0.02, 3) == 0
+    )
+
+
+@pytest.mark.usefixtures("either_way")
+def test_rate_of_shared_masks_and_of_other_dimensions():
+    assert rate_is_right(lambda x, p: drop_block1d(x, p, 5), 0.3, (17,))
+    assert rate_is_right(lambda x, p: drop_block3d(x, p, 2), 0.3, (4, 5, 6))
+    flat = rate_is_right(
+        lambda x, p: drop_block2d(x.flatten(0, 1)[:, None], p, 5, per_channel=False).view_as(x),
+        0.3,
+        (9, 9),
+    )
+    assert flat
+
+
+def test_rate_can_fail():
+    """The paper's gamma, at a p large enough to tell; timm's and torchvision's DropBlock."""
+    from timm.layers.drop import drop_block_2d as timms
+    from torchvision.ops import drop_block2d as torchvisions
+
+    paper = lambda x, p: drop_block2d(x, p, 7, rate="paper")  # noqa: E731
+    assert not rate_is_right(paper, 0.5, (14, 14))
+    assert not rate_is_right(
+        lambda x, p: timms(x, p, 7, couple_channels=False), 0.1, (14, 14), maps=2000
+    )
+    assert not rate_is_right(lambda x, p: torchvisions(x, p, 7), 0.5, (14, 14), maps=2000)
+
+
+def test_timm_drops_far_more_than_asked_on_small_maps():
+    from timm.layers.drop import drop_block_2d as timms
+
+    ones = torch.ones(4000, 1, 7, 7)
+    assert float((timms(ones, 0.1, 7) == 0).float().mean()) > 0.8
+    assert float((drop_block2d(ones, 0.1, 7) == 0).float().mean()) == pytest.approx(0.1, abs=0.03)
+
+
+def test_torchvision_returns_zeros_in_float16():
+    """Its count of kept units overflows; ours is an integer."""
+    from torchvision.ops import drop_block2d as torchvisions
+
+    x = torch.ones(4, 32, 32, 32, dtype=torch.float16)
+    assert not torchvisions(x, 0.1, 3).any()
+    for scale in module.SCALES:
+        assert drop_block2d(x, 0.1, 3, scale=scale).mean(dtype=torch.float32) == pytest.approx(
+            1, abs=0.02
+        )
+
+
+def test_every_unit_has_its_own_probability():
+    torch.manual_seed(0)
+    gone = (drop_block2d(torch.ones(20_000, 1, 6, 7), 0.4, 3) == 0).sum((0, 1))
+    q = 1 - (1 - drop_block_gamma((6, 7), 3, 0.4)) ** covering((6, 7), 3)
+    for count, share in zip(gone.flatten().tolist(), q.flatten().tolist(), strict=True):
+        assert stats.binomtest(count, 20_000, share).pvalue > ALPHA
+
+
+def channels_are_independent(op):
+    """Two channels lose a unit together as often as two maps of different samples."""
+    torch.manual_seed(0)
+    gone = op(torch.ones(20_000, 2, 3, 3)) == 0
+    q = 1 - (1 - drop_block_gamma((3, 3), 2, 0.3)) ** covering((3, 3), 2)[1, 1]
+    both = int((gone[:, 0, 1, 1] & gone[:, 1, 1, 1]).sum())
+    return stats.binomtest(both, 20_000, float(q) ** 2).pvalue > ALPHA
+
+
+@pytest.mark.usefixtures("either_way")
+def test_channels_are_independent_unless_shared():
+    assert channels_are_independent(lambda x: drop_block2d(x, 0.3, 2))
+    assert not channels_are_independent(lambda x: drop_block2d(x, 0.3, 2, per_channel=False))
+
+
+# The scales
+
+
+def means_of_units(scale, rate="exact", shape=(6, 6)):
+    torch.manual_seed(0)
+    y = drop_block2d(torch.ones(40_000, 1, *shape), 0.4, 3, scale=scale, rate=rate)
+    return y.double().mean((0, 1)), y.double().std((0, 1)) / 200
+
+
+@pytest.mark.parametrize("rate", module.RATES)
+def test_scale_unit_keeps_the_mean_of_every_unit(rate):
+    mean, error = means_of_units("unit", rate)
+    assert ((mean - 1).abs() <= 5 * error).all()
+
+
+def test_scale_unit_can_fail():
+    """By the expectation the map's mean is exact; corners have too much, the centre too little."""
+    mean, error = means_of_units("expectation")
+    assert mean[0, 0] - 1 > 5 * error[0, 0]
+    assert 1 - mean[3, 3] > 5 * error[3, 3]
+
+
+@pytest.mark.parametrize("rate", module.RATES)
+def test_scale_expectation_keeps_the_mean_of_the_map(rate):
+    torch.manual_seed(0)
+    y = drop_block2d(torch.ones(40_000, 1, 9, 9), 0.5, 3, rate=rate).double().mean((1, 2, 3))
+    assert abs(float(y.mean()) - 1) <= 5 * float(y.std()) / 200
+
+
+def test_scale_expectation_can_fail():
+    torch.manual_seed(0)
+    y = 0.5 * drop_block2d(torch.ones(40_000, 1, 9, 9), 0.5, 3).double().mean((1, 2, 3)) / 0.45
+    assert abs(float(y.mean()) - 1) > 5 * float(y.std()) / 200
+
+
+def couples_samples(op):
+    """Whether what is dropped from one sample changes the values of another."""
+    torch.manual_seed(0)
+    y = op(torch.ones(50, 1, 9, 9))
+    torch.manual_seed(0)
+    x = torch.ones(50, 1, 9, 9)
+    kept = (y != 0).flatten(1)
+    alone = kept.shape[1] / kept.sum(1).clamp(min=1)
+    values = y.flatten(1).amax(1)
+    del x
+    return not torch.allclose(values, alone.where(kept.any(1), 0.0))
+
+
+def test_scale_count_counts_each_sample_by_itself():
+    assert not couples_samples(lambda x: drop_block2d(x, 0.3, 3, scale="count"))
+
+
+def test_a_count_over_the_batch_couples_samples():
+    def over_the_batch(x):
+        y = (drop_block2d(x, 0.3, 3) != 0).float()
+        return y * y.numel() / y.sum()
+
+    assert couples_samples(over_the_batch)
+
+
+# Layers, examples, messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(DropBlock1d, (3, 2, 11)), (DropBlock2d, (3, 2, 9, 9)), (DropBlock3d, (3, 2, 5, 6, 7))],
+)
+def test_layers_forward_their_arguments(kind, shape):
+    function = {3: drop_block1d, 4: drop_block2d, 5: drop_block3d}[len(shape)]
+    x = torch.randn(shape)
+    for kwargs in ({}, {"per_channel": False, "rate": "paper", "scale": "unit"}):
+        layer = kind(0.4, 2, **kwargs)
+        assert torch.equal(seeded(layer, x), seeded(function, x, 0.4, 2, **kwargs))
+    assert kind(0.1).block_size == 7
+
+
+def test_repr():
+    assert repr(DropBlock2d(0.1)) == "DropBlock2d(p=0.1, block_size=7)"
+    layer = DropBlock2d(0.1, (2, 3), rate="paper", per_channel=False, scale="unit")
+    assert repr(layer) == (
+        "DropBlock2d(p=0.1, block_size=(2, 3), rate='paper', per_channel=False, scale='unit')"
+    )
+
+
+def test_even_blocks_and_blocks_larger_than_the_map():
+    """torchvision refuses an even block, also one that it clipped to an even map itself."""
+    for block in (2, 4, 8, 100):
+        assert drop_block2d(torch.ones(2, 2, 8, 8), 0.5, block).shape == (2, 2, 8, 8)
+    gone = drop_block2d(torch.ones(200, 2, 8, 8), 0.5, 100) == 0
+    assert torch.equal(gone.all((2, 3)), gone.any((2, 3)))
+
+
+def test_trains_in_a_network_and_stops_in_evaluation():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), DropBlock2d(0.3, 3), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(4, 3, 10, 10)
+    net(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    net.eval()
+    assert torch.equal(net(x), net(x))
+
+
+def test_a_map_without_units():
+    for shape in ((2, 3, 0, 5), (2, 0, 5, 5)):
+        x = torch.empty(shape, requires_grad=True)
+        y = drop_block2d(x, 0.5)
+        assert y.shape == shape
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: drop_block2d(torch.ones(2, 3, 4), 0.1), ValueError, r"4 dimensions \(batch, ch"),
+        (lambda: drop_block1d(torch.ones(2, 3), 0.1), ValueError, r"3 dimensions .*, but got 2"),
+        (lambda: drop_block3d(torch.ones(2, 3), 0.1), ValueError, r"5 dimensions .*depth.* got 2"),
+        (lambda: DropBlock2d(0.1, 0), ValueError, r"block_size has to be 1 or more, but got 0"),
+        (lambda: DropBlock2d(0.1, (2, 3, 4)), ValueError, r"a tuple of 2, but got \(2, 3, 4\)"),
+        (lambda: DropBlock2d(0.1, 2.0), TypeError, r"an integer or a tuple of 2, but got 2\.0"),
+        (lambda: DropBlock2d(0.1, True), TypeError, r"an integer or a tuple of 2, but got True"),
+        (lambda: DropBlock2d(0.1, rate="x"), ValueError, r"rate .* 'exact', 'paper', but got 'x'"),
+        (lambda: DropBlock2d(0.1, scale="x"), ValueError, r"'count', 'unit', but got 'x'"),
+        (lambda: drop_block_gamma((0, 3), 2, 0.1), ValueError, r"shape .* 1 or more, but got"),
+        (lambda: drop_block_gamma((2.0, 3), 2, 0.1), TypeError, r"shape .* integers, but got"),
+        (lambda: drop_block_gamma((2, 3), 2, 2), ValueError, r"between 0 and 1, but got 2"),
+    ],
+)
+def test_messages(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
