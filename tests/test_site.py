@@ -523,3 +523,40 @@ def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
     x = torch.randn(3, 6)
     assert_same(replica(x), x)
     assert not torch.equal(model[0](x), x)
+
+
+def test_derivatives_of_adding_rows() -> None:
+    from torch.func import jvp, vmap
+
+    from torchdrop.rows import add_rows
+
+    skip = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([1, 4])
+
+    def add(s: Tensor, b: Tensor) -> Tensor:
+        return add_rows(s, b, rows, 1.5)
+
+    def plain(s: Tensor, b: Tensor) -> Tensor:
+        return s.index_add(0, rows, b, alpha=1.5)
+
+    assert torch.autograd.gradcheck(add, (skip, branch))
+    assert torch.autograd.gradgradcheck(add, (skip, branch))
+    tangents = (torch.randn_like(skip), torch.randn_like(branch))
+    for mine, theirs in zip(
+        jvp(add, (skip, branch), tangents), jvp(plain, (skip, branch), tangents), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    many = torch.randn(4, 5, 3), torch.randn(4, 2, 3)
+    torch.testing.assert_close(vmap(add)(*many), vmap(plain)(*many))
+
+
+def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
+    from torchdrop.cost import saved_bytes
+    from torchdrop.rows import add_rows
+
+    skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    rows = torch.arange(16)
+    assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == rows.numel() * 8
+    # the twin: torch's own keeps the branch to know its shape
+    assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4

@@ -76,8 +76,41 @@ def add_rows(
     if inplace:
         out = skip.index_add_(dim, rows, branch, alpha=gain)
     else:
-        out = skip.index_add(dim, rows, branch, alpha=gain)
+        out = _AddRows.apply(skip, branch, rows, gain, dim)
     return out if order is None else out.permute(_inverse(order))
+
+
+class _AddRows(torch.autograd.Function):
+    """``index_add``, whose own backward keeps the source only to know its shape."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(skip: Tensor, branch: Tensor, rows: Tensor, gain: float, dim: int) -> Tensor:
+        return skip.index_add(dim, rows, branch, alpha=gain)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, rows, ctx.gain, ctx.dim = inputs
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (rows,) = ctx.saved_tensors
+        of_branch = None
+        if ctx.needs_input_grad[1]:
+            of_branch = take(grad, rows, ctx.dim)
+            of_branch = of_branch * ctx.gain if ctx.gain != 1.0 else of_branch
+        return grad, of_branch, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        of_skip, of_branch = tangents[:2]
+        moved: Tensor = of_skip.index_add(ctx.dim, rows, of_branch, alpha=ctx.gain)
+        return moved
 
 
 class _Touch(torch.autograd.Function):
