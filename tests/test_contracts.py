@@ -1,13 +1,24 @@
 """Every layer through every term of tests/contracts.py, and broken layers that have to fail."""
 
+import math
+
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import contracts
 from contracts import CHECKS, Layer
 from torchdrop import functional
-from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d, DropPath
+from torchdrop.layers import (
+    DropBlock1d,
+    DropBlock2d,
+    DropBlock3d,
+    DropPath,
+    GaussianDropout,
+    SpatialDropout,
+    UniformDropout,
+)
 
 
 def _rows_gone(y):
@@ -42,6 +53,54 @@ def drop_block(name, kind, function, shape, **kwargs):
     )
 
 
+def spatial(name, shape):
+    return Layer(
+        name=name,
+        make=SpatialDropout,
+        function=functional.spatial_dropout,
+        shape=shape,
+        many=(5_000, 50, 2),
+        law=contracts.masked(lambda y: (y == 0).all(2)),
+    )
+
+
+def gaussian_law(y, p):
+    """Of noise n around 1 with variance v, the sum of n**2 / v is chi-square."""
+    total = float(((y.double() - 1) ** 2).sum()) * (1 - p) / p
+    return 2 * min(stats.chi2.cdf(total, y.numel()), stats.chi2.sf(total, y.numel()))
+
+
+def uniform_law(y, beta):
+    """u**2 has mean 1/3 and variance 4/45, for u uniform in [-1, 1]."""
+    square = ((y.double() - 1) / beta) ** 2
+    z = (float(square.mean()) - 1 / 3) / math.sqrt(4 / 45 / y.numel())
+    return 2 * stats.norm.sf(abs(z))
+
+
+def noisy(name, make, function, law, shape, **kwargs):
+    return Layer(
+        name=name,
+        make=make,
+        function=function,
+        shape=shape,
+        many=(50_000, 5),
+        law=law,
+        zero_at_1=False,
+        **kwargs,
+    )
+
+
+def gaussian(name, shape):
+    kwargs = {"ends": (0, 0.0), "rates": (0.01, 0.3, 0.9)}
+    function = functional.gaussian_dropout
+    return noisy(name, GaussianDropout, function, gaussian_law, shape, **kwargs)
+
+
+def uniform(name, shape):
+    kwargs = {"rate": "beta", "rates": (0.1, 0.5, 1.0)}
+    return noisy(name, UniformDropout, functional.uniform_dropout, uniform_law, shape, **kwargs)
+
+
 LAYERS = [
     drop_path("DropPath", DropPath),
     drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
@@ -55,16 +114,30 @@ LAYERS = [
         "DropBlock2d by count", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6), scale="count"
     ),
     drop_block("DropBlock3d", DropBlock3d, functional.drop_block3d, (4, 8, 3, 5, 6)),
+    spatial("SpatialDropout", (4, 8, 5, 6)),
+    spatial("SpatialDropout 5-d", (4, 8, 3, 5, 6)),
+    gaussian("GaussianDropout", (6, 4, 3)),
+    gaussian("GaussianDropout 4-d", (4, 8, 5, 6)),
+    uniform("UniformDropout", (6, 4, 3)),
+    uniform("UniformDropout 4-d", (4, 8, 5, 6)),
 ]
 # What does not depend on the shape of the input is tested on the first of a kind.
-ONCE = (contracts.delivers_its_rate_in_every_dtype, contracts.refuses_bad_rates)
-SHAPES = ("DropPath 4-d", "DropPath 5-d", "DropBlock1d", "DropBlock2d per unit")
+ONCE = (
+    contracts.delivers_its_rate_in_every_dtype,
+    contracts.refuses_bad_rates,
+    contracts.has_a_generator,
+    contracts.follows_the_global_seed,
+    contracts.replays_in_a_checkpoint,
+    contracts.is_a_leaf_for_fx_that_honours_eval,
+    contracts.compiles_a_bounded_number_of_times_while_its_rate_changes,
+)
+AGAIN = ("4-d", "5-d", "1d", "per unit")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_contract(layer, check):
-    if layer.name in SHAPES and check in ONCE:
+    if layer.name.endswith(AGAIN) and check in ONCE:
         pytest.skip("does not depend on the shape")
     check(layer)
 

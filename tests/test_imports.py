@@ -15,7 +15,7 @@ ROOT = Path(torchdrop.__file__).parent
 ORDER = [
     {"schedules", "sampling", "checks"},
     {"rows"},
-    {"drop_path", "drop_block"},
+    {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
     {"functional", "rated"},
     {"layers", "stochastic_depth"},
     {"cost"},

@@ -1,4 +1,4 @@
-"""Whole samples, dropped from the output of a branch (drop_path) or while it is added."""
+"""What drops whole slices: samples of a branch, also while it is added, and channels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_input, check_mode
-from torchdrop.sampling import keep_mask, readable, transformed
+from torchdrop.sampling import keep_mask, laid_out_like, readable, transformed
 from torchdrop.schedules import check_rate
 
-__all__ = ["drop_path", "drop_path_add"]
+__all__ = ["drop_path", "drop_path_add", "spatial_dropout"]
 
 # Fewer elements a row than this, and one elementwise kernel over everything beats one kernel a run
 # of rows (about 4 microseconds each, against .8 nanoseconds an element that a second pass costs).
@@ -289,3 +289,85 @@ def drop_path_add(
     if alike and type(skip) in (Tensor, torch.nn.Parameter) and _in_runs(branch, mask, dim):
         return _AddRuns.apply(skip, branch, mask, keep, dim)  # type: ignore[no-any-return]
     return skip + _keep(branch, mask, keep, dim)
+
+
+def check_channels(x: Tensor, batch_dim: object, channel_dim: object) -> tuple[int, int]:
+    """Return both dimensions, counted from the front.
+
+    Raises:
+        TypeError: One of them is no integer.
+        ValueError: ``x`` has no such dimension, or they are the same.
+    """
+    if x.dim() < 2:
+        raise ValueError(
+            f"input has to have at least 2 dimensions, of samples and channels, but got {x.dim()}"
+        )
+    batch = check_dim(batch_dim, x.dim())
+    channel = check_dim(channel_dim, x.dim(), "channel_dim")
+    if batch == channel:
+        raise ValueError(f"batch_dim and channel_dim have to differ, but both are {channel}")
+    return batch, channel
+
+
+def spatial_dropout(
+    x: Tensor,
+    p: float,
+    training: bool = True,
+    *,
+    channel_dim: int = 1,
+    batch_dim: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Set whole channels to zero, and scale the others so that the mean stays.
+
+    With ``b ~ Bernoulli(1 - p)`` drawn for each channel of each sample::
+
+        spatial_dropout(x) = x / (1 - p)  where b = 1,  and exactly 0  where b = 0
+
+    Which dimension counts channels is said, never guessed from the shape: of a 3-d input
+    ``torch.nn.functional.dropout2d`` drops channels too, with a warning that it will drop rows.
+
+    Args:
+        x: Of at least two dimensions, one of samples and one of channels, the others of any number
+            and place, of any floating-point dtype. Its memory format is kept.
+        p: The probability of dropping a channel, in [0, 1]. ``p=1`` gives zeros.
+        training: False returns ``x`` itself. So does ``p=0``.
+        channel_dim: The dimension that counts channels: 1 for (batch, channels, height, width) and
+            (batch, channels, length), -1 for (batch, length, channels).
+        batch_dim: The dimension that counts samples.
+        generator: Draws the mask, on the device of ``x``. Eager mode only.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
+            none), or a dimension no integer.
+        ValueError: ``p`` is NaN or outside [0, 1]; ``x`` has fewer than two dimensions, or not
+            those named; or they are the same.
+
+    Reference:
+        Tompson et al. 2015, Efficient Object Localization Using Convolutional Networks,
+        arXiv:1411.4280.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            spatial_dropout,
+            (x,),
+            x,
+            p,
+            training,
+            channel_dim=channel_dim,
+            batch_dim=batch_dim,
+            generator=generator,
+        )
+    rate = check_rate(p)
+    check_input(x)
+    batch, channel = check_channels(x, batch_dim, channel_dim)
+    if not training or rate == 0.0:
+        return x
+    shape = [1] * x.dim()
+    shape[batch], shape[channel] = x.shape[batch], x.shape[channel]
+    mask = keep_mask(shape, rate, device=x.device, generator=generator)
+    keep = 1.0 - rate if rate < 1.0 else 1.0
+    return torch.where(laid_out_like(x, mask), x, 0.0).div_(keep)

@@ -6,7 +6,8 @@ was passed in comes back.
 
 from torchdrop.checks import check_dim, check_input, check_mode
 from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
-from torchdrop.drop_path import drop_path, drop_path_add
+from torchdrop.drop_path import drop_path, drop_path_add, spatial_dropout
+from torchdrop.noise import gaussian_dropout, uniform_dropout
 
 __all__ = [
     "check_dim",
@@ -18,4 +19,7 @@ __all__ = [
     "drop_block_gamma",
     "drop_path",
     "drop_path_add",
+    "gaussian_dropout",
+    "spatial_dropout",
+    "uniform_dropout",
 ]

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchdrop import drop_block, functional
-from torchdrop.checks import check_choice
+from torchdrop import drop_block, functional, noise
+from torchdrop.checks import check_choice, check_dim
 from torchdrop.rated import Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
 
-__all__ = ["DropBlock1d", "DropBlock2d", "DropBlock3d", "DropPath", "StochasticDepth"]
+__all__ = [
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "GaussianDropout",
+    "SpatialDropout",
+    "StochasticDepth",
+    "UniformDropout",
+]
 
 
 class DropPath(Rated):
@@ -186,3 +195,158 @@ class DropBlock3d(_DropBlock):
 
     _ndim = 3
     _function = staticmethod(functional.drop_block3d)
+
+
+class SpatialDropout(Rated):
+    """Sets whole channels to zero.
+
+    With ``b ~ Bernoulli(1 - p)`` for each channel of each sample::
+
+        y = b * x / (1 - p)   in training,     y = x   in evaluation and with p = 0
+
+    One layer for sequences, images and volumes, whatever the order of their dimensions:
+    ``channel_dim`` says where the channels are, and 3-d inputs are batches.
+
+    Args:
+        p: The probability of dropping a channel, in [0, 1].
+        channel_dim: The dimension that counts channels: -1 for (batch, length, channels).
+        batch_dim: The dimension that counts samples.
+
+    Shape:
+        Any number of dimensions from 2; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``p`` is no real number (a bool or a string is none), or a dimension no integer.
+        ValueError: ``p`` is NaN or outside [0, 1], or both dimensions are the same. When called,
+            also as :func:`torchdrop.functional.spatial_dropout`.
+
+    Reference:
+        Tompson et al. 2015, Efficient Object Localization Using Convolutional Networks,
+        arXiv:1411.4280.
+    """
+
+    def __init__(self, p: float, channel_dim: int = 1, batch_dim: int = 0) -> None:
+        super().__init__()
+        self.p = p
+        self.channel_dim = check_dim(channel_dim, name="channel_dim")
+        self.batch_dim = check_dim(batch_dim)
+        if self.channel_dim == self.batch_dim:
+            raise ValueError(
+                f"batch_dim and channel_dim have to differ, but both are {self.batch_dim}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with channels dropped; ``x`` itself in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return functional.spatial_dropout(
+            x, self.p, self.training, channel_dim=self.channel_dim, batch_dim=self.batch_dim
+        )
+
+    def extra_repr(self) -> str:
+        """The rate and the layout."""
+        text = f"p={self.p}, channel_dim={self.channel_dim}"
+        return text if self.batch_dim == 0 else text + f", batch_dim={self.batch_dim}"
+
+
+class GaussianDropout(Rated):
+    """Multiplies by normal noise with mean 1 and the variance of dropout's mask.
+
+    With ``n ~ N(0, 1)`` for each element::
+
+        y = x * (1 + sqrt(p / (1 - p)) * n)   in training
+        y = x                                 in evaluation and with p = 0
+
+    Args:
+        p: The probability of dropping whose noise this is, in [0, 1).
+
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``p`` is no real number (a bool or a string is none).
+        ValueError: ``p`` is NaN, outside [0, 1], or 1, which has infinite variance. When called,
+            also as :func:`torchdrop.functional.gaussian_dropout`.
+
+    Reference:
+        Srivastava et al. 2014, Dropout, section 10.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    @property
+    def p(self) -> float:
+        """The probability of dropping, in [0, 1)."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._p = noise.check_finite_rate(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with noise; ``x`` itself in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return functional.gaussian_dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"p={self.p}"
+
+
+class UniformDropout(nn.Module):
+    """Multiplies by uniform noise around 1 ("Uout").
+
+    With ``u`` uniform in [-1, 1) for each element::
+
+        y = x * (1 + beta * u)   in training,     y = x   in evaluation and with beta = 0
+
+    Its noise has variance beta**2 / 3, a third at most; dropout's has p / (1 - p), 1 at p=.5.
+    ``beta`` can be set later and is checked then.
+
+    Args:
+        beta: The half-width of the noise, in [0, 1]. It is no probability.
+
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``beta`` is no real number (a bool or a string is none).
+        ValueError: ``beta`` is NaN or outside [0, 1]. When called, also as
+            :func:`torchdrop.functional.uniform_dropout`.
+
+    Reference:
+        Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization by
+        Variance Shift, arXiv:1801.05134.
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """The half-width of the noise, in [0, 1]."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta = noise.check_beta(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with noise; ``x`` itself in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return functional.uniform_dropout(x, self.beta, self.training)
+
+    def extra_repr(self) -> str:
+        """The half-width."""
+        return f"beta={self.beta}"

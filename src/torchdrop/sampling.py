@@ -21,6 +21,7 @@ __all__ = [
     "MODES",
     "ROW_SAMPLERS",
     "SharedDecisions",
+    "draw",
     "keep_batch",
     "keep_mask",
     "keep_rows",
@@ -49,6 +50,20 @@ def keep_mask(
     if generator is None:  # the overload that takes one refuses symbolic sizes under compile
         return torch.rand(shape, device=device, dtype=torch.float32) >= p
     return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
+
+
+def draw(
+    kind: Callable[..., Tensor],  # torch.rand or torch.randn
+    x: Tensor,
+    generator: torch.Generator | None = None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
+    """Numbers for the elements of ``x``, float64 for float64 and float32 for any other dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    size = x.shape if shape is None else shape
+    if generator is None:  # see keep_mask
+        return kind(size, device=x.device, dtype=dtype)
+    return kind(size, device=x.device, dtype=dtype, generator=generator)
 
 
 def transformed() -> bool:
