@@ -101,7 +101,7 @@ def _resolved(settings: Settings) -> _Plan:
     methods = settings.methods or (tuple(chosen.methods) if chosen else DEFAULT_METHODS)
     for name in methods:
         if name not in METHODS:
-            raise UserError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+            raise UserError(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
     # Every ratio is over "none", so it is always run.
     ordered = [name for name in METHODS if name in {"none", *methods}]
     defaults = {name: p for name, p in chosen.methods.items() if p is not None} if chosen else {}
@@ -153,7 +153,7 @@ def _check_numbers(settings: Settings) -> None:
         raise UserError(f"--lr has to be a positive number, but got {settings.learning_rate}")
     if settings.augment is not None and settings.augment not in AUGMENTATIONS:
         raise UserError(
-            f"there is no augmentation {settings.augment!r}; there are {', '.join(AUGMENTATIONS)}"
+            f"there is no augmentation {settings.augment!r}; choose one of {', '.join(AUGMENTATIONS)}"
         )
 
 
