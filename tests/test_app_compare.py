@@ -257,7 +257,7 @@ def test_no_space_in_the_middle_keeps_what_was_finished(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods=none,shake"], "no method 'shake'; there are none, dropout, drop_path"),
+        (["--methods=none,shake"], "no method 'shake'; the methods are none, dropout, drop_path"),
         (["--model=vgg16"], "no model 'vgg16'; give resnet-N"),
         (["--model=resnet-21"], "the nearest is resnet-20"),
         (["--model=torchvision:resnet99"], "no classifier 'resnet99'"),
@@ -273,7 +273,7 @@ def test_no_space_in_the_middle_keeps_what_was_finished(tmp_path, monkeypatch):
         (["--epochs=0"], "--epochs has to be 1 or more, but got 0"),
         (["--seeds=0"], "--seeds has to be 1 or more"),
         (["--lr=0"], "--lr has to be a positive number"),
-        (["--augment=mixup"], "no augmentation 'mixup'; there are none, shift, flip-shift"),
+        (["--augment=mixup"], "no augmentation 'mixup'; choose one of none, shift, flip-shift"),
         (["--epochs=many"], "See torchdrop --help"),
         (["--no-such-option"], "See torchdrop --help"),
         (["--model=torchvision:vgg11", "--methods=stochastic_depth_row"], "residual"),
