@@ -705,7 +705,8 @@ def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The modules that could be blocks: composite, with a forward of their own."""
     passive = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     for name, module in model.named_modules():
-        if next(module.children(), None) is None:
+        # a branch holds parameters
+        if next(module.children(), None) is None or next(module.parameters(), None) is None:
             continue
         if type(module).forward in {p.forward for p in passive}:
             continue

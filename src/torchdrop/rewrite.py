@@ -68,6 +68,8 @@ class Program:
         tensors: The arguments that vary, as :func:`torchdrop.tracing.unfold` names them.
         constants: The other arguments, which the forward holds fixed.
         attributes: The attributes of the block that it holds fixed.
+        decisions: ``decisions(*tensors)``: what the block branches on before its graph begins.
+        decided: What the answers have to be.
     """
 
     forward: Source
@@ -76,6 +78,8 @@ class Program:
     tensors: list[str]
     constants: dict[str, Any]
     attributes: dict[str, Any]
+    decisions: Source | None
+    decided: list[bool]
 
     def accepts_plainly(self, args: tuple[Any, ...]) -> bool:
         """Whether ``args`` are simply the tensors, none left out that the block could take."""
@@ -106,6 +110,15 @@ class Program:
             now = getattr(module, name, None)
             if not same(value, now):
                 raise MismatchError(f"self.{name} = {value!r}", f"self.{name} = {now!r}")
+
+    def check_decisions(self, tensors: Sequence[Any]) -> None:
+        """Raise :class:`MismatchError` where the block would branch otherwise on ``tensors``."""
+        if self.decisions is not None:
+            now = [bool(answer) for answer in self.decisions.function(None, *tensors)]
+            if now != self.decided:
+                raise MismatchError(
+                    "tensors of one kind of shape, dtype and device", "those of another"
+                )
 
 
 class MismatchError(Exception):
@@ -214,4 +227,6 @@ def rewrite(
         block.tensors,
         block.constants,
         block.attributes,
+        None if block.decisions is None else _source(f"{label}, decisions", block.decisions),
+        block.decided,
     )

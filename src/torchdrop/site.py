@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchdrop.residual import read_splits
 from torchdrop.rewrite import MismatchError, Program, rewrite
@@ -133,6 +133,14 @@ class Site:
     def __name__(self) -> str:
         return "forward"
 
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        # torch.jit.script asks for it; everyone else takes the AttributeError for a no.
+        raise AttributeError(
+            "torch.jit.script cannot compile stochastic depth; call "
+            "torchdrop.remove_stochastic_depth(model) first, or use torch.jit.trace in evaluation"
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward that this moment calls for."""
         module = self.module
@@ -155,6 +163,7 @@ class Site:
                 plain = self._plain == program.tensors and not kwargs
                 if not plain or not program.accepts_plainly(args):
                     tensors = program.bind(self.__signature__, args, kwargs)
+                program.check_decisions(tensors)
                 break
             except MismatchError as found:
                 mismatch = mismatch or found
@@ -174,6 +183,11 @@ class Site:
     ) -> Program:
         """Read the block once more, in the call that happens now."""
         name = self.branches[0].block
+        if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
+            raise RuntimeError(
+                f"torch.fx cannot trace {name} while stochastic depth acts on it; trace it in "
+                f"evaluation (with scale='train'), or before torchdrop.add_stochastic_depth"
+            )
         what = f"{name} was read with {mismatch.known}, but is called with {mismatch.given}"
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{what}; run the model once like this before it is compiled")

@@ -60,11 +60,15 @@ class BlockGraph:
     Attributes:
         module: The block.
         graph: Its forward. Children are leaves; nodes that nobody uses are gone.
-        arguments: The arguments by name that it was read with, tensors as ``A_TENSOR``.
+        arguments: The arguments by name that it was read with: of tensors what is known without
+            their values, or ``A_TENSOR``.
         tensors: The arguments that became placeholders, in order: their names, and for a tensor
             in a tuple, list or dict the name with a path ("states.0").
         constants: The other arguments, which the graph holds fixed; of a container its size.
         attributes: The plain attributes of the block that its forward read, also fixed.
+        decisions: What the forward branched on that a call tells beforehand (``x.dim() == 3``): a
+            graph from the same placeholders to a tuple of truth values; None if on nothing.
+        decided: How those came out.
     """
 
     module: nn.Module
@@ -73,6 +77,15 @@ class BlockGraph:
     tensors: list[str]
     constants: dict[str, Any]
     attributes: dict[str, Any]
+    decisions: fx.Graph | None
+    decided: list[bool]
+
+
+def _without_values(path: str, value: Any) -> Any:
+    """What stands for a tensor where only its shape, dtype and the like may be asked for."""
+    if value is A_TENSOR or value.is_nested:
+        return A_TENSOR
+    return value.detach().to("meta").requires_grad_(value.requires_grad)
 
 
 def unfold(
@@ -177,19 +190,26 @@ def _surroundings() -> tuple[Any, ...]:
 _OF_EVERY_MODULE = set(nn.Module().__dict__)
 
 
-def _stand_in(module: nn.Module, training: bool, attributes: dict[str, Any]) -> nn.Module:
+_MUTABLE = (list, dict, set)
+
+
+def _stand_in(
+    module: nn.Module, training: bool, attributes: dict[str, Any], lent: dict[str, Any]
+) -> nn.Module:
     """A double of ``module`` for its forward to run on, with the same children and parameters.
 
     It notes the plain attributes that are read, and refuses those that are set: the generated
-    forward would not set them.
+    forward would not set them. Of lists and dicts it lends a copy, for the same reason.
     """
     kind = type(module)
 
     def read(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
         if name not in _OF_EVERY_MODULE and name in object.__getattribute__(self, "__dict__"):
-            # a list may be changed in place
-            attributes[name] = copy.copy(value) if type(value) in (list, dict, set) else value
+            if type(value) in _MUTABLE:
+                attributes.setdefault(name, copy.copy(value))
+                return lent.setdefault(name, copy.copy(value))
+            attributes[name] = value
         return value
 
     def refuse(self: nn.Module, name: str, value: Any) -> None:
@@ -221,6 +241,9 @@ class _Reader(fx.Tracer):
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
         self.attributes: dict[str, Any] = {}
+        self.lent: dict[str, Any] = {}
+        self.decisions: dict[fx.Node, bool] = {}
+        self._known: dict[Any, Tensor] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -264,14 +287,17 @@ class _Reader(fx.Tracer):
             else:
                 value = None if self._given is not None else A_TENSOR
             self.arguments[name] = value
-        self.arguments = unfold(self.arguments, lambda path, value: A_TENSOR)[0]
+        self.arguments = unfold(self.arguments, _without_values)[0]
 
         def placeholder(path: str, value: Any) -> fx.Proxy:
+            if value is not A_TENSOR:
+                self._known[path] = value
             return self.create_proxy("placeholder", re.sub(r"\W", "_", path), (), {})
 
         values, tensors, self.constants = unfold(self.arguments, placeholder)
         self.tensors = list(tensors)
-        positional: list[Any] = [_stand_in(self.root, self._training, self.attributes)]
+        self._known = {tensors[path].node: value for path, value in self._known.items()}
+        positional: list[Any] = [_stand_in(self.root, self._training, self.attributes, self.lent)]
         named: dict[str, Any] = {}
         for parameter in parameters:
             value = values[parameter.name]
@@ -285,6 +311,26 @@ class _Reader(fx.Tracer):
                 positional.append(value)
         return (lambda *args: root_fn(*args, **named)), positional
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide what this call tells without any value: shapes, dtypes, devices."""
+        try:
+            decision = bool(self._fact(obj.node))
+        except LookupError:
+            return super().to_bool(obj)
+        self.decisions[obj.node] = decision
+        return decision
+
+    def _fact(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._known[node]
+        if not is_shape_node(node):
+            raise LookupError(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._fact)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is b for b in self.root.buffers())
@@ -292,6 +338,26 @@ class _Reader(fx.Tracer):
                 # fx would store it on the user's module, and it would stay what it is now
                 raise UntraceableError("it makes a tensor that does not come from its inputs")
         return super().create_arg(a)
+
+
+@contextmanager
+def _nothing_set(reader: _Reader) -> Iterator[None]:
+    """Refuse to set attributes of children: they would be proxies, and stay with the user."""
+    plain, thread = nn.Module.__setattr__, threading.get_ident()
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread:
+            raise UntraceableError(f"it sets {name} of a {type(module).__name__}")
+        plain(module, name, value)
+
+    setattr(nn.Module, "__setattr__", refuse)  # noqa: B010 (mypy: a method)
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "__setattr__", plain)  # noqa: B010
+    for name, value in reader.lent.items():
+        if not same(reader.attributes[name], value):
+            raise UntraceableError(f"it changes self.{name}")
 
 
 @contextmanager
@@ -332,7 +398,7 @@ def trace_block(
     reader = _Reader(arguments, training)
     with _LOCK:
         try:
-            with _nothing_drawn(), _RecordFactories(reader):
+            with _nothing_drawn(), _nothing_set(reader), _RecordFactories(reader):
                 graph = reader.trace(module)
         except UntraceableError as error:
             raise UntraceableError(f"{_where(module, error)}: {error}") from None
@@ -341,13 +407,43 @@ def trace_block(
             first = str(error).splitlines()[0] if str(error) else ""
             what = f"{type(error).__name__}: {first}"
             raise UntraceableError(f"{_where(module, error)}: {what}") from None
+    for node in graph.nodes:
+        # with it the text that fx writes would wrap the function for every trace to come
+        node.meta.pop("is_wrapped", None)
+    decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
     _drop_unused(graph)
     attributes = {
         name: value
         for name, value in reader.attributes.items()
         if not isinstance(value, Tensor | nn.Module)
     }
-    return BlockGraph(module, graph, reader.arguments, reader.tensors, reader.constants, attributes)
+    return BlockGraph(
+        module,
+        graph,
+        reader.arguments,
+        reader.tensors,
+        reader.constants,
+        attributes,
+        decisions,
+        list(reader.decisions.values()),
+    )
+
+
+def _decisions(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Graph:
+    """The part of ``graph`` that computes ``nodes`` from its placeholders."""
+    part = fx.Graph()
+    done: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in done:
+            done[node] = part.node_copy(node, copied)
+        return done[node]
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied(node)
+    part.output(tuple(map(copied, nodes)))
+    return part
 
 
 def _where(module: nn.Module, error: BaseException) -> str:
@@ -363,7 +459,10 @@ def _where(module: nn.Module, error: BaseException) -> str:
 
 
 _READERS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "get_device", "type"}
-_FACTS = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
+_READERS |= {"is_floating_point"}
+_FACTS = {
+    "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_nested", "layout", "requires_grad",
+}  # fmt: skip
 _ARITHMETIC = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
     operator.truediv, operator.mod, operator.neg, operator.eq, operator.ne, operator.lt,
@@ -398,7 +497,7 @@ def _drop_unused(graph: fx.Graph) -> None:
 def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; modes, buffers and random numbers are as before afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         model.eval()
@@ -411,8 +510,8 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # the version does not tell: batch_norm
                     buffer.copy_(value)
 
 
@@ -468,6 +567,16 @@ class Example:
     @cached_property
     def larger(self) -> Calls:
         """The calls with a batch twice as large; empty where the model does not take one."""
+        # A tensor that has as many rows as the first one may carry the batch. If the model refuses
+        # them all twice as large, it may take that of the first one.
+        for only_first in (False, True):
+            try:
+                return record_calls(self._model, self._twice(only_first))
+            except Exception:  # the user's model, with an input it was not made for
+                continue
+        return {}
+
+    def _twice(self, only_first: bool) -> Any:
         sizes: list[int] = []
         dim = self.batch_dim
 
@@ -475,14 +584,12 @@ class Example:
             if value.dim() <= dim:
                 return value
             sizes.append(value.shape[dim])
-            return torch.cat([value, value], dim) if sizes[-1] == sizes[0] else value
+            double = sizes[-1] == sizes[0] and not (only_first and len(sizes) > 1)
+            return torch.cat([value, value], dim) if double else value
 
         given = self._inputs
-        inputs = unfold({"": list(given) if isinstance(given, tuple | list) else given}, twice)
-        try:
-            return record_calls(self._model, inputs[0][""])
-        except Exception:  # the user's model, with an input it was not made for
-            return {}
+        given = list(given) if isinstance(given, tuple | list) else given
+        return unfold({"": given}, twice)[0][""]
 
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
         """The shape of every tensor in the graph of the block ``name``, for both batch sizes."""

@@ -1,0 +1,785 @@
+"""Which additions are residual branches, in models nobody prepared; nothing is invented."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import torchdrop
+from zoo import BARELY, assert_same, fingerprint, instance_names
+
+W = 6
+
+
+def mlp(width: int = W) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+def conv(width: int = 4, out: int | None = None, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(width, out or width, 3, stride, 1)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, each called with the tensor alone."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Base(nn.Module):
+    """A block with a branch ``f``; what is special is in the forward of the subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+        self.g = mlp()
+        self.n1 = nn.LayerNorm(W)
+        self.n2 = nn.LayerNorm(W)
+        self.gamma = nn.Parameter(torch.rand(W))
+        self.functional = torch.ao.nn.quantized.FloatFunctional()
+
+
+class Plain(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class AddedInPlaceByMethod(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        return x.add_(self.f(x.clone()))
+
+
+class AddedInPlace(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        x += self.f(x.clone())
+        return x
+
+
+class AddedThroughAView(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = x.view(-1, W)
+        y.add_(self.f(x.clone()))
+        return x
+
+
+class Alpha(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.f(x), alpha=0.5)
+
+
+class AlphaOnTheSkip(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.f(x), x, alpha=0.5)
+
+
+class PythonSum(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum([x, self.f(x)])  # type: ignore[return-value]
+
+
+class Quantizable(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.functional.add(x, self.f(x))
+        return out
+
+
+class Subtracted(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.f(x)
+
+
+class InAHelper(Base):
+    def residual(self, x: Tensor) -> Tensor:
+        return self.f(self.n1(x)) * self.gamma
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.residual(x))
+
+
+class PostNorm(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n1(x + self.f(x))
+        return self.n2(x + self.g(x))
+
+
+class PreNorm(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(self.n1(x))
+        return x + self.g(self.n2(x))
+
+
+class Parallel(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.n1(x)) + self.g(self.n2(x))
+
+
+class ParallelInBrackets(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.f(self.n1(x)) + self.g(self.n2(x)))
+
+
+class Gated(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(self.g(x)) * self.f(x) * self.gamma
+
+
+class ConstantInside(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ramp", torch.rand(W))
+        self.plain = torch.rand(W)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.plain = fn(self.plain)
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.arange(W, dtype=x.dtype, device=x.device) / torch.full((1,), 7.0)
+        return x + self.f(x * self.ramp + self.plain + made)
+
+
+class ShapesAfterwards(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width = x.shape
+        x = x + self.f(x).reshape(batch, width)
+        return x.view(batch, width, 1).squeeze(-1)
+
+
+class LSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(W, W, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(x)
+        return x + y
+
+
+class Decorated(Base):
+    @staticmethod
+    def _noop(forward: Callable[..., Any]) -> Callable[..., Any]:
+        import functools
+
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    forward = _noop.__func__(_forward)  # type: ignore[attr-defined]
+
+
+class Parametrised(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.f[0])
+        parametrizations.spectral_norm(self.f[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Custom(nn.Module):
+    """An activation hidden in a module that looks like a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(W, W) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x @ self.weight)
+
+
+class LinearAct(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class HidingItsActivation(Base):
+    def __init__(self, hidden: nn.Module) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.hidden(x)
+
+
+# --- convolutional ---------------------------------------------------------------------------
+
+
+class Shortcut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def padded_by_cat(x: Tensor) -> Tensor:
+    x = F.avg_pool2d(x, 2)
+    return torch.cat([x, torch.zeros_like(x)], 1)
+
+
+class Conv(nn.Module):
+    """A post-activation block with any shortcut."""
+
+    def __init__(self, shortcut: nn.Module | None, out: int = 8, stride: int = 2) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(4, out, stride), conv(out, out)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(F.relu(self.conv1(x)))
+        out += x if self.shortcut is None else self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+class PreActivation(nn.Module):
+    """The shortcut of a strided block starts from the activated tensor."""
+
+    def __init__(self, strided: bool) -> None:
+        super().__init__()
+        out = 8 if strided else 4
+        self.norm1, self.norm2 = nn.GroupNorm(2, 4), nn.GroupNorm(2, out)
+        self.conv1, self.conv2 = conv(4, out, 2 if strided else 1), conv(out, out)
+        self.shortcut = nn.Conv2d(4, 8, 1, 2) if strided else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = conv(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x))
+        return x + y * torch.sigmoid(self.fc(y.mean((2, 3))))[:, :, None, None]
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(4, 4, 3, 1, 1, groups=4)
+        self.norm, self.b, self.c = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x).permute(0, 2, 3, 1))
+        return x + self.c(F.gelu(self.b(y))).permute(0, 3, 1, 2)
+
+
+# --- stacks in one forward -------------------------------------------------------------------
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class LoopOfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([mlp(), mlp()]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, feed in self.layers:  # type: ignore[misc]
+            x = attention(x) + x
+            x = feed(x) + x
+        return x
+
+
+class SeparateLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(mlp() for _ in range(2))
+        self.mlps = nn.ModuleList(mlp() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            x = x + self.attentions[i](x)
+            x = x + self.mlps[i](x)
+        return x
+
+
+class SharedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.layer(x)
+        return x
+
+
+class InARow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = mlp(), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        x = x + self.b(x)
+        return x + self.c(x)
+
+
+class AroundAStack(nn.Module):
+    """A global skip around a loop: the loop is the stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = mlp()
+        self.layers = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        for layer in self.layers:
+            y = y + layer(y)
+        return x + y
+
+
+class AroundAModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(W, W), nn.ReLU(), Plain(), Plain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+def shared_block() -> nn.Module:
+    block = Plain()
+    return Stack(block, block)
+
+
+def flat() -> Tensor:
+    return torch.randn(6, W)
+
+
+def maps() -> Tensor:
+    return torch.randn(6, 4, 8, 8)
+
+
+def tokens() -> Tensor:
+    return torch.randn(6, 5, W)
+
+
+Make = Callable[[], nn.Module]
+
+
+def two(block: Callable[..., nn.Module], *args: Any) -> Make:
+    return lambda: Stack(block(*args), block(*args))
+
+
+def stem(*shortcuts: nn.Module) -> nn.Module:
+    """Each strided block on its own input, as the ends of stages are."""
+    return nn.Sequential(Conv(None, 4, 1), Conv(shortcuts[0]), nn.Conv2d(8, 4, 1))
+
+
+# name: (model, input, blocks, branches)
+FOUND: dict[str, tuple[Make, Callable[[], Tensor], int, int]] = {
+    **{
+        kind.__name__: (two(kind), flat, 2, 2)
+        for kind in (
+            Plain, AddedInPlaceByMethod, AddedInPlace, AddedThroughAView, Alpha, AlphaOnTheSkip,
+            PythonSum, Quantizable, Subtracted, InAHelper, ParallelInBrackets, Gated,
+            ConstantInside, ShapesAfterwards, Decorated, Parametrised,
+        )
+    },
+    **{kind.__name__: (two(kind), flat, 2, 4) for kind in (PostNorm, PreNorm, Parallel)},
+    "custom module with relu inside": (two(lambda: HidingItsActivation(Custom())), flat, 2, 2),
+    "subclass of Linear with relu": (
+        two(lambda: HidingItsActivation(LinearAct(W, W))), flat, 2, 2,
+    ),
+    "residual LSTM": (two(LSTM), tokens, 2, 2),
+    "loop": (Loop, flat, 3, 3),
+    "loop of pairs": (LoopOfPairs, flat, 2, 4),
+    "separate lists": (SeparateLists, flat, 4, 4),
+    "shared layer": (SharedLayer, flat, 1, 3),
+    "shared block": (shared_block, flat, 1, 1),
+    "several in a row": (InARow, flat, 1, 3),
+    "global skip around a loop": (AroundAStack, flat, 3, 3),
+    "global skip around a module": (AroundAModule, flat, 2, 2),
+    "post-activation": (two(Conv, None, 4, 1), maps, 2, 2),
+    "pre-activation": (
+        lambda: nn.Sequential(PreActivation(False), PreActivation(True)), maps, 2, 2,
+    ),
+    "ResNet-D": (
+        lambda: stem(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8))),
+        maps, 2, 2,
+    ),
+    "option A by slice and pad": (lambda: stem(Shortcut()), maps, 2, 2),
+    "option A by pool and cat": (lambda: stem(Lambda(padded_by_cat)), maps, 2, 2),
+    "squeeze and excite": (two(SqueezeExcite), maps, 2, 2),
+    "ConvNeXt-like": (two(ChannelsLast), maps, 2, 2),
+}  # fmt: skip
+
+
+def copies(model: nn.Module) -> list[nn.Module]:
+    if any(nn.utils.parametrize.is_parametrized(m) for m in model.modules()):
+        return [copy.deepcopy(model)]  # torch refuses to pickle these
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_with_every_identity(name: str) -> None:
+    make, given, blocks, branches = FOUND[name]
+    model, x = make().double(), given().double()
+    dense = copy.deepcopy(model)
+    before, names = fingerprint(model), instance_names(model)
+    found = torchdrop.find_residuals(model)
+    assert (len(found), sum(len(r.branches) for r in found)) == (blocks, branches)
+    assert [b.reason for r in found for b in r.branches if b.action != "skip"] == []
+
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        assert_same(model.eval()(x), dense.eval()(x))
+    model.train(), dense.train()
+    plan.set_p([BARELY] * blocks)
+    y, y_dense = model(x), dense(x)
+    assert_same(y, y_dense)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward(), (y_dense * weight).sum().backward()
+    for (key, mine), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), key
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12, msg=key)
+
+    # rows dropped: the same rows as a mask on everything computed in full
+    masked = copy.deepcopy(dense)
+    torchdrop.add_stochastic_depth(masked, 0.5, schedule="uniform", compute="mask")
+    plan.set_p([0.5] * blocks)
+    for twin in [model, *copies(model)]:
+        twin.zero_grad(), masked.zero_grad()
+        masked.load_state_dict(twin.state_dict())  # spectral_norm goes on in every forward
+        torch.manual_seed(1)
+        out = twin(x)
+        torch.manual_seed(1)
+        expected = masked(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+        assert not torch.equal(out, y)
+        (out * weight).sum().backward(), (expected * weight).sum().backward()
+        for (key, mine), theirs in zip(twin.named_parameters(), masked.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-10, msg=key)
+
+    torchdrop.remove_stochastic_depth(model)
+    assert fingerprint(model) == before
+    assert instance_names(model) == names
+    dense.load_state_dict(model.state_dict())
+    assert_same(model(x), dense(x))
+
+
+# --- not found -------------------------------------------------------------------------------
+
+
+class PositionalEmbedding(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x + self.gamma) + self.gamma
+
+
+class NormGamma(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x - x.mean(-1, keepdim=True)) * (self.gamma + 1)
+        return self.f(y) * (1 + self.g(x))
+
+
+class Pyramid(nn.Module):
+    """Top-down sums of laterals, given the maps of a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()) for _ in range(3))
+        self.out = nn.ModuleList(conv() for _ in range(3))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        last = self.lateral[-1](maps[-1])
+        results = [self.out[-1](last)]
+        for i in (1, 0):
+            last = self.lateral[i](maps[i]) + F.interpolate(last, scale_factor=2.0)
+            results.insert(0, self.out[i](last))
+        return results
+
+
+class PyramidWithItsBackbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(conv(4, 4, 2), nn.ReLU()) for _ in range(3))
+        self.lateral = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.out = nn.ModuleList(conv() for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        c1 = self.stages[0](x)
+        c2 = self.stages[1](c1)
+        c3 = self.stages[2](c2)
+        p3 = self.lateral[2](c3)
+        p2 = self.lateral[1](c2) + F.interpolate(p3, scale_factor=2.0)
+        p1 = self.lateral[0](c1) + F.interpolate(p2, scale_factor=2.0)
+        return [self.out[0](p1), self.out[1](p2), self.out[2](p3)]
+
+
+class Gate(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.g(x))
+        return z * self.f(x) + (1 - z) * x
+
+
+class Loss(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return (self.g(y) - x).square().mean() + 0.1 * y.abs().mean()
+
+
+class MaskedScores(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.f(x) + torch.zeros(W).masked_fill(x[0] > 0, -1.0)
+        return scores.softmax(-1) @ self.gamma
+
+
+class RepVGG(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = conv(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x) + self.b(x) + self.norm(x))
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down = conv(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.cat([x, F.relu(self.conv(x))], 1))
+
+
+class Inception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x)) + F.relu(self.b(x)) + F.relu(self.c(x))
+
+
+class AddsNothing(nn.Module):
+    """Pools are skips; they make no branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.max_pool2d(x, 3, 1, 1) + F.relu(x)
+        return self.conv(x) + F.relu(x)
+
+
+NOT_FOUND: dict[str, Make] = {
+    kind.__name__: two(kind)
+    for kind in (
+        PositionalEmbedding, NormGamma, Pyramid, PyramidWithItsBackbone, Gate, Loss, MaskedScores,
+        RepVGG, Dense, Inception, AddsNothing,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_FOUND)
+def test_nothing_is_invented(name: str) -> None:
+    model = NOT_FOUND[name]()
+    assert [r.name for r in torchdrop.find_residuals(model)] == []
+    with pytest.raises(ValueError, match="no residual branches found"):
+        torchdrop.add_stochastic_depth(model)
+
+
+def test_a_lone_residual_is_listed_with_what_to_do() -> None:
+    model = Stack(mlp(), Plain(), mlp())
+    with pytest.raises(ValueError, match=r"'blocks\.1' \(no other Plain has.*select=lambda r"):
+        torchdrop.add_stochastic_depth(model)
+    plan = torchdrop.add_stochastic_depth(model, select=lambda r: r.name == "blocks.1")
+    assert [r.name for r in plan.blocks] == ["blocks.1"]
+
+
+# --- several inputs --------------------------------------------------------------------------
+
+
+class Conditioned(nn.Module):
+    """A U-Net's block: a time embedding is added inside the branch."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.time = nn.Linear(W, out)
+        self.norm1, self.norm2 = nn.GroupNorm(2, width), nn.GroupNorm(2, out)
+        self.conv1, self.conv2 = conv(width, out), conv(out, out)
+        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time(F.silu(t))[:, :, None, None]
+        return self.conv2(F.silu(self.norm2(y))) + self.shortcut(x)
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(1, W), nn.SiLU(), nn.Linear(W, W))
+        self.down1, self.down2 = Conditioned(4, 4), Conditioned(4, 8)
+        self.middle = Conditioned(8, 8)
+        self.up = Conditioned(12, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = self.embed(t[:, None])
+        one = self.down1(x, t)
+        low = self.middle(self.down2(F.avg_pool2d(one, 2), t), t=t)
+        return self.up(torch.cat([F.interpolate(low, scale_factor=2.0), one], 1), t)
+
+
+class Attention(nn.Module):
+    """A block with a mask for all samples or one for each, and rotary angles in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.norm = nn.Linear(W, 3 * W), nn.Linear(W, W), nn.LayerNorm(W)
+        self.f = mlp()
+
+    def forward(self, x: Tensor, mask: Tensor | None, *, angles: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        cos, sin = angles
+        q, k = q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+        scores = q @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores + mask
+        x = x + self.out(scores.softmax(-1) @ v)
+        return x + self.f(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        steps = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        for layer in self.layers:
+            x = layer(x, mask, angles=(steps.cos(), steps.sin()))
+        return x
+
+
+def against_mask(
+    model: nn.Module, inputs: tuple[Tensor, ...], plan: torchdrop.Plan, batch_dim: int = 0
+) -> None:
+    """What is attached to ``model``, against the same rows as a mask on what is computed whole."""
+    masked = copy.deepcopy(model)
+    torchdrop.remove_stochastic_depth(masked)
+    torchdrop.add_stochastic_depth(
+        masked,
+        0.5,
+        schedule="uniform",
+        compute="mask",
+        batch_dim=batch_dim,
+        example_inputs=inputs,
+    )
+    plan.set_p(torchdrop.get_plan(masked).state_dict()["p"])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        out = model(*inputs)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(out, masked(*inputs), rtol=0, atol=1e-10)
+    assert max(plan.observed().values()) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_a_unet_with_a_time_embedding(batch: int) -> None:
+    inputs = torch.randn(6, 4, 8, 8).double(), torch.rand(6).double()
+    model = UNet().double()
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    assert {b.action for r in plan.blocks for b in r.branches} == {"mask"}
+    assert "(t, x), and which of them carry the batch is not known" in repr(plan)
+    torchdrop.remove_stochastic_depth(model)
+    example = tuple(t[:batch] for t in inputs)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
+    assert [r.action for r in plan.blocks] == ["skip"] * 4
+    assert [r.skip for r in plan.blocks] == ["identity", "projection", "identity", "projection"]
+    against_mask(model, inputs, plan)
+
+
+@pytest.mark.parametrize("kind", ["none", "shared", "own", "one of a batch"])
+def test_a_size_that_happens_to_match_decides_nothing(kind: str) -> None:
+    batch = tokens = 6
+    x = torch.randn(batch, tokens, W).double()
+    mask = {
+        "none": None,
+        "shared": torch.randn(tokens, tokens).double(),
+        "own": torch.randn(batch, tokens, tokens).double(),
+        "one of a batch": torch.randn(1, tokens, tokens).double(),
+    }[kind]
+    model = Encoder().double()
+    inputs = (x,) if mask is None else (x, mask)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=inputs)
+    assert {b.action for r in plan.blocks for b in r.branches} == {"skip"}
+    against_mask(model, inputs, plan)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_transformer_layers_of_torch(norm_first: bool, batch_first: bool) -> None:
+    options: dict[str, Any] = {"batch_first": batch_first, "norm_first": norm_first}
+    dim = 0 if batch_first else 1
+    shape = (6, 5, 8) if batch_first else (5, 6, 8)
+    x, memory = torch.randn(shape).double(), torch.randn(shape).double()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, 0.0, **options), 2, enable_nested_tensor=False
+    )
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, 0.0, **options), 2)
+    models: list[tuple[nn.Module, tuple[Tensor, ...], int]] = [
+        (encoder, (x,), 2),
+        (decoder, (x, memory), 3),
+    ]
+    for model, inputs, branches in models:
+        model.double()
+        dense = copy.deepcopy(model)
+        plan = torchdrop.add_stochastic_depth(model, 0.5, batch_dim=dim, example_inputs=inputs)
+        assert [[b.action for b in r.branches] for r in plan.blocks] == [["skip"] * branches] * 2
+        plan.set_p([BARELY, BARELY])
+        assert_same(model(*inputs), dense(*inputs))
+        assert_same(model.eval()(*inputs), dense.eval()(*inputs))
+        against_mask(model.train(), inputs, plan, dim)

@@ -1,0 +1,120 @@
+"""Taking rows and adding them back: values, memory formats, dtypes, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchdrop.rows import add_rows, add_whole, take, touch
+
+FORMATS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1),
+    "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+    "expanded": lambda x: x[:, :1].expand(-1, x.shape[1], -1, -1),
+}
+
+
+def _rows(*rows: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dim", [0, 1, 3])
+@pytest.mark.parametrize("rows", [(), (1,), (0, 2), (0, 1, 2)])
+def test_take_and_add_rows_are_plain_indexing(layout: str, dim: int, rows: tuple[int, ...]) -> None:
+    x = FORMATS[layout](torch.randn(4, 3, 5, 6, dtype=torch.float64))
+    index = _rows(*rows)
+    part = take(x, index, dim)
+    assert torch.equal(part, x.index_select(dim, index))
+    branch = torch.randn_like(part)
+    out = add_rows(x, branch, index, 2.0, dim)
+    assert torch.equal(out, x.contiguous().index_add(dim, index, branch, alpha=2.0))
+    assert out.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_the_memory_format_is_kept(layout: str) -> None:
+    x = FORMATS[layout](torch.randn(4, 3, 5, 6))
+    order = sorted(range(4), key=x.stride)
+    part = take(x, _rows(0, 2))
+    assert sorted(range(4), key=part.stride) == order
+    out = add_rows(x, part, _rows(0, 2), 1.0)
+    assert out.stride() == x.stride()
+
+
+def test_in_place_writes_into_the_skip() -> None:
+    for layout in ("contiguous", "channels_last"):
+        x = FORMATS[layout](torch.randn(4, 3, 5, 6))
+        expected = x.clone()
+        expected[1] += 3.0
+        out = add_rows(x, torch.ones(1, 3, 5, 6), _rows(1), 3.0, inplace=True)
+        assert out.data_ptr() == x.data_ptr()
+        assert torch.equal(x, expected)
+        whole = x.clone()
+        assert add_whole(x, torch.ones_like(x), 0.5, inplace=True) is x
+        assert torch.equal(x, whole + 0.5)
+
+
+@pytest.mark.parametrize("skip", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_is_that_of_the_sum(skip: torch.dtype, branch: torch.dtype) -> None:
+    x, y = torch.ones(3, 2, dtype=skip), torch.ones(2, 2, dtype=branch)
+    out = add_rows(x, y, _rows(0, 2), 1.5)
+    assert out.dtype == (x[:2] + y).dtype
+    assert out.tolist() == [[2.5, 2.5], [1.0, 1.0], [2.5, 2.5]]
+
+
+def test_half_precision_does_not_round_the_scale() -> None:
+    """1/0.9 in bfloat16 is 1.109375: .16 % off, for every row."""
+    x, y = torch.zeros(1, 1000, dtype=torch.bfloat16), torch.rand(1, 1000).bfloat16()
+    out = add_rows(x, y, _rows(0), 1 / 0.9)
+    assert torch.equal(out, (y.float() / 0.9).bfloat16())
+    assert not torch.equal(out, y * torch.tensor(1 / 0.9).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (2,), (2, 1)])
+def test_a_branch_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 2\) expected \(2, 2\), but got"):
+        add_rows(torch.zeros(4, 2), torch.zeros(shape), _rows(0, 2), 1.0)
+
+
+@given(st.integers(1, 6), st.data())
+@settings(max_examples=25, deadline=None)
+def test_gradients_follow_the_forward(batch: int, data: st.DataObject) -> None:
+    rows = _rows(*sorted(data.draw(st.sets(st.integers(0, batch - 1)))))
+    x = torch.randn(batch, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return add_rows(x, take(x, rows) * weight, rows, 1.25)
+
+    assert torch.autograd.gradcheck(run, (x, weight))
+
+
+def test_touch_gives_zeros_and_a_copy() -> None:
+    x, used = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    frozen = torch.randn(2)
+    out = touch(x, [used, frozen])
+    assert out.data_ptr() != x.data_ptr()
+    assert torch.equal(out, x)
+    out.sum().backward()
+    assert used.grad is not None
+    assert used.grad.tolist() == [0.0, 0.0]
+    assert torch.equal(x.grad, torch.ones(3))
+    with torch.no_grad():
+        assert not touch(x, [used]).requires_grad
+    assert touch(frozen, []).data_ptr() != frozen.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
+def test_touch_under_vmap_and_forward_mode() -> None:
+    weight = torch.randn(2, requires_grad=True)
+    out = torch.func.vmap(lambda x: touch(x, [weight]))(torch.randn(3, 2))
+    assert out.shape == (3, 2)
+    _, tangent = torch.func.jvp(lambda x: touch(x, [weight]), (torch.ones(2),), (torch.ones(2),))
+    assert tangent.tolist() == [1.0, 1.0]
