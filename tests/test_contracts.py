@@ -11,6 +11,7 @@ import contracts
 from contracts import CHECKS, Layer
 from torchdrop import functional
 from torchdrop.layers import (
+    Cutout,
     DropBlock1d,
     DropBlock2d,
     DropBlock3d,
@@ -101,6 +102,19 @@ def uniform(name, shape):
     return noisy(name, UniformDropout, functional.uniform_dropout, uniform_law, shape, **kwargs)
 
 
+def cutout(name, shape, **kwargs):
+    return Layer(
+        name=name,
+        make=lambda p: Cutout(2, p=p, **kwargs),
+        function=lambda x, p, **more: functional.cutout(x, 2, p=p, **kwargs, **more),
+        shape=shape,
+        many=(20_000, 1, 3, 4),
+        law=contracts.masked(lambda y: (y != 1).flatten(1).any(1)),
+        zero_at_1=False,
+        takes_integers=True,
+    )
+
+
 LAYERS = [
     drop_path("DropPath", DropPath),
     drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
@@ -120,6 +134,8 @@ LAYERS = [
     gaussian("GaussianDropout 4-d", (4, 8, 5, 6)),
     uniform("UniformDropout", (6, 4, 3)),
     uniform("UniformDropout 4-d", (4, 8, 5, 6)),
+    cutout("Cutout", (4, 8, 5, 6), fill=0.5),
+    cutout("Cutout of one image 3-d", (8, 5, 6), holes=2),
 ]
 # What does not depend on the shape of the input is tested on the first of a kind.
 ONCE = (
@@ -131,7 +147,7 @@ ONCE = (
     contracts.is_a_leaf_for_fx_that_honours_eval,
     contracts.compiles_a_bounded_number_of_times_while_its_rate_changes,
 )
-AGAIN = ("4-d", "5-d", "1d", "per unit")
+AGAIN = ("3-d", "4-d", "5-d", "1d", "per unit")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)

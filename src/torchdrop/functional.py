@@ -5,6 +5,7 @@ was passed in comes back.
 """
 
 from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.cutout import cutout, cutout_boxes
 from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
 from torchdrop.drop_path import drop_path, drop_path_add, spatial_dropout
 from torchdrop.noise import gaussian_dropout, uniform_dropout
@@ -13,6 +14,8 @@ __all__ = [
     "check_dim",
     "check_input",
     "check_mode",
+    "cutout",
+    "cutout_boxes",
     "drop_block1d",
     "drop_block2d",
     "drop_block3d",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchdrop import drop_block, functional, noise
+from torchdrop import cutout, drop_block, functional, noise
 from torchdrop.checks import check_choice, check_dim
 from torchdrop.rated import Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
 
 __all__ = [
+    "Cutout",
     "DropBlock1d",
     "DropBlock2d",
     "DropBlock3d",
@@ -350,3 +351,88 @@ class UniformDropout(nn.Module):
     def extra_repr(self) -> str:
         """The half-width."""
         return f"beta={self.beta}"
+
+
+class Cutout(Rated):
+    """Cuts rectangular holes into images, every sample its own.
+
+    With the centre (cy, cx) of each hole uniform over the image, these rows and columns, as far as
+    they lie in it, are replaced by ``fill`` in training::
+
+        cy - h // 2, ..., cy - h // 2 + h - 1        cx - w // 2, ..., cx - w // 2 + w - 1
+
+    In evaluation, and with p = 0, the input comes back as it is. Works on a batch on any device,
+    and as a transform among those of torchvision.transforms.v2: on PIL images, tensors and
+    tv_tensors.Image, alone or in a sample, whose labels, boxes and masks are left alone. There,
+    ``fill`` is in the units of the image (0 to 255 for PIL and uint8)::
+
+        >>> train = v2.Compose([v2.RandomHorizontalFlip(), Cutout(16)])
+        >>> image, label = train(image, label)
+
+    Random numbers are torch's own, on the device of the images: not NumPy's, which the workers of
+    a loader share.
+
+    Args:
+        size: Of a hole: an integer is pixels, a float a fraction of each side; or a pair
+            (height, width) of these.
+        holes: How many holes a sample gets.
+        p: The probability that a sample is cut at all, in [0, 1].
+        place: ``"clipped"``: holes reach over the border and are cut off there (the paper).
+            ``"inside"``: they lie within the image.
+        fill: A number, one number a channel, ``"mean"`` or ``"noise"``
+            (:func:`torchdrop.functional.cutout`, which also replays holes).
+
+    Shape:
+        (channels, height, width) or (batch, channels, height, width); the output has the shape,
+        dtype and memory format of the input.
+
+    Raises:
+        TypeError: ``size``, ``holes``, ``p`` or ``fill`` is none of these.
+        ValueError: One of them is out of range, or ``place`` unknown. When called, also as
+            :func:`torchdrop.functional.cutout`.
+
+    Reference:
+        DeVries & Taylor 2017, Improved Regularization of Convolutional Neural Networks with
+        Cutout, arXiv:1708.04552.
+    """
+
+    def __init__(
+        self,
+        size: int | float | tuple[int | float, int | float],
+        holes: int = 1,
+        *,
+        p: float = 1.0,
+        place: str = "clipped",
+        fill: float | Sequence[float] | str = 0.0,
+    ) -> None:
+        super().__init__()
+        cutout.check_size(size)
+        self.size = size
+        self.holes = cutout.check_count(holes)
+        self.p = p
+        check_choice(place, cutout.PLACES, "place")
+        self.place = place
+        cutout.check_fill(fill)
+        self.fill = fill
+
+    def forward(self, *sample: Any) -> Any:
+        """Return an image, a batch or a sample with holes; the very object in evaluation."""
+        node = traced(self, sample, {})
+        if node is not None:
+            return node
+        x: Any = sample[0] if len(sample) == 1 else sample
+        if type(x) in (Tensor, nn.Parameter):
+            return functional.cutout(
+                x, self.size, self.holes, self.p, self.training, place=self.place, fill=self.fill
+            )
+        if not self.training or self.p == 0.0:
+            cutout.check_sample(x)
+            return x
+        return cutout.cut_sample(x, self.size, self.holes, self.p, place=self.place, fill=self.fill)
+
+    def extra_repr(self) -> str:
+        """The size, the number of holes, p, and the rules that differ from their defaults."""
+        text = f"size={self.size}, holes={self.holes}, p={self.p}"
+        if self.place != "clipped":
+            text += f", place={self.place!r}"
+        return text if self.fill == 0.0 else text + f", fill={self.fill!r}"

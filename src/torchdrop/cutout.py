@@ -1,0 +1,412 @@
+"""Cutout: holes in images, every sample its own, in a few passes over the whole batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchdrop.checks import check_choice
+from torchdrop.sampling import draw, laid_out_like
+from torchdrop.schedules import check_rate
+
+__all__ = [
+    "PLACES",
+    "check_count",
+    "check_fill",
+    "check_sample",
+    "check_size",
+    "cut_sample",
+    "cutout",
+    "cutout_boxes",
+]
+
+PLACES = ("clipped", "inside")
+
+
+def check_size(size: Any) -> tuple[int | float, int | float]:
+    """Return height and width of a hole, each in pixels (int) or as a fraction (float).
+
+    Raises:
+        TypeError: ``size`` is no number and no pair of them.
+        ValueError: A number of pixels is below 1, or a fraction not in (0, 1].
+    """
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    numbers = all(isinstance(s, Real) and not isinstance(s, bool) for s in sizes)
+    if len(sizes) != 2 or not numbers:
+        raise TypeError(
+            f"size has to be a number of pixels, a fraction, or a pair (height, width) of them, "
+            f"but got {size!r}"
+        )
+    for s in sizes:
+        if isinstance(s, int) and s < 1:
+            raise ValueError(f"size in pixels has to be 1 or more, but got {size!r}")
+        if not isinstance(s, int) and not 0.0 < s <= 1.0:
+            raise ValueError(
+                f"size as a fraction has to be above 0 and at most 1, but got {size!r}; "
+                "for pixels pass an integer"
+            )
+    return sizes[0], sizes[1]
+
+
+def check_count(holes: object) -> int:
+    """Return the number of holes.
+
+    Raises:
+        TypeError: ``holes`` is no integer.
+        ValueError: It is below 1.
+    """
+    if isinstance(holes, bool) or not isinstance(holes, int):
+        raise TypeError(f"holes has to be an integer, but got {holes!r}")
+    if holes < 1:
+        raise ValueError(f"holes has to be 1 or more, but got {holes}")
+    return holes
+
+
+def check_fill(fill: Any) -> None:
+    """Refuse what is neither a number, nor numbers for the channels, nor "mean" or "noise".
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It is another string.
+    """
+    if isinstance(fill, str):
+        check_choice(fill, ("mean", "noise"), "fill")
+        return
+    values = fill if isinstance(fill, (tuple, list)) else (fill,)
+    if not values or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
+        raise TypeError(
+            f"fill has to be a number, one number a channel, 'mean' or 'noise', but got {fill!r}"
+        )
+
+
+def _pixels(size: int | float, side: int) -> int:
+    """The length of a hole along a side; a fraction is rounded to the nearest pixel, at least 1."""
+    if isinstance(size, int):
+        return size
+    return max(1, int(size * side + 0.5))
+
+
+def cutout_boxes(
+    samples: int,
+    height: int,
+    width: int,
+    size: Any,
+    holes: int = 1,
+    p: float = 1.0,
+    *,
+    place: str = "clipped",
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the holes of a batch of images, for :func:`cutout`'s ``boxes``.
+
+    Returns:
+        An int64 tensor (samples, holes, 4) of left, top, right, bottom, as torchvision's boxes
+        ("XYXY"): columns left to right - 1 and rows top to bottom - 1 are cut. Boxes lie within
+        the image; those of a sample that is left whole are all zero, and cut nothing.
+
+    Raises:
+        TypeError: ``size`` is no number or pair of them, ``holes`` no integer, ``p`` no number.
+        ValueError: One of them is out of range, or ``place`` unknown.
+    """
+    tall, wide = check_size(size)
+    check_count(holes)
+    rate = check_rate(p)
+    check_choice(place, PLACES, "place")
+    ends = []
+    for length, side in ((_pixels(wide, width), width), (_pixels(tall, height), height)):
+        if place == "inside":
+            length = min(length, side)
+            first = _integers(side - length + 1, (samples, holes), device, generator)
+        else:
+            # The centre lies in the image; of an even hole, it is the pixel after the middle.
+            first = _integers(side, (samples, holes), device, generator) - length // 2
+        ends.append((first.clamp(min=0), (first + length).clamp(max=side)))
+    (left, right), (top, bottom) = ends
+    boxes = torch.stack([left, top, right, bottom], -1)
+    if rate < 1.0:
+        cut = _uniform((samples, 1, 1), device, generator) < rate
+        boxes = torch.where(cut, boxes, 0)
+    return boxes
+
+
+def _integers(
+    end: int, shape: Sequence[int], device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    end = max(end, 1)  # an image without pixels has no centre either
+    if generator is None:  # the overload that takes one refuses symbolic sizes under compile
+        return torch.randint(end, shape, device=device)
+    return torch.randint(end, shape, device=device, generator=generator)
+
+
+def _uniform(
+    shape: Sequence[int], device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    if generator is None:
+        return torch.rand(shape, device=device, dtype=torch.float32)
+    return torch.rand(shape, device=device, dtype=torch.float32, generator=generator)
+
+
+def _holes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Where the boxes of each sample lie: (samples, height, width)."""
+    y = torch.arange(height, device=boxes.device)
+    x = torch.arange(width, device=boxes.device)
+    inside: Tensor | None = None
+    for box in boxes.unbind(-2):
+        left, top, right, bottom = box.unsqueeze(-1).unbind(-2)
+        rows = (y >= top) & (y < bottom)
+        columns = (x >= left) & (x < right)
+        hole = rows.unsqueeze(-1) & columns.unsqueeze(-2)
+        inside = hole if inside is None else inside | hole
+    if inside is None:  # no box at all
+        return boxes.new_zeros((*boxes.shape[:-2], height, width), dtype=torch.bool)
+    return inside
+
+
+def _filling(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor | float:
+    """What stands in the holes, in a shape that broadcasts against ``x`` (..., C, H, W)."""
+    if fill == "mean":
+        mean = x.mean((-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (mean if x.is_floating_point() else mean.round()).to(x.dtype)
+    if fill == "noise":
+        if x.is_floating_point():
+            return draw(torch.randn, x, generator).to(x.dtype)
+        return _integers(torch.iinfo(x.dtype).max + 1, x.shape, x.device, generator).to(x.dtype)
+    if isinstance(fill, (tuple, list)):
+        if len(fill) not in (1, x.shape[-3]):
+            raise ValueError(
+                f"fill has to have one value for each of the {x.shape[-3]} channels, "
+                f"but got {len(fill)}"
+            )
+        return torch.tensor(fill, dtype=x.dtype, device=x.device)[:, None, None]
+    return fill  # type: ignore[no-any-return]
+
+
+def cutout(
+    x: Tensor,
+    size: Any,
+    holes: int = 1,
+    p: float = 1.0,
+    training: bool = True,
+    *,
+    place: str = "clipped",
+    fill: Any = 0.0,
+    boxes: Tensor | None = None,
+    return_boxes: bool = False,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """Cut rectangular holes into images, every sample its own.
+
+    With the centre (cy, cx) of each hole uniform over the pixels of the image, and (h, w) its
+    size, what is replaced by ``fill`` are the rows and columns::
+
+        cy - h // 2, ..., cy - h // 2 + h - 1        cx - w // 2, ..., cx - w // 2 + w - 1
+
+    as far as they lie in the image: exactly h x w pixels where it fits, odd or even. Nothing is
+    scaled. Cut values are selected away, and get no gradient.
+
+    Args:
+        x: One image (channels, height, width) or a batch (batch, channels, height, width), of any
+            floating-point dtype, or of integers (uint8). Its memory format is kept.
+        size: Of a hole: an integer is pixels, a float a fraction of each side; or a pair
+            (height, width) of these.
+        holes: How many holes a sample gets. They may overlap.
+        p: The probability that a sample is cut at all, in [0, 1].
+        training: False returns ``x`` itself. So does ``p=0``.
+        place: ``"clipped"``: holes may reach over the border, where they are cut off (the paper).
+            ``"inside"``: they lie within the image, a hole larger than it covers it.
+        fill: A number, one number a channel, ``"mean"`` (of each sample's channel) or ``"noise"``
+            (standard normal; all values alike for integers). In the units of ``x``.
+        boxes: Cut these (:func:`cutout_boxes`) instead of drawing: (batch, holes, 4), or
+            (holes, 4) for one image. ``size``, ``holes``, ``p`` and ``place`` are then not used.
+        return_boxes: Return ``(result, boxes)``, to replay the same holes elsewhere.
+        generator: Draws the holes and noise, on the device of ``x``. Eager mode only.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``; with ``return_boxes`` also the boxes.
+
+    Raises:
+        TypeError: ``x`` is no tensor or one of bools or complex numbers; ``size``, ``holes``,
+            ``p`` or ``fill`` is none of the above.
+        ValueError: ``x`` is neither 3-d nor 4-d; ``size``, ``holes``, ``p`` or ``place`` is out of
+            range; ``fill`` has another number of channels, or ``boxes`` another shape.
+
+    Reference:
+        DeVries & Taylor 2017, Improved Regularization of Convolutional Neural Networks with
+        Cutout, arXiv:1708.04552.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            cutout,
+            (x,),
+            x,
+            size,
+            holes,
+            p,
+            training,
+            place=place,
+            fill=fill,
+            boxes=boxes,
+            return_boxes=return_boxes,
+            generator=generator,
+        )
+    check_size(size)
+    check_count(holes)
+    rate = check_rate(p)
+    check_choice(place, PLACES, "place")
+    check_fill(fill)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input has to be a tensor, but got {type(x).__name__}")
+    if x.dtype == torch.bool or x.is_complex():
+        raise TypeError(f"input has to be a floating-point or integer tensor, but got {x.dtype}")
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            "input has to have 3 dimensions (channels, height, width) or 4 (batch, channels, "
+            f"height, width), but got {x.dim()}"
+        )
+    batch, height, width = x.shape[:-3], x.shape[-2], x.shape[-1]
+    if boxes is not None and (
+        boxes.dim() != x.dim() - 1 or boxes.shape[:-2] != batch or boxes.shape[-1] != 4
+    ):
+        raise ValueError(
+            f"boxes has to have the shape {(*batch, 'holes', 4)} for an input of shape "
+            f"{tuple(x.shape)}, but got {tuple(boxes.shape)}"
+        )
+    if not training or (boxes is None and rate == 0.0):
+        none = torch.zeros((*batch, holes, 4), dtype=torch.int64, device=x.device)
+        return (x, none) if return_boxes else x
+    if boxes is None:
+        samples = x.shape[0] if batch else 1
+        boxes = cutout_boxes(
+            samples, height, width, size, holes, rate,
+            place=place, device=x.device, generator=generator,
+        )  # fmt: skip
+        if not batch:
+            boxes = boxes[0]
+    inside = _holes(boxes.to(x.device), height, width).unsqueeze(-3)
+    out = torch.where(laid_out_like(x, inside), _filling(x, fill, generator), x).to(x.dtype)
+    return (out, boxes) if return_boxes else out
+
+
+# Samples of torchvision.transforms.v2. Neither it nor PIL is imported: whoever passes an image of
+# theirs has imported them.
+
+
+def _kind(leaf: object) -> str | None:
+    """What an item of a sample is: "pil", "video", "image", "tensor", or None for all others."""
+    pil, tv = sys.modules.get("PIL.Image"), sys.modules.get("torchvision.tv_tensors")
+    if pil is not None and isinstance(leaf, pil.Image):
+        return "pil"
+    if tv is not None and isinstance(leaf, tv.TVTensor):
+        if isinstance(leaf, tv.Video):
+            return "video"
+        return "image" if isinstance(leaf, tv.Image) else None
+    return "tensor" if isinstance(leaf, Tensor) else None
+
+
+def _cut_pil(image: Any, boxes: Tensor, fill: Any) -> Any:
+    """A copy of a PIL image with holes, in its own mode."""
+    from PIL import Image, ImageStat
+
+    bands = len(image.getbands())
+    patch: Any
+    if fill == "noise":
+        if image.mode not in ("L", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "LA"):
+            raise TypeError(f"fill='noise' needs an image of 8-bit channels, but got {image.mode}")
+        count = image.width * image.height * bands
+        noise = bytes(torch.randint(256, (count,), device="cpu").tolist())
+        patch = Image.frombytes(image.mode, image.size, noise)
+    else:
+        given = fill
+        if fill == "mean" and image.mode in ("F", "I"):  # ImageStat counts 256 levels
+            given = image.convert("F").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        elif fill == "mean":
+            given = ImageStat.Stat(image).mean
+        values = list(given) if isinstance(given, (tuple, list)) else [given]
+        if len(values) not in (1, bands):
+            raise ValueError(
+                f"fill has to have one value for each of the {bands} channels, "
+                f"but got {len(values)}"
+            )
+        if image.mode != "F":
+            values = [int(v + 0.5) for v in values]
+        patch = values[0] if bands == 1 else tuple(values * (bands // len(values)))
+    image = image.copy()
+    for box in boxes.tolist():
+        if box[0] < box[2] and box[1] < box[3]:
+            image.paste(patch.crop(box) if fill == "noise" else patch, tuple(box))
+    return image
+
+
+def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
+    """The leaves of a sample, for each what image it is or None, and the sample's structure.
+
+    Raises:
+        TypeError: There is no image.
+    """
+    leaves, structure = torch.utils._pytree.tree_flatten(sample)
+    kinds = [_kind(leaf) for leaf in leaves]
+    if any(kind in ("pil", "image", "video") for kind in kinds):
+        kinds = [None if kind == "tensor" else kind for kind in kinds]
+    else:
+        first = kinds.index("tensor") if "tensor" in kinds else len(kinds)
+        kinds = [kind if i == first else None for i, kind in enumerate(kinds)]
+    if not any(kinds):
+        raise TypeError(
+            f"input has to be a tensor, a PIL image, or a sample that holds one, "
+            f"but got {type(sample).__name__}"
+        )
+    return leaves, kinds, structure
+
+
+def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill: Any) -> Any:
+    """:func:`cutout` of the images in a sample: nested lists, tuples and dicts.
+
+    As in torchvision.transforms.v2, images are PIL images, tv_tensors.Image and tv_tensors.Video
+    (all frames have the same holes); only where there is none is the first plain tensor one.
+    Images of one size have the same holes. Everything else comes back as it is.
+
+    Raises:
+        TypeError: There is no image.
+    """
+    leaves, kinds, structure = check_sample(sample)
+    drawn: dict[tuple[int, int, int], Tensor] = {}
+    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        if kind is None:
+            continue
+        x = leaf if kind in ("pil", "tensor") else leaf.as_subclass(Tensor)
+        if kind == "pil":
+            samples, height, width, device = 1, leaf.height, leaf.width, torch.device("cpu")
+        else:
+            # A clip is one sample: (frames, C, H, W), or a batch of clips with one dimension more.
+            batch = x.shape[: -4 if kind == "video" else -3]
+            samples, device = (batch[0] if batch else 1), x.device
+            height, width = x.shape[-2:]
+        key = (samples, height, width)
+        if key not in drawn:
+            drawn[key] = cutout_boxes(
+                samples, height, width, size, holes, p, place=place, device=device
+            )
+        boxes = drawn[key]
+        if kind == "pil":
+            leaves[i] = _cut_pil(leaf, boxes[0], fill)
+            continue
+        if kind == "video":
+            frames = x.flatten(0, -4)
+            each = boxes.repeat_interleave(x.shape[-4], 0)
+            out = cutout(frames, size, fill=fill, boxes=each).view(x.shape)
+        else:
+            out = cutout(x, size, fill=fill, boxes=boxes if x.dim() == 4 else boxes[0])
+        leaves[i] = out if kind == "tensor" else _wrapped(out, leaf)
+    return torch.utils._pytree.tree_unflatten(leaves, structure)
+
+
+def _wrapped(x: Tensor, like: Tensor) -> Tensor:
+    wrapped: Tensor = sys.modules["torchvision.tv_tensors"].wrap(x, like=like)
+    return wrapped
