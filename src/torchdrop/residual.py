@@ -45,7 +45,7 @@ class Split:
     """How one addition of a graph falls into skip and branch.
 
     Attributes:
-        place: The how manyeth residual addition of its forward it is, from 0.
+        place: Which of the residual additions of its forward it is, counted from 0.
         add: The addition.
         skip: Its operand that is always there.
         branch: Its operand that can be dropped.

@@ -458,8 +458,10 @@ def _where(module: nn.Module, error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
 
 
-_READERS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "get_device", "type"}
-_READERS |= {"is_floating_point"}
+_READERS = {
+    "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point",
+    "get_device", "type",
+}  # fmt: skip
 _FACTS = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_nested", "layout", "requires_grad",
 }  # fmt: skip
