@@ -17,6 +17,7 @@ from torchdrop.layers import (
     DropBlock3d,
     DropPath,
     GaussianDropout,
+    ShakeDrop,
     SpatialDropout,
     UniformDropout,
 )
@@ -115,6 +116,19 @@ def cutout(name, shape, **kwargs):
     )
 
 
+def shake_drop(name, shape):
+    return Layer(
+        name=name,
+        make=ShakeDrop,
+        function=functional.shake_drop,
+        shape=shape,
+        many=(250_000, 1),
+        law=contracts.masked(lambda y: (y != 1).flatten(1).all(1)),
+        eval_is_identity=False,
+        zero_at_1=False,
+    )
+
+
 LAYERS = [
     drop_path("DropPath", DropPath),
     drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
@@ -136,6 +150,8 @@ LAYERS = [
     uniform("UniformDropout 4-d", (4, 8, 5, 6)),
     cutout("Cutout", (4, 8, 5, 6), fill=0.5),
     cutout("Cutout of one image 3-d", (8, 5, 6), holes=2),
+    shake_drop("ShakeDrop", (6, 4, 3)),
+    shake_drop("ShakeDrop 4-d", (4, 8, 5, 6)),
 ]
 # What does not depend on the shape of the input is tested on the first of a kind.
 ONCE = (

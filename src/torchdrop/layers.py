@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchdrop import cutout, drop_block, functional, noise
-from torchdrop.checks import check_choice, check_dim
+from torchdrop import cutout, drop_block, functional, noise, shake_drop
+from torchdrop.checks import check_choice, check_dim, check_mode
 from torchdrop.rated import Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
 
@@ -19,6 +19,7 @@ __all__ = [
     "DropBlock3d",
     "DropPath",
     "GaussianDropout",
+    "ShakeDrop",
     "SpatialDropout",
     "StochasticDepth",
     "UniformDropout",
@@ -66,9 +67,9 @@ class DropPath(Rated):
     ) -> None:
         super().__init__()
         self.p = p
-        functional.check_mode(mode)
+        check_mode(mode)
         self.mode = mode
-        self.batch_dim = functional.check_dim(batch_dim)
+        self.batch_dim = check_dim(batch_dim)
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
@@ -436,3 +437,78 @@ class Cutout(Rated):
         if self.place != "clipped":
             text += f", place={self.place!r}"
         return text if self.fill == 0.0 else text + f", fill={self.fill!r}"
+
+
+class ShakeDrop(Rated):
+    """Multiplies a residual branch by one random factor, and its gradient by another.
+
+    With ``b ~ Bernoulli(1 - p)``, and a and c uniform in ``alpha`` and ``beta``, for each sample
+    (``mode="row"``) or once (``"batch"``)::
+
+        y    = (b + a - b * a) * x,    dx = (b + c - b * c) * dy    in training
+        y    = (1 - p + p * E[a]) * x                               in evaluation
+
+    Evaluation multiplies by the expectation, so a branch's ShakeDrop stays in the network.
+
+    Args:
+        p: The probability of shaking, in [0, 1]; with depth, the paper lets it grow linearly to .5
+            (:func:`torchdrop.schedules.linear`).
+        alpha: The range of the factor forward.
+        beta: The range of the factor backward.
+        mode: ``"row"`` or ``"batch"``.
+        batch_dim: The dimension that counts samples.
+
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``p`` is no real number (a bool or a string is none), ``alpha`` or ``beta`` no
+            pair of them, or ``batch_dim`` no integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` no range, or ``mode`` is
+            unknown. When called, also as :func:`torchdrop.functional.shake_drop`.
+
+    Reference:
+        Yamada et al. 2018, ShakeDrop Regularization for Deep Residual Learning, arXiv:1802.02375.
+    """
+
+    def __init__(
+        self,
+        p: float,
+        alpha: tuple[float, float] = (-1.0, 1.0),
+        beta: tuple[float, float] = (0.0, 1.0),
+        *,
+        mode: str = "row",
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.p = p
+        self.alpha = shake_drop.check_range(alpha, "alpha")
+        self.beta = shake_drop.check_range(beta, "beta")
+        check_mode(mode)
+        self.mode = mode
+        self.batch_dim = check_dim(batch_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, shaken in training, times the expectation in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return functional.shake_drop(
+            x,
+            self.p,
+            self.training,
+            alpha=self.alpha,
+            beta=self.beta,
+            mode=self.mode,
+            batch_dim=self.batch_dim,
+        )
+
+    def extra_repr(self) -> str:
+        """The rate, the mode, and the ranges that differ from the paper's."""
+        text = f"p={self.p}, mode={self.mode!r}"
+        if self.alpha != (-1.0, 1.0):
+            text += f", alpha={self.alpha}"
+        if self.beta != (0.0, 1.0):
+            text += f", beta={self.beta}"
+        return text if self.batch_dim == 0 else text + f", batch_dim={self.batch_dim}"

@@ -1,0 +1,140 @@
+"""ShakeDrop: one random factor forward and another one backward."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.sampling import draw, keep_mask
+from torchdrop.schedules import check_rate
+
+__all__ = ["check_range", "shake_drop"]
+
+
+def check_range(ends: Any, name: str) -> tuple[float, float]:
+    """Return both ends of a range as floats.
+
+    Raises:
+        TypeError: ``ends`` is no pair of real numbers.
+        ValueError: One of them is not finite, or the first is above the second.
+    """
+    pair = isinstance(ends, (tuple, list)) and len(ends) == 2
+    if not pair or any(isinstance(e, bool) or not isinstance(e, Real) for e in ends):
+        raise TypeError(f"{name} has to be a pair of real numbers, but got {ends!r}")
+    low, high = float(ends[0]), float(ends[1])
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"{name} has to be a range from low to high, but got {ends!r}")
+    return low, high
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor``, in the precision of the factor and rounded once."""
+    return (x * factor).to(x.dtype)
+
+
+class _Shake(torch.autograd.Function):
+    """``ahead * x``, whose derivative is said to be ``back``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, ahead: Tensor, back: Tensor) -> Tensor:
+        return _scaled(x, ahead)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return _scaled(grads[0], back), None, None
+
+
+def shake_drop(
+    x: Tensor,
+    p: float,
+    training: bool = True,
+    *,
+    alpha: tuple[float, float] = (-1.0, 1.0),
+    beta: tuple[float, float] = (0.0, 1.0),
+    mode: str = "row",
+    batch_dim: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Multiply a residual branch by one random factor, and its gradient by another.
+
+    With ``b ~ Bernoulli(1 - p)``, and a and c uniform in ``alpha`` and ``beta``, drawn for each
+    sample ("row") or once ("batch")::
+
+        forward   (b + a - b * a) * x        x itself where b = 1,   a * x where b = 0
+        backward  (b + c - b * c) * grad
+        evaluation  (1 - p + p * E[a]) * x,  which is (1 - p) * x for the paper's alpha
+
+    What is dropped is not gone: with p=1 every branch is shaken (Shake-Shake for one branch). The
+    gradient is not that of the forward, on purpose. As an operator of the gradient it is linear,
+    and a second derivative (``create_graph=True``) differentiates that operator: through ``grad``,
+    with the factor of the backward again. Forward-mode derivatives are refused by torch, since none
+    is defined.
+
+    Args:
+        x: The output of a residual branch, of any shape with at least one dimension and of any
+            floating-point dtype. Its memory format is kept.
+        p: The probability of shaking, in [0, 1]: 1 - p_l of the paper. As in the paper, let it
+            grow linearly with depth up to .5.
+        training: False returns the expectation.
+        alpha: The range of the factor forward.
+        beta: The range of the factor backward.
+        mode: ``"row"`` (the paper's image level) or ``"batch"``.
+        batch_dim: The dimension that counts samples.
+        generator: Draws the factors, on the device of ``x``. Eager mode only.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``; with ``p=0``, ``x`` itself.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
+            none), ``alpha`` or ``beta`` no pair of them, or ``batch_dim`` no integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` no range, ``mode`` is
+            unknown, ``x`` is 0-d or has no dimension ``batch_dim``.
+
+    Reference:
+        Yamada et al. 2018, ShakeDrop Regularization for Deep Residual Learning, arXiv:1802.02375.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            shake_drop,
+            (x,),
+            x,
+            p,
+            training,
+            alpha=alpha,
+            beta=beta,
+            mode=mode,
+            batch_dim=batch_dim,
+            generator=generator,
+        )
+    rate = check_rate(p)
+    low, high = check_range(alpha, "alpha")
+    back_low, back_high = check_range(beta, "beta")
+    check_mode(mode)
+    check_input(x)
+    dim = check_dim(batch_dim, x.dim())
+    if rate == 0.0:
+        return x
+    if not training:
+        return x * (1.0 - rate + rate * (low + high) / 2.0)
+    shape = [1] * x.dim()
+    if mode == "row":
+        shape[dim] = x.shape[dim]
+    kept = keep_mask(shape, rate, device=x.device, generator=generator)
+    ahead = draw(torch.rand, x, generator, shape) * (high - low) + low
+    back = draw(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
+    shaken: Tensor = _Shake.apply(x, torch.where(kept, 1.0, ahead), torch.where(kept, 1.0, back))
+    return shaken
