@@ -41,6 +41,7 @@ class Layer:
     many: the shape of an input large enough for statistics.
     law: (output for `many` ones, p) -> how probable, under the law of p, what it shows is.
     eval_is_identity: whether evaluation returns the very object.
+    identity_at_0: whether p=0 gives x.
     zero_at_1: whether p=1 sets everything to zero; else values and gradients have to be finite.
     rate: the name of the rate.
     rates: those at which the law is tested.
@@ -55,6 +56,7 @@ class Layer:
     many: tuple[int, ...]
     law: Callable[[Tensor, float], float]
     eval_is_identity: bool = True
+    identity_at_0: bool = True
     zero_at_1: bool = True
     rate: str = "p"
     # At .001 a mask drawn in bfloat16, which knows steps of 1/256, is far off; so is p for 1-p.
@@ -103,7 +105,7 @@ def ends_are_finite_and_right(layer: Layer) -> None:
             x = layer.input(dtype, requires_grad=True)
             y = layer.make(p).train()(x)
             y.sum().backward()
-            if p == 0 or layer.zero_at_1:
+            if layer.identity_at_0 if p == 0 else layer.zero_at_1:
                 expected = torch.ones_like(x) if p == 0 else torch.zeros_like(x)
                 assert torch.equal(y, x * expected)
                 assert torch.equal(x.grad, expected)

@@ -17,6 +17,7 @@ from torchdrop.layers import (
     DropBlock3d,
     DropPath,
     GaussianDropout,
+    PathDrop,
     ShakeDrop,
     SpatialDropout,
     UniformDropout,
@@ -129,6 +130,37 @@ def shake_drop(name, shape):
     )
 
 
+def joined(x):
+    """Three branches, of which the mean of any tells which it was."""
+    return x, 10 * x, 100 * x
+
+
+class Joined(PathDrop):
+    def forward(self, *inputs):
+        return super().forward(*(inputs if len(inputs) == 3 else joined(inputs[0])))
+
+
+def path_drop_law(y, p):
+    """The first input is dropped with p - p**3 / 3."""
+    kept = torch.tensor([1.0, 11 / 2, 101 / 2, 111 / 3], dtype=y.dtype)
+    gone = (y != kept).all(1)
+    return stats.binomtest(int(gone.sum()), len(gone), p - p**3 / 3).pvalue
+
+
+def path_drop(name, shape):
+    return Layer(
+        name=name,
+        make=Joined,
+        function=lambda x, p, **more: functional.path_drop(joined(x), p, **more),
+        shape=shape,
+        many=(250_000, 1),
+        law=path_drop_law,
+        eval_is_identity=False,
+        identity_at_0=False,
+        zero_at_1=False,
+    )
+
+
 LAYERS = [
     drop_path("DropPath", DropPath),
     drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
@@ -152,6 +184,8 @@ LAYERS = [
     cutout("Cutout of one image 3-d", (8, 5, 6), holes=2),
     shake_drop("ShakeDrop", (6, 4, 3)),
     shake_drop("ShakeDrop 4-d", (4, 8, 5, 6)),
+    path_drop("PathDrop", (6, 4, 3)),
+    path_drop("PathDrop 4-d", (4, 8, 5, 6)),
 ]
 # What does not depend on the shape of the input is tested on the first of a kind.
 ONCE = (

@@ -13,10 +13,10 @@ ROOT = Path(torchdrop.__file__).parent
 
 # From the bottom up: a file may import from lines above its own, and from its own.
 ORDER = [
-    {"schedules", "sampling", "checks"},
+    {"schedules", "sampling", "checks", "rated"},
     {"rows"},
     {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
-    {"functional", "rated"},
+    {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
     {"tracing", "residual", "rewrite"},

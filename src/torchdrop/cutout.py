@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice
-from torchdrop.sampling import draw, laid_out_like
+from torchdrop.sampling import draw, integers, keep_mask, laid_out_like
 from torchdrop.schedules import check_rate
 
 __all__ = [
@@ -123,34 +122,18 @@ def cutout_boxes(
     for length, side in ((_pixels(wide, width), width), (_pixels(tall, height), height)):
         if place == "inside":
             length = min(length, side)
-            first = _integers(side - length + 1, (samples, holes), device, generator)
+            first = integers(side - length + 1, (samples, holes), device, generator)
         else:
             # The centre lies in the image; of an even hole, it is the pixel after the middle.
-            first = _integers(side, (samples, holes), device, generator) - length // 2
+            # (An image without pixels has no centre either.)
+            first = integers(max(side, 1), (samples, holes), device, generator) - length // 2
         ends.append((first.clamp(min=0), (first + length).clamp(max=side)))
     (left, right), (top, bottom) = ends
     boxes = torch.stack([left, top, right, bottom], -1)
     if rate < 1.0:
-        cut = _uniform((samples, 1, 1), device, generator) < rate
-        boxes = torch.where(cut, boxes, 0)
+        whole = keep_mask((samples, 1, 1), rate, device=device, generator=generator)
+        boxes = torch.where(whole, 0, boxes)
     return boxes
-
-
-def _integers(
-    end: int, shape: Sequence[int], device: torch.device | None, generator: torch.Generator | None
-) -> Tensor:
-    end = max(end, 1)  # an image without pixels has no centre either
-    if generator is None:  # the overload that takes one refuses symbolic sizes under compile
-        return torch.randint(end, shape, device=device)
-    return torch.randint(end, shape, device=device, generator=generator)
-
-
-def _uniform(
-    shape: Sequence[int], device: torch.device | None, generator: torch.Generator | None
-) -> Tensor:
-    if generator is None:
-        return torch.rand(shape, device=device, dtype=torch.float32)
-    return torch.rand(shape, device=device, dtype=torch.float32, generator=generator)
 
 
 def _holes(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -177,7 +160,7 @@ def _filling(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor 
     if fill == "noise":
         if x.is_floating_point():
             return draw(torch.randn, x, generator).to(x.dtype)
-        return _integers(torch.iinfo(x.dtype).max + 1, x.shape, x.device, generator).to(x.dtype)
+        return integers(torch.iinfo(x.dtype).max + 1, x.shape, x.device, generator).to(x.dtype)
     if isinstance(fill, (tuple, list)):
         if len(fill) not in (1, x.shape[-3]):
             raise ValueError(

@@ -9,6 +9,7 @@ from torchdrop.cutout import cutout, cutout_boxes
 from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
 from torchdrop.drop_path import drop_path, drop_path_add, spatial_dropout
 from torchdrop.noise import gaussian_dropout, uniform_dropout
+from torchdrop.path_drop import path_drop, path_drop_column
 from torchdrop.shake_drop import shake_drop
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "drop_path",
     "drop_path_add",
     "gaussian_dropout",
+    "path_drop",
+    "path_drop_column",
     "shake_drop",
     "spatial_dropout",
     "uniform_dropout",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchdrop import cutout, drop_block, functional, noise, shake_drop
 from torchdrop.checks import check_choice, check_dim, check_mode
+from torchdrop.path_drop import PathDrop
 from torchdrop.rated import Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
 
@@ -19,6 +20,7 @@ __all__ = [
     "DropBlock3d",
     "DropPath",
     "GaussianDropout",
+    "PathDrop",
     "ShakeDrop",
     "SpatialDropout",
     "StochasticDepth",

@@ -22,6 +22,8 @@ __all__ = [
     "ROW_SAMPLERS",
     "SharedDecisions",
     "draw",
+    "host_generator",
+    "integers",
     "keep_batch",
     "keep_mask",
     "keep_rows",
@@ -64,6 +66,18 @@ def draw(
     if generator is None:  # see keep_mask
         return kind(size, device=x.device, dtype=dtype)
     return kind(size, device=x.device, dtype=dtype, generator=generator)
+
+
+def integers(
+    end: int,
+    shape: Sequence[int],
+    device: torch.device | None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Integers from 0 to ``end - 1``, uniform."""
+    if generator is None:  # see keep_mask
+        return torch.randint(end, shape, device=device)
+    return torch.randint(end, shape, device=device, generator=generator)
 
 
 def transformed() -> bool:
@@ -129,7 +143,7 @@ def rare_hits(total: int, p: float, generator: torch.Generator | None = None) ->
     return hits[: int(torch.searchsorted(hits, float(total)))].long()
 
 
-def _host_generator() -> torch.Generator | None:
+def host_generator() -> torch.Generator | None:
     """None for the global generator; in a process group, one that also depends on the rank.
 
     Ranks that were all seeded alike would otherwise drop the same rows. The seed is drawn from
@@ -185,7 +199,7 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
     * ``"independent"``: one Bernoulli draw a row, as in timm and torchvision.
     * ``"window"``: a cyclic run of rows with a uniformly random start, as many as ``"exact"``.
     """
-    return ROW_SAMPLERS[sampling](batch, p, _host_generator())
+    return ROW_SAMPLERS[sampling](batch, p, host_generator())
 
 
 def keep_batch(p: float) -> bool:
