@@ -42,6 +42,22 @@ _CPU_ATTENTION: dict[Any, Callable[..., int]] = {
 }
 
 
+class _Untracked:
+    """Stands in for the counter's module tracker: only the total is asked for.
+
+    The tracker hangs hooks on the gradients of every module, which is most of the time that
+    counting takes, and raises on views of parameters that are made without gradients.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 class FlopCounter:
     """Counts the floating point operations of everything that runs inside it.
 
@@ -60,6 +76,7 @@ class FlopCounter:
 
     def __init__(self) -> None:
         self._mode = FlopCounterMode(display=False, custom_mapping=dict(_CPU_ATTENTION))
+        self._mode.mod_tracker = _Untracked()  # type: ignore[assignment]
 
     @property
     def total(self) -> int:
