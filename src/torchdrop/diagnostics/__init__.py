@@ -1,0 +1,14 @@
+"""Measurements on a model: what it costs, and what its drops do to BatchNorm."""
+
+from torchdrop.cost import flops, saved_bytes
+from torchdrop.diagnostics.recalibration import recalibrate_batch_norm
+from torchdrop.diagnostics.variance import LayerShift, VarianceShift, variance_shift
+
+__all__ = [
+    "LayerShift",
+    "VarianceShift",
+    "flops",
+    "recalibrate_batch_norm",
+    "saved_bytes",
+    "variance_shift",
+]

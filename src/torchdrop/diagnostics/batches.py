@@ -1,0 +1,113 @@
+"""What a diagnostic runs a model on: the batches that a user already has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Call", "calls", "check_batches", "check_model"]
+
+# The positional and the keyword arguments of one forward pass.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module, or one whose layers do not know their sizes yet.
+
+    Raises:
+        TypeError: It is no module.
+        ValueError: It has parameters that are made by the first forward pass.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be an nn.Module, but got {type(model).__name__}")
+    for name, module in model.named_modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(torch.nn.parameter.is_lazy(t) for t in tensors):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) has no sizes yet; run the model "
+                "on one batch first"
+            )
+
+
+def check_batches(batches: object) -> None:
+    """Refuse what is no collection of batches.
+
+    Raises:
+        TypeError: It is a single tensor, a mapping, a string, or not iterable.
+    """
+    if isinstance(batches, Tensor | Mapping | str | bytes):
+        raise TypeError(
+            f"batches has to be an iterable of batches, but got a single {type(batches).__name__}; "
+            "for one batch write [batch]"
+        )
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"batches has to be an iterable of batches, but got {type(batches).__name__}"
+        )
+
+
+def calls(model: nn.Module, batches: Iterable[Any]) -> Iterator[Call]:
+    """The arguments of one forward pass for each batch, on the device of ``model``.
+
+    A tensor is the input; of a tuple or list the first item is, and the rest (labels) is left
+    aside; a dict holds keyword arguments. An input that is itself a tuple holds the positional
+    arguments of a model with several, one that is a dict its keyword arguments: ``((a, b), y)``.
+    ``batches`` is gone through once, so a generator will do.
+
+    Raises:
+        TypeError: A batch is none of these, or the model does not take such arguments.
+        ValueError: There is no batch.
+    """
+    devices = {p.device for p in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+    number = -1
+    for number, batch in enumerate(batches):
+        args, kwargs = _arguments(batch, number)
+        _check_taken(model, args, kwargs, number)
+        if device is not None:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+        yield args, kwargs
+    if number < 0:
+        raise ValueError(
+            "batches is empty: at least one batch is needed (a generator can be used only once)"
+        )
+
+
+def _arguments(batch: Any, number: int) -> Call:
+    given = batch
+    if isinstance(batch, tuple | list) and batch:
+        given = batch[0]
+        if isinstance(given, tuple | list) and given:
+            return tuple(given), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, Tensor):
+        return (given,), {}
+    what = type(batch).__name__
+    if isinstance(batch, tuple | list):
+        what += f" of {type(given).__name__}" if batch else " of nothing"
+    raise TypeError(
+        "a batch has to be a tensor, a tuple (inputs, ...) or a dict of keyword arguments, "
+        f"but batch {number} is a {what}"
+    )
+
+
+def _check_taken(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int
+) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the keys {', '.join(kwargs)}" if kwargs else f"{len(args)} positional inputs"
+        raise TypeError(
+            f"batch {number} has {given}, but {type(model).__name__} takes {signature}: {error}"
+        ) from None

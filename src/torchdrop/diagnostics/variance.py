@@ -1,0 +1,647 @@
+"""How much the variance of activations differs between training and evaluation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from torchdrop.diagnostics.batches import Call, calls, check_batches, check_model
+from torchdrop.diagnostics.untouched import untouched
+from torchdrop.residual import Split, read_splits, survey
+from torchdrop.rewrite import MismatchError, Program, rewrite
+from torchdrop.rows import add_whole
+from torchdrop.site import Site, sites_of
+from torchdrop.tracing import Example, UntraceableError, trace_block
+
+__all__ = ["LayerShift", "VarianceShift", "variance_shift"]
+
+# The module types that say that dimension 1 counts channels.
+_CHANNELS_FIRST = (_BatchNorm, nn.modules.conv._ConvNd)
+
+
+# ---------------------------------------------------------------------------------------------
+# The result
+
+
+@dataclass(frozen=True, eq=False)
+class LayerShift:
+    """The variance of what one layer sees, in training and in evaluation.
+
+    Per channel and batch, with the unbiased variance ``var`` that BatchNorm puts into its running
+    variance, and n values a channel in the batch::
+
+        V = sum_b (n_b - 1) var(x_b) / sum_b (n_b - 1)         within batches
+        T = var of the values of all batches and draws at once   (divided by their number)
+
+    Attributes:
+        name: The path of the BatchNorm, or the name of the residual branch that is added.
+        kind: ``"batch_norm"``: its input. ``"residual_sum"``: the sum of skip and branch.
+        ratio: The mean over channels of V_train / V_eval, V within batches: what the running
+            variance stands for over what evaluation has. Channels that are constant in both are
+            left out; one that is so in evaluation alone makes it infinite.
+        var_train: The mean over channels of V in training.
+        var_eval: The mean over channels of V in evaluation.
+        total_ratio: The mean over channels of T_train / T_eval. T_train counts how the batch means
+            move from draw to draw as well, which BatchNorm takes away in training: in batch mode
+            it exceeds ``ratio``.
+        total_train: The mean over channels of T in training.
+        total_eval: The mean over channels of T in evaluation.
+        running_ratio: The mean over channels of running_var / V_eval, for the running variance
+            that the layer has now; None without one. In evaluation the layer's normalised output,
+            before weight and bias, has about the inverse as its variance.
+        running_var: The mean over channels of that running variance, or None.
+        channel_ratios: V_train / V_eval of each channel, float64, of shape (channels,).
+    """
+
+    name: str
+    kind: str
+    ratio: float
+    var_train: float
+    var_eval: float
+    total_ratio: float
+    total_train: float
+    total_eval: float
+    running_ratio: float | None
+    running_var: float | None
+    channel_ratios: Tensor = field(repr=False)
+
+    @property
+    def shift(self) -> float:
+        """``max(ratio, 1 / ratio)``: how far the ratio is from 1, either way."""
+        if self.ratio == 0.0:
+            return math.inf
+        return max(self.ratio, 1.0 / self.ratio)
+
+
+class VarianceShift(Sequence[LayerShift]):
+    """What :func:`variance_shift` found: one :class:`LayerShift` a layer, in the order of depth.
+
+    A sequence; ``shift["layer1.0.bn1"]`` finds a layer by its name (a BatchNorm first where a
+    residual sum has the same). ``print(shift)`` shows the table.
+
+    Attributes:
+        layers: The layers, as the first batch reached them in evaluation.
+        unreadable: The modules whose forward could not be read, with the reason: residual sums
+            in them are not measured.
+    """
+
+    def __init__(
+        self, model: str, layers: list[LayerShift], unreadable: dict[str, str], effort: str
+    ) -> None:
+        self.layers = layers
+        self.unreadable = unreadable
+        self._model = model
+        self._effort = effort
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, key: int | str) -> LayerShift: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[LayerShift]: ...
+
+    def __getitem__(self, key: int | str | slice) -> LayerShift | list[LayerShift]:
+        if not isinstance(key, str):
+            return self.layers[key]
+        for layer in sorted(self.layers, key=lambda layer: layer.kind):
+            if layer.name == key:
+                return layer
+        raise KeyError(key)
+
+    @property
+    def batch_norms(self) -> list[LayerShift]:
+        """The layers that are BatchNorms."""
+        return [layer for layer in self.layers if layer.kind == "batch_norm"]
+
+    @property
+    def residual_sums(self) -> list[LayerShift]:
+        """The layers that are residual sums."""
+        return [layer for layer in self.layers if layer.kind == "residual_sum"]
+
+    @property
+    def largest(self) -> LayerShift:
+        """The layer with the largest ``shift``: the ratio furthest from 1.
+
+        Raises:
+            ValueError: No layer was seen both in training and in evaluation.
+        """
+        known = [layer for layer in self.layers if not math.isnan(layer.ratio)]
+        if not known:
+            raise ValueError("no layer was reached both in training and in evaluation")
+        return max(known, key=lambda layer: layer.shift)
+
+    @property
+    def growth(self) -> list[float]:
+        """For each layer its ratio over that of the layer of its kind before it (1 for none)."""
+        before: dict[str, float] = {}
+        steps = []
+        for layer in self.layers:
+            previous = before.get(layer.kind, 1.0)
+            usable = previous > 0.0 and math.isfinite(previous)
+            steps.append(layer.ratio / previous if usable else math.nan)
+            if not math.isnan(layer.ratio):
+                before[layer.kind] = layer.ratio
+        return steps
+
+    @property
+    def steepest(self) -> LayerShift:
+        """The residual sum at which the ratio grows most over the one before it.
+
+        Without residual sums, the BatchNorm. (Where there are both, a BatchNorm inside a branch
+        follows another one, which has just taken the shift away.)
+
+        Raises:
+            ValueError: As for :attr:`largest`.
+        """
+        of_kind = self.residual_sums or self.batch_norms
+        known = [
+            (growth, layer)
+            for growth, layer in zip(self.growth, self.layers, strict=True)
+            if layer in of_kind and not math.isnan(growth)
+        ]
+        return max(known, key=lambda pair: pair[0])[1] if known else self.largest
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.batch_norms)} batch norms, {len(self.residual_sums)} residual sums"
+        lines = [f"variance shift of {self._model}: {counts}; {self._effort}"]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kind", "train", "eval", "ratio", "growth", "running / eval")
+        ]
+        for layer, growth in zip(self.layers, self.growth, strict=True):
+            running = math.nan if layer.running_ratio is None else layer.running_ratio
+            rows.append(
+                (
+                    layer.name,
+                    layer.kind.replace("_", " "),
+                    *map(_short, (layer.var_train, layer.var_eval, layer.ratio, growth, running)),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            cells = [
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        if any(not math.isnan(layer.ratio) for layer in self.layers):
+            lines.append(
+                f"largest: {self.largest.name} ({_short(self.largest.ratio)}); "
+                f"grows most at {self.steepest.name}"
+            )
+        lines += [
+            f"not read: {name or 'the model'}: {why}" for name, why in self.unreadable.items()
+        ]
+        return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Moments as they come
+
+
+class Moments:
+    """Count, mean and sums of squared deviations per channel, in float64, batch after batch.
+
+    Merged as Chan, Golub and LeVeque do: no difference of large numbers is taken.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.freedom = 0
+        self.mean = torch.zeros(())
+        self.total = torch.zeros(())
+        self.within = torch.zeros(())
+
+    def add(self, x: Tensor, channel_dim: int) -> None:
+        """Take in one batch.
+
+        Raises:
+            ValueError: Its number of channels is not that of the batches before.
+        """
+        if x.numel() == 0:
+            return
+        channels = x.shape[channel_dim]
+        if self.count and channels != self.mean.numel():
+            raise ValueError(f"{self.mean.numel()} channels before, now {channels}")
+        if x.device.type == "mps":  # has no float64
+            x = x.cpu()
+        values = x.detach().to(torch.float64).movedim(channel_dim, 0).flatten(1)
+        if values.dim() == 1:
+            values = values.unsqueeze(1)
+        count = values.shape[1]
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        squares = variance * count
+        if not self.count:
+            self.mean = torch.zeros_like(mean)
+            self.total, self.within = self.mean.clone(), self.mean.clone()
+        joined = self.count + count
+        step = mean - self.mean
+        self.total += squares + step**2 * (self.count * count / joined)
+        self.mean += step * (count / joined)
+        self.count = joined
+        self.within += squares
+        self.freedom += count - 1
+
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Per channel: within batches, and of everything at once. NaN where nothing came."""
+        nothing = torch.full_like(self.mean, math.nan, dtype=torch.float64)
+        within = self.within / self.freedom if self.freedom else nothing
+        total = self.total / self.count if self.count else nothing
+        return within, total
+
+
+# ---------------------------------------------------------------------------------------------
+# Where to look
+
+
+class _Probe:
+    """Collects moments by layer, for the mode that the model is in."""
+
+    def __init__(self) -> None:
+        self.training = False
+        self.moments: dict[tuple[str, str], dict[bool, Moments]] = {}
+        self.unreadable: dict[str, str] = {}
+
+    def note(self, kind: str, name: str, x: Tensor, channel_dim: int) -> None:
+        sides = self.moments.setdefault((kind, name), {False: Moments(), True: Moments()})
+        if x.dim() == 0:
+            x = x.unsqueeze(0)
+        if not -x.dim() <= channel_dim < x.dim():
+            raise ValueError(
+                f"{name} has {x.dim()} dimensions, so channel_dim cannot be {channel_dim}"
+            )
+        try:
+            sides[self.training].add(x, channel_dim)
+        except ValueError as error:
+            raise ValueError(
+                f"the channels of {name} are not on dimension {channel_dim} ({error}); "
+                "give channel_dim"
+            ) from None
+
+    def note_sum(self, which: _Sum, total: Tensor) -> None:
+        self.note("residual_sum", which.name, total, which.channel_dim)
+
+
+@dataclass
+class _Sum:
+    """One residual sum of a forward: which one, what it is called, where its channels are."""
+
+    place: int
+    name: str
+    channel_dim: int
+
+
+class _Tap:
+    """What a generated forward calls for each of its residual sums, in place of a site."""
+
+    def __init__(self, sums: list[_Sum], splits: list[Split], probe: _Probe) -> None:
+        self.sums = sums
+        self.splits = splits
+        self.probe = probe
+
+    def mask(self, k: int, skip: Tensor, branch: Tensor) -> Tensor:
+        """The sum number ``k`` as the module itself takes it."""
+        split = self.splits[k]
+        total = add_whole(skip, branch, split.branch_gain, inplace=split.writes_skip)
+        self.probe.note_sum(self.sums[k], total)
+        return total
+
+
+class _Watch:
+    """Stands in the ``forward`` slot of a module and reads its residual sums as they come.
+
+    It runs the module's own forward, generated from its graph, with a tap at each sum; and lets
+    an attached site run where that adds the branches itself.
+    """
+
+    def __init__(self, path: str, module: nn.Module, sums: list[_Sum], probe: _Probe) -> None:
+        self.path = path
+        self.module = module
+        self.sums = sums
+        self.probe = probe
+        before = module.__dict__.get("forward")
+        self.site = before if isinstance(before, Site) else None
+        self.programs: dict[bool, list[tuple[Program, _Tap]]] = {True: [], False: []}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, site = self.module, self.site
+        if site is not None and site.active and (module.training or site.evaluate):
+            return site(*args, **kwargs)
+        try:
+            program, tap, tensors = self._find(args, kwargs)
+        except UntraceableError as error:
+            self.probe.unreadable.setdefault(self.path, str(error))
+            return type(module).forward(module, *args, **kwargs)
+        return program.forward.function(module, tap, *tensors)
+
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, _Tap, list[Any]]:
+        """The program that stands for this call, and its tensors; read now where there is none."""
+        module, signature = self.module, self.__signature__
+        known = self.programs[module.training]
+        for program, tap in known:
+            try:
+                program.check_attributes(module)
+                return program, tap, program.bind(signature, args, kwargs)
+            except MismatchError:
+                continue
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        block = trace_block(module, training=module.training, arguments=bound.arguments)
+        entries = read_splits(block)
+        if len(entries) <= max(s.place for s in self.sums):
+            raise UntraceableError("it does not add the same branches in every call")
+        splits = [entries[s.place].split for s in self.sums]
+        program = rewrite(block, [(split, "mask") for split in splits], self.path)
+        tap = _Tap(self.sums, splits, self.probe)
+        known.append((program, tap))
+        return program, tap, program.bind(signature, args, kwargs)
+
+    def tap_site(self) -> Callable[[], None]:
+        """Read the sums that the site takes itself. Returns what undoes it."""
+        site = self.site
+        if site is None:
+            return lambda: None
+
+        def tapped(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(k: int, *tensors: Any) -> Tensor:
+                total = method(k, *tensors)
+                self.probe.note_sum(self.sums[k % len(self.sums)], total)
+                return total
+
+            return call
+
+        names = ("join", "mask")
+        for name in names:
+            site.__dict__[name] = tapped(getattr(site, name))
+
+        def undo() -> None:
+            for name in names:
+                del site.__dict__[name]
+
+        return undo
+
+
+def _channel_dim(block: nn.Module, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    return 1 if any(isinstance(m, _CHANNELS_FIRST) for m in block.modules()) else -1
+
+
+def _residual_sums(
+    model: nn.Module, example: Callable[[], Any], channel_dim: int | None
+) -> tuple[dict[str, list[_Sum]], dict[str, str]]:
+    """The sums to watch, by the path of the module whose forward takes them; what is unreadable."""
+    paths = {module: path for path, module in reversed(list(model.named_modules()))}
+    sums: dict[str, list[_Sum]] = {}
+    unreadable: dict[str, str] = {}
+    for site in sites_of(model):
+        sums[paths[site.module]] = [
+            _Sum(place, branch.name, _channel_dim(_block(site.module, branch.path), channel_dim))
+            for place, branch in zip(site.places, site.branches, strict=True)
+        ]
+    attached = set(sums)
+    found = survey(model)
+    if set(found.unreadable) - attached:
+        found = survey(model, Example(model, example()))
+    for residual in found.residuals:
+        if not residual.default or residual._owner in attached:
+            continue
+        owner = model.get_submodule(residual._owner)
+        if "forward" in owner.__dict__:
+            unreadable[residual._owner] = "its forward was replaced on the instance"
+            continue
+        dim = _channel_dim(residual.module, channel_dim)
+        for branch in residual.branches:
+            assert branch._split is not None
+            known = sums.setdefault(residual._owner, [])
+            known.append(_Sum(branch._split.place, branch.name, dim))
+    unreadable.update({k: v for k, v in found.unreadable.items() if k not in attached})
+    return sums, unreadable
+
+
+def _block(owner: nn.Module, path: str) -> nn.Module:
+    return owner.get_submodule(path) if path else owner
+
+
+# ---------------------------------------------------------------------------------------------
+# The measurement
+
+
+def variance_shift(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    repeats: int = 4,
+    channel_dim: int | None = None,
+) -> VarianceShift:
+    """How much the variance at each BatchNorm and residual sum differs in training, drops on.
+
+    For the input x of every BatchNorm, and for every residual sum ``x = s + f(s)``::
+
+        ratio = mean over channels c of  V_train[c] / V_eval[c]
+
+    where V is the variance within batches, the one that BatchNorm's running variance accumulates;
+    :class:`LayerShift` has the equations, and the variance of all draws at once besides. A ratio
+    of 1 means that running statistics fit evaluation; one of 2, that BatchNorm divides by a
+    standard deviation 1.4 times too large there.
+
+    *Training* is a forward pass with every layer as in training: drops on, each BatchNorm
+    normalising with the statistics of its batch, so that a layer's ratio holds what earlier
+    BatchNorms did not take away. It is run ``repeats`` times a batch, with new random numbers.
+    *Evaluation* is one pass of the same batch after ``model.eval()``: drops off, each BatchNorm
+    normalising with its running statistics as they are, so the ratio is about the
+    network that will really be evaluated. Statistics that do not fit (a network that was hardly
+    trained) change the variance of the layers that follow: run :func:`recalibrate_batch_norm`
+    first where only the effect of the drops is wanted. A model that comes in training mode is
+    taken as its flags say (a BatchNorm frozen with ``eval()`` stays so); one in evaluation mode
+    is put in training mode by ``model.train()``.
+
+    With p the rate, the closed forms that this is tested against are, for elementwise noise in
+    front of BatchNorm, with ``c = E[x]^2 + Var[x]``::
+
+        dropout            V_train = c / (1-p) - E[x]^2
+        Uout               V_train = Var[x] + c beta^2 / 3
+        Gaussian           V_train = Var[x] + c p / (1-p)
+
+    and for a residual sum s + f under stochastic depth::
+
+        row, scale="train"     T_train = T_eval + p / (1-p) E[f^2]
+        batch, scale="train"   V_train = Var[s] + 2 Cov[s, f] + Var[f] / (1-p)
+        batch, scale="eval"    V_train = Var[s] + (1-p) (2 Cov[s, f] + Var[f])
+                               V_eval  = Var[s] + 2 (1-p) Cov[s, f] + (1-p)^2 Var[f]
+
+    Sums are accumulated in float64, merged batch by batch. Residual sums are those of attached
+    stochastic depth, under the names of the plan, and those that
+    :func:`torchdrop.find_residuals` finds by default in what has nothing attached. Not seen:
+    ``torch.nn.functional.batch_norm``, and sums in forwards that cannot be read, which the result
+    lists.
+
+    The model is left as it was, also if anything raises: parameters, buffers, training flags,
+    hooks, the counts of its plan, and the global random numbers of Python, numpy and torch. The
+    draws depend on ``torch.manual_seed``, and two calls in a row make the same ones.
+
+    Args:
+        model: Any module with a BatchNorm or a residual sum.
+        batches: An iterable of tensors, of tuples ``(inputs, ...)`` (a DataLoader of inputs and
+            labels) or of dicts of keyword arguments; gone through once, so a generator will do.
+            Tensors are moved to the model's device where it is on a single one.
+        repeats: How many training passes a batch gets, at least 1. Dropping whole batches takes
+            most: with n passes in all, the relative error of such a layer falls with n**-.5.
+        channel_dim: Which dimension of the residual sums counts channels. None: 1 in a block that
+            holds a convolution or a BatchNorm, else the last.
+
+    Returns:
+        A sequence of :class:`LayerShift` in the order of depth, with ``largest``, ``growth`` and a
+        table.
+
+    Raises:
+        TypeError: ``model`` is no module; ``batches`` is not iterable, or is a single tensor or
+            dict; a batch is none of the above, or not what the model takes; ``repeats`` or
+            ``channel_dim`` is no integer.
+        ValueError: There is neither a BatchNorm nor a residual sum; there is no batch; ``repeats``
+            is below 1; a layer has no sizes yet (lazy); ``channel_dim`` does not fit.
+
+    Reference:
+        Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization by
+        Variance Shift, arXiv:1801.05134. Its figures show max(ratio, 1/ratio) of the moving
+        variance over the real one.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(8))
+        >>> x = torch.randn(4096, 8)  # no mean, variance 1: dropout makes it 2
+        >>> round(variance_shift(model, [x]).largest.ratio, 1)
+        2.0
+    """
+    check_model(model)
+    check_batches(batches)
+    for name, value in (("repeats", repeats), ("channel_dim", channel_dim)):
+        wrong = isinstance(value, bool) or not isinstance(value, int)
+        if wrong and not (name == "channel_dim" and value is None):
+            raise TypeError(f"{name} has to be an integer, but got {value!r}")
+    if repeats < 1:
+        raise ValueError(f"repeats has to be at least 1, but got {repeats}")
+    norms = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    probe = _Probe()
+    count = 0
+    with ExitStack() as stack:
+        buffers = stack.enter_context(untouched(model))
+        rest = calls(model, batches)
+        first = next(rest)
+        sums, unreadable = _residual_sums(model, lambda: _as_example(first), channel_dim)
+        buffers.reset()
+        if not norms and not sums:
+            raise ValueError(
+                f"there is no BatchNorm and no residual sum in this {type(model).__name__}"
+                + "".join(f"; {k or 'it'} cannot be read: {v}" for k, v in unreadable.items())
+            )
+        modes = _modes(model)
+        for norm, name in norms.items():
+            hook = norm.register_forward_pre_hook(_reading(probe, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        for path, of_path in sums.items():
+            stack.callback(_watch(_Watch(path, model.get_submodule(path), of_path, probe)))
+        for call in chain([first], rest):
+            for training in [False] + [True] * repeats:
+                probe.training = training
+                for module, flag in modes[training]:
+                    module.training = flag
+                buffers.reset()
+                # its own copy, in case the model writes into its input
+                args, kwargs = tree_map_only(Tensor, torch.clone, call)
+                model(*args, **kwargs)
+            count += 1
+    layers = [
+        _layer(name, kind, sides, {n: m for m, n in norms.items()}.get(name))
+        for (kind, name), sides in probe.moments.items()
+    ]
+    effort = f"batches: {count}, training passes each: {repeats}"
+    return VarianceShift(type(model).__name__, layers, {**unreadable, **probe.unreadable}, effort)
+
+
+def _as_example(call: Call) -> Any:
+    args, kwargs = call
+    return kwargs or args
+
+
+def _modes(model: nn.Module) -> dict[bool, list[tuple[nn.Module, bool]]]:
+    """The training flags of every module, for a training pass and for evaluation."""
+    given = [(m, m.training) for m in model.modules()]
+    if not model.training:
+        model.train()
+    training = [(m, m.training) for m in model.modules()]
+    for module, flag in given:
+        module.training = flag
+    model.eval()
+    return {True: training, False: [(m, m.training) for m in model.modules()]}
+
+
+def _reading(
+    probe: _Probe, name: str
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        probe.note("batch_norm", name, x, 1)
+
+    return read
+
+
+def _watch(watch: _Watch) -> Callable[[], None]:
+    """Put ``watch`` into its place. Returns what undoes it."""
+    slot = watch.module.__dict__
+    release = watch.tap_site()
+    slot["forward"] = watch
+
+    def undo() -> None:
+        if watch.site is None:
+            del slot["forward"]
+        else:
+            slot["forward"] = watch.site
+        release()
+
+    return undo
+
+
+def _layer(
+    name: str, kind: str, sides: dict[bool, Moments], module: nn.Module | None
+) -> LayerShift:
+    train, total_train = sides[True].variances()
+    evaluation, total_eval = sides[False].variances()
+    running = getattr(module, "running_var", None) if kind == "batch_norm" else None
+    if isinstance(running, Tensor):
+        running = running.detach().to(evaluation.device, torch.float64)
+    ratios = train / evaluation  # constant in both: 0 / 0, which is NaN
+    return LayerShift(
+        name=name,
+        kind=kind,
+        ratio=float(ratios.nanmean()),
+        var_train=float(train.mean()),
+        var_eval=float(evaluation.mean()),
+        total_ratio=float((total_train / total_eval).nanmean()),
+        total_train=float(total_train.mean()),
+        total_eval=float(total_eval.mean()),
+        running_ratio=None if running is None else float((running / evaluation).nanmean()),
+        running_var=None if running is None else float(running.mean()),
+        channel_ratios=ratios,
+    )
