@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, fx, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 ALPHA = 1e-6
@@ -47,6 +48,7 @@ class Layer:
     rates: those at which the law is tested.
     ends: the rates at the ends that are legal.
     takes_integers: whether images of integers are fine.
+    allocates: how many times the bytes of its input it may allocate.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Layer:
     rates: tuple[float, ...] = (0.001, 0.3, 0.9)
     ends: tuple[float, ...] = (0, 1, 0.0, 1.0)
     takes_integers: bool = False
+    allocates: float = 2.0
 
     def input(self, dtype: torch.dtype = torch.float32, **kwargs: bool) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -240,6 +243,28 @@ def keeps_channels_last(layer: Layer) -> None:
             assert x.grad.is_contiguous(memory_format=memory_format)
 
 
+def peak_of_bytes(f: Callable[[], object]) -> int:
+    """The most that is allocated at a time while `f` runs, on top of what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = f()
+    del result
+    events = seen.profiler.kineto_results.events()
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def allocates_its_output_and_one_mask(layer: Layer) -> None:
+    sizes = {3: (8, 96, 300), 4: (8, 64, 20, 20), 5: (8, 32, 8, 10, 10)}
+    module, x = layer.make(0.3).train(), torch.ones(sizes[len(layer.shape)], requires_grad=True)
+    module(x)
+    # A few kilobytes for what is drawn for samples or channels.
+    assert peak_of_bytes(lambda: module(x)) <= layer.allocates * x.nbytes + 2**16
+
+
 def takes_an_empty_batch(layer: Layer) -> None:
     x = torch.empty(0, *layer.shape[1:], requires_grad=True)
     for p in (0.5, *layer.ends):
@@ -319,6 +344,7 @@ CHECKS = (
     works_on_the_meta_device,
     pickles_and_copies,
     keeps_channels_last,
+    allocates_its_output_and_one_mask,
     takes_an_empty_batch,
     refuses_bad_rates,
     refuses_bad_inputs,

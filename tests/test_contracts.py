@@ -158,6 +158,7 @@ def path_drop(name, shape):
         eval_is_identity=False,
         identity_at_0=False,
         zero_at_1=False,
+        allocates=4.0,  # two of them for the other inputs
     )
 
 
@@ -275,6 +276,12 @@ class Contiguous(Masked):
         return super().forward(x.contiguous())
 
 
+class Wasteful(Masked):
+    def forward(self, x):
+        full = self.mask(x).expand_as(x).contiguous()
+        return (x / self.keep() * full) * torch.ones_like(x)
+
+
 class Averages(Masked):
     def forward(self, x):
         if not len(x):
@@ -316,6 +323,7 @@ class Fixed(Masked):
         (Buffered, contracts.works_on_the_meta_device),
         (Closure, contracts.pickles_and_copies),
         (Contiguous, contracts.keeps_channels_last),
+        (Wasteful, contracts.allocates_its_output_and_one_mask),
         (Averages, contracts.takes_an_empty_batch),
         (Masked, contracts.refuses_bad_rates),
         (Masked, contracts.refuses_bad_inputs),

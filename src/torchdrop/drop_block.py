@@ -291,6 +291,18 @@ def _kept_of_units(
     return kept.where(kept > 0, 1.0)
 
 
+def _kept_of_samples(dropped: Tensor) -> Tensor:
+    """For each sample the share of units that was kept; 1 where none was."""
+    units = math.prod(dropped.shape[1:])
+    # Counted as integers: in float16 a sum beyond 65504 is inf.
+    if readable(dropped):  # count_nonzero of a whole tensor needs no memory, a sum 8 bytes a unit
+        count = torch.stack([mask.count_nonzero() for mask in dropped])
+    else:
+        count = dropped.flatten(1).sum(1)
+    kept = (units - count).float() / units
+    return kept.where(kept > 0, 1.0).view(-1, *[1] * (dropped.dim() - 1))
+
+
 def _drop_block(
     x: Tensor,
     p: float,
@@ -331,10 +343,7 @@ def _drop_block(
     else:
         dropped = _any_blocks(maps, spatial, block, gamma, x.device, generator)
     if scale == "count":
-        dims = tuple(range(1, x.dim()))
-        # Counted as integers: in float16 a sum beyond 65504 is inf.
-        count = (~dropped).sum(dims, keepdim=True)
-        keep = torch.where(count > 0, count.float() / math.prod(dropped.shape[1:]), 1.0)
+        keep = _kept_of_samples(dropped)
     elif scale == "unit":
         keep = _kept_of_units(spatial, block, gamma, x)
     elif rate == "exact":

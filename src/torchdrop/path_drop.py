@@ -187,13 +187,15 @@ def path_drop(
     kept = _kept(len(branches), samples, rate, column, columns, first.device, generator)
     shape = [1] * first.dim()
     shape[dim] = kept.shape[1]
+    dtype = _result_dtype(branches)
     out: Tensor | None = None
     for x, mask in zip(branches, kept.unbind(0), strict=True):
         part = torch.where(laid_out_like(x, mask.view(shape)), x, 0.0)
-        out = _wide(part) if out is None else out + part
+        # In place: what `where` gave is ours, and nothing needs its values later.
+        out = _wide(part.to(dtype)) if out is None else out.add_(part)
+        del part  # before the next one is made
     assert out is not None
-    count = kept.sum(0).view(shape)
-    return (out / count).to(_result_dtype(branches))
+    return out.div_(kept.sum(0).view(shape)).to(dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
