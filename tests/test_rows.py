@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchdrop.rows import add_rows, add_whole, take, touch
+from torchdrop.rows import add_rows, add_whole, fork, take, touch
 
 FORMATS = {
     "contiguous": lambda x: x.contiguous(),
@@ -118,3 +118,29 @@ def test_touch_under_vmap_and_forward_mode() -> None:
     assert out.shape == (3, 2)
     _, tangent = torch.func.jvp(lambda x: touch(x, [weight]), (torch.ones(2),), (torch.ones(2),))
     assert tangent.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
+    x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([0, 2])
+    whole, some = fork(x, rows, dim)
+    assert torch.equal(whole, x)
+    assert torch.equal(some, x.index_select(dim, rows))
+    assert torch.autograd.gradcheck(lambda t: fork(t, rows, dim), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: fork(t, rows, dim), (x,))
+    # either half alone carries the gradient, too
+    for i in (0, 1):
+        (mine,) = torch.autograd.grad(fork(x, rows, dim)[i].square().sum(), x)
+        plain = (x, x.index_select(dim, rows))[i]
+        (theirs,) = torch.autograd.grad(plain.square().sum(), x)
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
+    x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    whole, some = fork(x, torch.tensor([1, 3]))
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    assert some.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(whole.sum() + some.sum(), x)
+    assert grad.is_contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows", "add_whole", "take", "touch"]
+__all__ = ["add_rows", "add_whole", "fork", "take", "touch"]
 
 
 def _memory_order(x: Tensor) -> list[int] | None:
@@ -75,25 +75,29 @@ def add_rows(
         skip, branch, dim = skip.permute(order), branch.permute(order), order.index(dim)
     if inplace:
         out = skip.index_add_(dim, rows, branch, alpha=gain)
+    elif _in_torch_func():
+        out = skip.index_add(dim, rows, branch, alpha=gain)
     else:
         out = _AddRows.apply(skip, branch, rows, gain, dim)
     return out if order is None else out.permute(_inverse(order))
 
 
+# The functions below are written with ``forward(ctx, ...)``: of one with ``setup_context`` torch
+# inspects the signature in every call, which takes about as long as a small layer. What is lost
+# with that is torch.func, for which torch's own operations are used.
+
+
 class _AddRows(torch.autograd.Function):
     """``index_add``, whose own backward keeps the source only to know its shape."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(skip: Tensor, branch: Tensor, rows: Tensor, gain: float, dim: int) -> Tensor:
-        return skip.index_add(dim, rows, branch, alpha=gain)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, rows, ctx.gain, ctx.dim = inputs
+    def forward(
+        ctx: Any, skip: Tensor, branch: Tensor, rows: Tensor, gain: float, dim: int
+    ) -> Tensor:
+        ctx.gain, ctx.dim = gain, dim
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
+        return skip.index_add(dim, rows, branch, alpha=gain)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,19 +117,58 @@ class _AddRows(torch.autograd.Function):
         return moved
 
 
+class _Fork(torch.autograd.Function):
+    """A tensor and some of its rows. Their gradients meet here, in one pass over the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        ctx.dim = dim
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+        return x.view_as(x), x.index_select(dim, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        whole, some = grads
+        (rows,) = ctx.saved_tensors
+        return whole.index_add(ctx.dim, rows, some), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        (rows,) = ctx.saved_tensors
+        of_x = tangents[0]
+        return of_x.view_as(of_x), of_x.index_select(ctx.dim, rows)
+
+
+def fork(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """``x`` and ``take(x, rows, dim)``, for an ``x`` that is both the skip and the branch's input.
+
+    The same values as apart from each other; but in the backward pass the gradient of the rows is
+    added to that of the skip, instead of being spread over zeros first.
+    """
+    if _in_torch_func() or not (x.requires_grad and torch.is_grad_enabled()):
+        return x, take(x, rows, dim)
+    order = _memory_order(x)
+    if order is None:
+        whole, some = _Fork.apply(x, rows, dim)
+        return whole, some
+    whole, some = _Fork.apply(x.permute(order), rows, order.index(dim))
+    back = _inverse(order)
+    return whole.permute(back), some.permute(back)
+
+
+def _in_torch_func() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 class _Touch(torch.autograd.Function):
     """A copy of the first tensor; every other one gets a gradient of zeros."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(out: Tensor, *tensors: Tensor) -> Tensor:
-        return out.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def forward(ctx: Any, out: Tensor, *tensors: Tensor) -> Tensor:
         # Not the tensors themselves: an optimizer may change them before the backward.
-        ctx.like = [(t.shape, t.dtype, t.device) for t in inputs[1:]]
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        return out.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +191,8 @@ def touch(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     For what was skipped: DDP and FSDP wait for the gradient of every parameter, and an optimizer
     treats None otherwise than zero, so a parameter that no row used must look as if masked.
     """
-    if not torch.is_grad_enabled():
+    # torch.func gives zeros to what was not used, without being told.
+    if not torch.is_grad_enabled() or _in_torch_func():
         return out.clone()
     wanted = [t for t in tensors if t.requires_grad]
     if not wanted:

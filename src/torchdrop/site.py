@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from torchdrop.residual import read_splits
 from torchdrop.rewrite import MismatchError, Program, rewrite
-from torchdrop.rows import add_rows, add_whole, take, touch
+from torchdrop.rows import add_rows, add_whole, fork, take, touch
 from torchdrop.sampling import SharedDecisions, keep_rows
 from torchdrop.tracing import UntraceableError, trace_block
 
@@ -222,78 +222,79 @@ class Site:
         return program.branches[k].function(self.module, self, *inputs)
 
     def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
-        """``skip`` plus branch ``k`` of ``inputs``, on the rows that are kept."""
-        branch, settings, module = self._branch(k), self.settings, self.module
+        """``skip`` plus branch ``k`` of ``inputs``, computed on the rows that are kept."""
+        branch, settings = self._branch(k), self.settings
         if settings.meter is not None:
             before = settings.meter()
             out = self._compute(self.train, k, inputs)
             branch.share = (branch.share or 0.0) + settings.meter() - before
             return add_whole(skip, out, branch.gain)
-        if not module.training:
-            gain = branch.gain * (1.0 - branch.p)
-            if gain == 0.0:
-                return skip if branch.writes_skip else skip.clone()
-            out = self._compute(self.evaluate, k, inputs)
-            return add_whole(skip, out, gain, inplace=branch.writes_skip)
-        dim = settings.batch_dim
-        batch = skip.shape[dim]
-        rows = self._draw(branch, batch)
-        gain = branch.gain
-        if settings.scale == "train" and branch.p < 1.0:
-            gain = gain / (1.0 - branch.p)
+        if not self.module.training:
+            return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
+        rows = self._draw(branch, skip.shape[settings.batch_dim])
+        if rows is False:
+            return self._dropped(branch, skip, inputs)
         if rows is True:
             out = self._compute(self.train, k, inputs)
-            total = add_whole(skip, out, gain, inplace=branch.writes_skip)
-        elif rows is False:
-            return self._dropped(branch, skip, inputs)
+            total = add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
         else:
-            computed = self._rows_to_compute(branch, rows, skip, dim)
-            on_device = computed.to(skip.device, non_blocking=True)
-            cuts = self.train[k // len(self.branches)].cuts[k]
-            if cuts is None:
-                cut = [self._cut(branch, t, on_device, dim, batch) for t in inputs]
-            else:
-                cut = [
-                    # a single slice is broadcast to whatever rows there are
-                    t if d is None or t.shape[d] == 1 else self._cut(branch, t, on_device, d, batch)
-                    for t, d in zip(inputs, cuts, strict=True)
-                ]
-            out = self._compute(self.train, k, cut)
-            if computed is not rows:
-                place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
-                out = take(out, place, dim)
-                on_device = rows.to(skip.device, non_blocking=True)
-            total = add_rows(skip, out, on_device, gain, dim, inplace=branch.writes_skip)
+            total = self._on_rows(k, skip, inputs, rows)
         branch.dtypes[_precision(skip)] = total.dtype
         return total
 
+    def _on_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor) -> Tensor:
+        """``skip`` plus branch ``k`` on ``rows``, some but not all of the batch."""
+        branch, dim = self._branch(k), self.settings.batch_dim
+        batch = skip.shape[dim]
+        computed = self._rows_to_compute(branch, rows, skip, dim)
+        on_device = computed.to(skip.device, non_blocking=True)
+        cuts = self.train[k // len(self.branches)].cuts[k]
+        whole, cut = skip, []
+        for value, d in zip(inputs, cuts or [dim] * len(inputs), strict=True):
+            if d is None or (cuts is not None and value.shape[d] == 1):
+                cut.append(value)  # a single slice is broadcast to whatever rows there are
+            elif value is skip and d == dim and not branch.writes_skip:
+                whole, some = fork(skip, on_device, dim)
+                cut.append(some)
+            else:
+                cut.append(self._cut(branch, value, on_device, d, batch))
+        out = self._compute(self.train, k, cut)
+        if computed is not rows:
+            place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
+            out = take(out, place, dim)
+            on_device = rows.to(skip.device, non_blocking=True)
+        return add_rows(whole, out, on_device, self._gain(branch), dim, inplace=branch.writes_skip)
+
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
-        branch, settings = self._branch(k), self.settings
-        if settings.meter is not None:
+        branch, dim = self._branch(k), self.settings.batch_dim
+        if self.settings.meter is not None:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:
-            gain = branch.gain * (1.0 - branch.p)
-            if gain == 0.0:
-                return skip.clone()
-            return add_whole(skip, out, gain, inplace=branch.writes_skip)
-        dim = settings.batch_dim
+            return self._evaluated(branch, skip, lambda: out)
         rows = self._draw(branch, skip.shape[dim])
-        gain = branch.gain
-        if settings.scale == "train" and branch.p < 1.0:
-            gain = gain / (1.0 - branch.p)
-        if rows is True:
-            return add_whole(skip, out, gain, inplace=branch.writes_skip)
         if rows is False:
             return self._dropped(branch, skip, (out,))
-        kept = torch.zeros(skip.shape[dim], dtype=torch.bool)
-        kept[rows] = True
-        shape = [1] * skip.dim()
-        shape[dim] = -1
-        kept = kept.to(skip.device, non_blocking=True).view(shape)
-        # where, not a product: an infinity in a dropped row must not become NaN.
-        out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        return add_whole(skip, out, gain, inplace=branch.writes_skip)
+        if rows is not True:
+            kept = torch.zeros(skip.shape[dim], dtype=torch.bool, device="cpu")
+            kept[rows] = True
+            shape = [1] * skip.dim()
+            shape[dim] = -1
+            kept = kept.to(skip.device, non_blocking=True).view(shape)
+            # where, not a product: an infinity in a dropped row must not become NaN.
+            out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
+        return add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
+
+    def _gain(self, branch: BranchState) -> float:
+        """What a kept branch is multiplied by in training."""
+        return branch.gain / (1.0 - branch.p) if self.settings.scale == "train" else branch.gain
+
+    @staticmethod
+    def _evaluated(branch: BranchState, skip: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """The paper's rule in evaluation: every branch, times the probability of keeping it."""
+        if branch.p == 1.0:
+            return skip if branch.writes_skip else skip.clone()
+        return add_whole(skip, run(), branch.gain * (1.0 - branch.p), inplace=branch.writes_skip)
 
     def _draw(self, branch: BranchState, batch: int) -> Any:
         """True: every row is kept; False: none; else the kept rows, ascending, on the host."""
@@ -321,7 +322,7 @@ class Site:
         if positions > _POSITIONS_FOR_ONE_ROW:
             return rows
         batch = skip.shape[dim]
-        other = (rows + 1 + torch.randint(batch - 1, (1,))) % batch
+        other = (rows + 1 + torch.randint(batch - 1, (1,), device="cpu")) % batch
         return torch.cat([rows, other]).sort().values
 
     def _cut(self, branch: BranchState, value: Any, rows: Tensor, dim: int, batch: int) -> Any:
