@@ -17,6 +17,7 @@ from torchdrop.app.compare import Settings
 from torchdrop.app.errors import UserError
 from torchdrop.app.methods import METHODS
 from torchdrop.app.results import FIGURES
+from torchdrop.app.table import WIDTH
 
 SMALL = [
     "--model=resnet-8",
@@ -135,11 +136,16 @@ def test_subsample_has_the_flops_of_rows(finished):
 
 def test_the_table_has_every_method_uncut(finished):
     _, printed = finished
-    for name in METHODS:
+    for name in compare.DEFAULT_METHODS:
         assert name in printed
     assert "…" not in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= WIDTH
     assert "test error" in printed.splitlines()[1]
+
+
+def test_every_method_has_its_largest_variance_shift(finished):
+    for method in _content(finished[0])["methods"].values():
+        assert method["variance_shift"] > 0
 
 
 def test_the_report_is_there(finished):
@@ -167,6 +173,99 @@ def test_weights_start_alike_for_all_methods(tmp_path):
         assert all((state[key] == value).all() for key, value in states[0].items())
     other = comparison._build("none", 0)[0].state_dict()
     assert not (other["conv1.weight"] == states[0]["conv1.weight"]).all()
+
+
+# --- the methods that are not run by default
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """All methods that have a place in a network with residual blocks, and what was said."""
+    said = []
+    out = tmp_path_factory.mktemp("all")
+    return compare.compare(_small(out, methods=("all",), seeds=1, epochs=1), said.append), said
+
+
+def test_the_default_list_is_as_long_as_it_was(tmp_path):
+    plan = compare._resolved(Settings(out=tmp_path))
+    assert plan.methods == list(METHODS)[:6] == list(compare.DEFAULT_METHODS)
+    assert plan.left_out == []
+
+
+def test_all_is_every_method_that_has_a_place(everything):
+    content, said = everything
+    assert list(content["methods"]) == [name for name in METHODS if name != "path_drop"]
+    assert said[0].startswith("left out, since they have no place in resnet-8: path_drop (asked")
+    for name, method in content["methods"].items():
+        nothing_dropped = name in {"none", "gaussian_dropout", "uniform_dropout"}
+        for figure in FIGURES:
+            assert (method["mean"][figure] is None) == (nothing_dropped and figure == "observed_p")
+        assert method["variance_shift"] > 0
+
+
+def test_methods_that_compute_everything_cost_the_flops_of_none(everything):
+    methods = everything[0]["methods"]
+    cheaper = {"stochastic_depth_row", "stochastic_depth_batch", "subsample"}
+    for name, method in methods.items():
+        assert (method["ratio"]["flops"] == 1) == (name not in cheaper)
+
+
+def test_a_fractal_net_is_compared_with_what_it_has_a_place_for(tmp_path):
+    settings = _small(tmp_path / "a", model="fractalnet", seeds=1, epochs=1)
+    content = compare.compare(settings, _silent)
+    assert list(content["methods"]) == ["none", "dropout", "path_drop"]
+    assert content["methods"]["path_drop"]["mean"]["observed_p"] > 0.1
+    plan = compare._resolved(_small(tmp_path, model="fractalnet", methods=("all",)))
+    assert plan.methods == [
+        *("none", "dropout", "dropout_before_bn", "dropout_after_bn", "cutout", "path_drop")
+    ]
+    assert "subsample" in plan.left_out  # it has the FLOPs of a method that is
+
+
+def test_results_of_a_version_without_the_shift_are_gone_on_with(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    content = _content(out)
+    for method in content["methods"].values():
+        del method["variance_shift"]
+        method["seeds"] = [seed for seed in method["seeds"] if seed["seed"] == 0]
+    content["status"] = "partial"
+    (out / "results.json").write_text(json.dumps(content))
+    assert cli.main(["compare", *SMALL, "--out", str(out), "--resume"]) == 0
+    again = _content(out)
+    assert again["status"] == "complete"
+    # Seed 0, which it is measured on, was trained by the older version.
+    assert all("variance_shift" not in method for method in again["methods"].values())
+    assert "largest" in capsys.readouterr().out
+
+
+def test_a_method_that_no_forward_comes_by_is_refused(tmp_path, monkeypatch):
+    """A hook on modules that the network does not call would silently do nothing."""
+    (tmp_path / "by_hand.py").write_text(
+        "import torch\n"
+        "class Block(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = torch.nn.Linear(64, 64)\n"
+        "    def forward(self, x):\n"
+        "        return x + self.fc(x).relu()\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.blocks = torch.nn.ModuleList([Block(), Block()])\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(1)\n"
+        "        for block in self.blocks:\n"
+        "            x = block.forward(x)\n"
+        "        return x[:, :10]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = _small(tmp_path / "out", model="by_hand:Net", methods=("spatial_dropout",))
+    with pytest.raises(
+        UserError, match=r"spatial_dropout changed nothing .* leave spatial_dropout"
+    ):
+        compare.compare(settings, _silent)
+    sys.modules.pop("by_hand", None)
 
 
 # --- refusing, stopping, going on
@@ -258,6 +357,12 @@ def test_no_space_in_the_middle_keeps_what_was_finished(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--methods=none,shake"], "no method 'shake'; the methods are none, dropout, drop_path"),
+        (["--methods=path_drop"], "joins of a FractalNet; give --model fractalnet"),
+        (
+            ["--model=fractalnet", "--methods=drop_block"],
+            "this one has none that torchdrop.find_re",
+        ),
+        (["--methods=gaussian_dropout", "--p=1"], "gaussian_dropout: p has to be below 1"),
         (["--model=vgg16"], "no model 'vgg16'; give resnet-N"),
         (["--model=resnet-21"], "the nearest is resnet-20"),
         (["--model=torchvision:resnet99"], "no classifier 'resnet99'"),

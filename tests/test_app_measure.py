@@ -6,7 +6,7 @@ from torch import nn
 
 from torchdrop.app import measure
 from torchdrop.app.data import Batches, open_source
-from torchdrop.app.measure import Cost, Subject, count_step, time_steps
+from torchdrop.app.measure import Cost, Subject, count_step, largest_shift, time_steps
 from torchdrop.app.methods import METHODS, Applied
 from torchdrop.app.models import CifarResNet
 from torchdrop.app.recipe import Recipe
@@ -111,3 +111,53 @@ def test_cost_is_per_step(data):
     batches = Batches(data, batch_size=20, seed=0, channels=1)
     cost = count_step(Subject(net, Growing(), batches, RECIPE, "cpu"), 3, 0)
     assert cost == Cost(4 * (2 * 2 * 64 * 10), pytest.approx(cost.saved_bytes))
+
+
+# --- variance shift
+
+
+class _OneNorm(nn.Module):
+    """Images, a layer in front of a BatchNorm, and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(64)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.fc(self.bn(x.flatten(1)))
+
+
+def test_dropout_in_front_of_batch_norm_shifts_by_the_closed_form(data):
+    before = largest_shift(_subject(data, "dropout_before_bn", 0.5, _OneNorm()))
+    after = largest_shift(_subject(data, "dropout_after_bn", 0.5, _OneNorm()))
+    # Digits come normalised, so that E[x]^2 is small: (E[x]^2 + Var[x]) / (1 - p) over Var[x].
+    # Pixels that are hardly ever seen, with a large E[x]^2 / Var[x], make it more.
+    assert before > 1.9
+    assert after == pytest.approx(1.0)
+
+
+def test_without_a_method_training_is_evaluation_before_the_first_batch_norm(data):
+    assert largest_shift(_subject(data, "none", 0.0, _OneNorm())) == pytest.approx(1.0)
+
+
+def test_a_method_that_changes_the_batch_shifts_what_the_network_sees(data):
+    assert largest_shift(_subject(data, "cutout", 1.0, _OneNorm())) != pytest.approx(1.0, abs=0.01)
+    assert largest_shift(_subject(data, "cutout", 0.0, _OneNorm())) == pytest.approx(1.0)
+
+
+def test_a_network_without_batch_norm_has_no_shift(data):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert largest_shift(_subject(data, model=net)) is None
+
+
+def test_an_empty_subsample_has_no_shift(data):
+    assert largest_shift(_subject(data, "subsample", 1.0)) is None
+
+
+def test_measuring_the_shift_leaves_the_network_as_it_was(data):
+    subject = _subject(data, "stochastic_depth_row")
+    before = {key: value.clone() for key, value in subject.model.state_dict().items()}
+    assert largest_shift(subject) > 0
+    assert all(torch.equal(before[key], value) for key, value in subject.model.state_dict().items())
+    assert all(module.training for module in subject.model.modules())

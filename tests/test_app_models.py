@@ -7,7 +7,7 @@ import torch
 
 import torchdrop
 from torchdrop.app.errors import UserError
-from torchdrop.app.models import CifarResNet, nearest_depth, open_model
+from torchdrop.app.models import CifarResNet, FractalNet, nearest_depth, open_model
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56])
@@ -39,6 +39,47 @@ def test_shortcut_pools_and_pads_with_zeros():
 def test_every_block_is_found_as_a_residual():
     # The shortcuts without parameters count as skips.
     assert len(torchdrop.find_residuals(CifarResNet(20, 10, 1))) == 9
+
+
+def test_fractal_net_has_columns_of_one_two_and_four_convolutions():
+    model = open_model("fractalnet").build(7, 2)
+    assert isinstance(model, FractalNet)
+    for block in model.blocks:
+        lengths = [
+            sum(len(step) > column for step in block.steps) for column in range(model.columns)
+        ]
+        assert lengths == [4, 2, 1]
+        assert [join.inputs for join in block.joins] == [1, 2, 1, 3]
+    assert model(torch.zeros(2, 2, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 7, 2])
+def test_fractal_net_takes_images_of_any_size(size):
+    assert FractalNet(4, 1)(torch.zeros(2, 1, size, size)).shape == (2, 4)
+
+
+def test_a_column_of_a_fractal_net_is_a_plain_network():
+    """Of a global draw: the deepest column is 12 convolutions one after the other, and a linear."""
+    torch.manual_seed(0)
+    model = FractalNet(10, 1).eval()
+    x = torch.randn(3, 1, 8, 8)
+    y = x
+    for index, block in enumerate(model.blocks):
+        if index:
+            y = torch.nn.functional.max_pool2d(y, 2)
+        for step in block.steps:
+            y = step[0](y)
+    expected = model.fc(y.mean((2, 3)))
+    model.p = 0.5
+    for join in model.modules():
+        join.training = type(join).__name__ in {"Join", "PathDrop"}  # BatchNorm as in evaluation
+    column = torch.zeros(3, dtype=torch.int64)
+    y = x
+    for index, block in enumerate(model.blocks):
+        if index:
+            y = torch.nn.functional.max_pool2d(y, 2)
+        y = block(y, column)
+    torch.testing.assert_close(model.fc(y.mean((2, 3))), expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rich.console import Console
 from torchdrop.app.methods import METHODS
 from torchdrop.app.report import write_report
 from torchdrop.app.results import FIGURES, Results
-from torchdrop.app.table import table
+from torchdrop.app.table import WIDTH, cells, table
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def content(tmp_path):
         tmp_path, {"model": "resnet-<20>", "data": "digits", "seeds": 2, "methods": {}}
     )
     for name, method in METHODS.items():
-        results.begin(name, p=0.5, asked_p=0.2778, summary=method.summary)
+        results.begin(name, p=0.5, asked_p=0.2778, summary=method.summary, variance_shift=12.345)
         for seed in range(2):
             curves = {
                 "train_loss": [2.0, 1.0, None, 0.3],
@@ -39,10 +39,15 @@ def _text(content, width):
         return console.export_text()
 
 
-def test_table_is_whole_at_100_columns(content):
-    text = _text(content, 100)
+def test_table_is_whole_at_its_width(content):
+    assert 100 <= WIDTH <= 110
+    content["methods"]["cutout"]["mean"]["observed_p"] = 1.0
+    content["methods"]["cutout"]["asked_p"] = 1.0
+    text = _text(content, WIDTH)
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "100.0 (100.0)" in text
+    assert "12.35" in text or "12.34" in text
     for name in METHODS:
         assert name in text
     assert "20.00 ± 14.14" in text  # percent
@@ -53,6 +58,12 @@ def test_table_without_seeds_to_spread_has_no_spread(content):
     for method in content["methods"].values():
         method["std"]["test_error"] = None
     assert "±" not in _text(content, 100).split("\n", 1)[1]
+
+
+def test_results_of_an_older_version_have_no_shift(content):
+    for method in content["methods"].values():
+        del method["variance_shift"]
+    assert {row[-1] for row in cells(content)} == {"-"}
 
 
 class _Outside(HTMLParser):

@@ -81,7 +81,9 @@ def test_the_history_has_the_delivered_drop_rate_of_each_epoch(source, tmp_path)
     assert mean_observed(history) == pytest.approx(0.4, abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["stochastic_depth_row", "subsample", "dropout"])
+@pytest.mark.parametrize(
+    "method", ["stochastic_depth_row", "subsample", "dropout", "shake_drop", "cutout"]
+)
 def test_an_interrupted_run_ends_like_one_that_was_not(source, tmp_path, monkeypatch, method):
     whole = _run(source, tmp_path / "whole", method)
     expected = train(whole)

@@ -73,15 +73,17 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma separated: none, dropout, drop_path, stochastic_depth_row, "
-            "stochastic_depth_batch, subsample. None is always run.",
-            show_default="all",
+            help="Comma separated, or all that have a place in the network: none, dropout, "
+            "drop_path, stochastic_depth_row, stochastic_depth_batch, subsample; also "
+            "dropout_before_bn, dropout_after_bn, drop_block, spatial_dropout, gaussian_dropout, "
+            "uniform_dropout, shake_drop, cutout, path_drop. None is always run.",
+            show_default="the first six; on fractalnet none, dropout, path_drop",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="resnet-N (6n+2 layers), torchvision:NAME or package.module:factory.",
+            help="resnet-N (6n+2 layers), fractalnet, torchvision:NAME or package.module:factory.",
             show_default="resnet-20",
         ),
     ] = None,
@@ -96,7 +98,10 @@ def compare(
     ] = None,
     p: Annotated[
         list[str] | None,
-        typer.Option(help="Drop probability of all methods, or METHOD=P of one. Repeatable."),
+        typer.Option(
+            help="Drop probability of all methods, or METHOD=P of one; of uniform_dropout beta, "
+            "which is no probability and is given by name. Repeatable."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
     train_size: Annotated[int | None, typer.Option(help="Training images.")] = None,
@@ -138,10 +143,10 @@ def compare(
     """Train a network once per method and seed; show what each method buys and costs."""
     from .compare import Settings
     from .compare import compare as run
-    from .table import table
+    from .table import WIDTH, table
 
     # Never narrower than the table: a figure that is cut off is worse than a line that wraps.
-    console = Console(width=max(100, shutil.get_terminal_size().columns))
+    console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
     reporting = find_spec("jinja2") is not None and find_spec("matplotlib") is not None
     if not reporting:
         console.print("there will be no report.html: pip install 'torchdrop\\[report]'")

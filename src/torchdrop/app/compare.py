@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from .data import Batches, Data, open_source
 from .errors import UserError, one_line
-from .measure import Cost, Subject, count_step, time_steps
+from .measure import Cost, Subject, count_step, largest_shift, time_steps
 from .methods import METHODS, Applied, rates
 from .models import Model, open_model
 from .recipe import AUGMENTATIONS, PRESETS, Recipe, default_recipe, preset
@@ -33,6 +34,9 @@ DEFAULT_METHODS = (
     "stochastic_depth_batch",
     "subsample",
 )
+ALL = "all"
+"""Instead of names: every method that has a place in the network."""
+
 DEFAULT_MODEL = "resnet-20"
 DEFAULT_DATA = "digits"
 DEFAULT_TRAIN_SIZES = {"digits": 200}
@@ -40,6 +44,9 @@ DEFAULT_TRAIN_SIZES = {"digits": 200}
 
 TIMING_ROUNDS = 30
 """Over all seeds, at most; each seed is timed in its share of them."""
+
+SHIFT_SEED = 0
+"""The seed whose network the variance shift is measured on, once it is trained."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class _Plan:
     val_size: int
     threads: int | None
     recipe: Recipe
+    left_out: list[str]
 
 
 def _resolved(settings: Settings) -> _Plan:
@@ -98,10 +106,19 @@ def _resolved(settings: Settings) -> _Plan:
             f"there is no preset {settings.preset!r}; there is {', '.join(sorted(PRESETS))}"
         )
     chosen = preset(settings.preset, settings.model) if settings.preset else None
-    methods = settings.methods or (tuple(chosen.methods) if chosen else DEFAULT_METHODS)
+    model = open_model(settings.model or (chosen.model if chosen else DEFAULT_MODEL))
+    methods = settings.methods or (
+        tuple(chosen.methods) if chosen else model.methods or DEFAULT_METHODS
+    )
     for name in methods:
-        if name not in METHODS:
-            raise UserError(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+        if name not in METHODS and name != ALL:
+            raise UserError(
+                f"there is no method {name!r}; the methods are {', '.join(METHODS)}, or all"
+            )
+    left_out: list[str] = []
+    if ALL in methods:
+        left_out = _without_place(model, [name for name in METHODS if name not in methods])
+        methods = tuple(name for name in METHODS if name not in left_out)
     # Every ratio is over "none", so it is always run.
     ordered = [name for name in METHODS if name in {"none", *methods}]
     defaults = {name: p for name, p in chosen.methods.items() if p is not None} if chosen else {}
@@ -114,13 +131,31 @@ def _resolved(settings: Settings) -> _Plan:
     return _Plan(
         methods=ordered,
         p=rates(ordered, settings.p, defaults),
-        model=open_model(settings.model or (chosen.model if chosen else DEFAULT_MODEL)),
+        model=model,
         data=data,
         train_size=train_size,
         val_size=val_size,
         threads=settings.threads or _default_threads(settings, data),
         recipe=_recipe(settings, chosen.recipe if chosen else default_recipe(), val_size),
+        left_out=left_out,
     )
+
+
+def _without_place(model: Model, names: Sequence[str]) -> list[str]:
+    """Which of the methods have no place in a network.
+
+    Raises:
+        UserError: The network cannot be built.
+    """
+    net = model.build(10, model.channels or 3)
+    found = []
+    for name in names:
+        try:
+            # Each on a network of its own: a method changes it.
+            METHODS[name].build(copy.deepcopy(net), METHODS[name].p or 0.0)
+        except UserError:
+            found.append(name)
+    return [name for name in names if name in found or METHODS[name].costs_like in found]
 
 
 def _default_threads(settings: Settings, data: str) -> int | None:
@@ -153,7 +188,8 @@ def _check_numbers(settings: Settings) -> None:
         raise UserError(f"--lr has to be a positive number, but got {settings.learning_rate}")
     if settings.augment is not None and settings.augment not in AUGMENTATIONS:
         raise UserError(
-            f"there is no augmentation {settings.augment!r}; choose one of {', '.join(AUGMENTATIONS)}"
+            f"there is no augmentation {settings.augment!r}; "
+            f"choose one of {', '.join(AUGMENTATIONS)}"
         )
 
 
@@ -231,8 +267,13 @@ class _Comparison:
 
     def run(self) -> None:
         settings, plan = self.settings, self.plan
-        if settings.methods is not None and "none" not in settings.methods:
+        if settings.methods is not None and not {"none", ALL} & set(settings.methods):
             self.say("none is run too: the costs of the others are over its own")
+        if plan.left_out:
+            self.say(
+                f"left out, since they have no place in {plan.model.name}: "
+                f"{', '.join(plan.left_out)} (asked for by name, each says why)"
+            )
         missing = [
             (name, seed)
             for seed in range(settings.seeds)
@@ -270,7 +311,9 @@ class _Comparison:
         return model, METHODS[name].build(model, self.p[name] or 0.0)
 
     def _subject(self, name: str, seed: int) -> Subject:
-        model, applied = self._build(name, seed)
+        return self._subject_of(*self._build(name, seed), seed)
+
+    def _subject_of(self, model: nn.Module, applied: Applied, seed: int) -> Subject:
         batches = Batches(
             self._data(seed),
             batch_size=self.plan.recipe.batch_size,
@@ -327,13 +370,20 @@ class _Comparison:
 
     def _count(self, name: str, seed: int, subject: Subject) -> Cost:
         try:
-            return count_step(subject, self._share(self.settings.cost_steps), seed)
+            cost = count_step(subject, self._share(self.settings.cost_steps), seed)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = "x".join(map(str, (self._channels(), *self.source.pool.pixels.shape[2:])))
             raise UserError(
                 f"a training step of {self.plan.model.name} with {name} fails on batches of "
                 f"{shape} images: {one_line(error)}; try another --image-size or --batch-size"
             ) from error
+        if not subject.applied.reached:
+            raise UserError(
+                f"{name} changed nothing in a training step of {self.plan.model.name}: the forward "
+                f"of the network does not call the modules that {name} goes to; leave {name} out "
+                f"of --methods"
+            )
+        return cost
 
     def _train(self, name: str, seed: int, number: int, total: int) -> None:
         """Train one method at one seed, and put its figures into the results."""
@@ -364,6 +414,9 @@ class _Comparison:
         model.to(_device(settings))  # Lightning hands it back on the CPU
         test = evaluate(model, data.test, data, channels)
         best = self.plan.recipe.select == "best_validation"
+        if seed == SHIFT_SEED:
+            shift = largest_shift(self._subject_of(model, applied, seed))
+            self.results.begin(name, variance_shift=shift)
         self.results.add(
             name,
             seed,

@@ -1,7 +1,8 @@
-"""What a training step of each method costs: time, FLOPs, bytes kept for backward."""
+"""What each method costs and shifts: time, FLOPs and bytes of a step; variance at BatchNorms."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -9,19 +10,25 @@ from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop.cost import FlopCounter, SavedBytes
+from torchdrop.diagnostics import variance_shift
 
 from .data import Batches
 from .methods import Applied
 from .recipe import Recipe
 from .training import loss_of, make_optimizer
 
-__all__ = ["Cost", "Subject", "count_step", "time_steps"]
+__all__ = ["Cost", "Subject", "count_step", "largest_shift", "time_steps"]
 
 WARM_UP = 1
 STEPS_A_ROUND = 2
 """Steps timed together: what whole-batch dropping leaves out varies from step to step."""
+
+SHIFT_BATCHES = 4
+SHIFT_REPEATS = 8
+"""Training passes of each of these batches: the rate of whole-batch dropping is that of a few."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,41 @@ def time_steps(subjects: dict[str, Subject], rounds: int, seed: int) -> dict[str
             if turn >= WARM_UP:
                 times[name].append((time.perf_counter() - start) / STEPS_A_ROUND * 1e3)
     return {name: median(values) for name, values in times.items()}
+
+
+class _AsTrained(nn.Module):
+    """A network with a method that changes the batch, as a network that does so itself."""
+
+    def __init__(self, model: nn.Module, applied: Applied) -> None:
+        super().__init__()
+        self.model = model
+        self.applied = applied
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            images, _ = self.applied.batch(images, torch.zeros(len(images), device=images.device))
+        return self.model(images)  # type: ignore[no-any-return]
+
+
+def largest_shift(subject: Subject) -> float | None:
+    """The ratio of variances, training / evaluation, at the BatchNorm where it is furthest from 1.
+
+    On a few training batches, as the method has them in training. None for a network without
+    BatchNorm, or where it cannot be measured.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in subject.model.modules()):
+        return None
+    torch.manual_seed(0)
+    batches = [images for images, _ in subject.steps(SHIFT_BATCHES)]
+    try:
+        found = variance_shift(
+            _AsTrained(subject.model, subject.applied), batches, repeats=SHIFT_REPEATS
+        )
+    except (RuntimeError, ValueError, TypeError):
+        # An empty or a single-row subsample, say. The runs that are finished count more.
+        return None
+    known = [layer for layer in found.batch_norms if not math.isnan(layer.ratio)]
+    return max(known, key=lambda layer: layer.shift).ratio if known else None
 
 
 def _wait(device: torch.device) -> None:

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from torchdrop import functional
+from torchdrop.layers import PathDrop
+
 from .errors import UserError, one_line
 
-__all__ = ["CifarResNet", "Model", "nearest_depth", "open_model"]
+__all__ = ["CifarResNet", "FractalNet", "Model", "nearest_depth", "open_model"]
 
 
 class PoolAndPad(nn.Module):
@@ -104,6 +108,173 @@ class CifarResNet(nn.Module):
         return self.fc(out.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class Join(nn.Module):
+    """Where columns of a FractalNet meet: PathDrop, and what it dropped.
+
+    Args:
+        inputs: How many columns meet, numbered from 0.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.drop = PathDrop(0.0)
+        self.seen = 0
+        self.dropped: Tensor | None = None
+
+    def forward(self, columns: list[Tensor], column: Tensor | None) -> Tensor:
+        """The mean of the columns that are kept."""
+        if not self.training or column is None:
+            return self.drop(*columns)  # type: ignore[no-any-return]
+        # What was kept is not told. The same draws on a one for each input, in a place of its
+        # own, show it: which inputs the mean is of.
+        device = columns[0].device
+        state = _random_state(device)
+        out: Tensor = self.drop(*columns, column=column)
+        _set_random_state(device, state)
+        samples = len(columns[0])
+        ones = torch.eye(self.inputs, device=device).expand(samples, -1, -1)
+        kept = torch.count_nonzero(self.drop(*ones.unbind(1), column=column))
+        dropped = samples * self.inputs - kept
+        self.seen += samples * self.inputs
+        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        return out
+
+    def observed(self) -> float | None:
+        """The share of inputs that were dropped since the last call."""
+        seen, dropped = self.seen, self.dropped
+        self.seen, self.dropped = 0, None
+        return int(dropped) / seen if seen and dropped is not None else None
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _convolution(in_channels: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )
+
+
+class FractalBlock(nn.Module):
+    """Columns of 1, 2, 4, ... convolutions side by side, which meet wherever several end.
+
+    Column 0 is the deepest. Step i of its 2**(columns - 1) ends column c where 2**c divides
+    i + 1; all that end there are joined, and go on from the join.
+    """
+
+    def __init__(self, in_channels: int, channels: int, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        steps = []
+        joins = []
+        for step in range(1, 2 ** (columns - 1) + 1):
+            ending = [c for c in range(columns) if step % 2**c == 0]
+            steps.append(
+                nn.ModuleList(
+                    # A column begins at the input of the block.
+                    _convolution(in_channels if step == 2**c else channels, channels)
+                    for c in ending
+                )
+            )
+            joins.append(Join(len(ending)))
+        self.steps = nn.ModuleList(steps)
+        self.joins = nn.ModuleList(joins)
+
+    def forward(self, x: Tensor, column: Tensor | None) -> Tensor:
+        """The join of all columns, at the end of the block."""
+        begun = [x] * self.columns
+        for convolutions, join in zip(self.steps, self.joins, strict=True):
+            assert isinstance(convolutions, nn.ModuleList)
+            ended = [layer(begun[c]) for c, layer in enumerate(convolutions)]
+            begun[: len(ended)] = [join(ended, column)] * len(ended)
+        return begun[0]
+
+
+class FractalNet(nn.Module):
+    """A small FractalNet (Larsson et al. 2017): no residual connection anywhere.
+
+    Three blocks of three columns at 16, 32 and 64 channels, 2x2 pooling between them: 12
+    convolutions on the longest path, 21 in all. With ``p`` above 0, training drops paths: half of
+    the samples keep one and the same column in the whole network, for the others each join drops
+    its inputs with probability ``p``.
+    """
+
+    columns = 3
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        blocks = []
+        for channels in (16, 32, 64):
+            blocks.append(FractalBlock(in_channels, channels, self.columns))
+            in_channels = channels
+        self.blocks = nn.ModuleList(blocks)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def joins(self) -> list[Join]:
+        """The joins of two columns and more."""
+        return [
+            module for module in self.modules() if isinstance(module, Join) and module.inputs > 1
+        ]
+
+    @property
+    def p(self) -> float:
+        """The probability that a join drops an input; 0 drops no path at all."""
+        return self.joins[0].drop.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        for join in self.joins:
+            join.drop.p = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of a batch of images."""
+        column = None
+        if self.training and self.p > 0.0:
+            column = functional.path_drop_column(self.columns, len(x), "mixed", device=x.device)
+        for index, block in enumerate(self.blocks):
+            if index:
+                x = F.max_pool2d(x, 2, ceil_mode=True)
+            x = block(x, column)
+        return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def asked(self) -> float:
+        """The mean share of the inputs of a join that training is to drop.
+
+        Of n inputs: ``p - p**n / n`` for the half that each join decides. For the half that keeps
+        one of the C columns ``(n - 1) / C``, as a join is passed through with probability n / C
+        and then drops n - 1 of n.
+        """
+        p = self.p
+        if p == 0.0:
+            return 0.0
+        rates = [
+            (p - p**n / n + (n - 1) / self.columns) / 2 for n in (j.inputs for j in self.joins)
+        ]
+        return sum(rates) / len(rates)
+
+    def observed(self) -> float | None:
+        """The same as it was delivered since the last call; None where nothing was dropped."""
+        rates = [rate for join in self.joins if (rate := join.observed()) is not None]
+        return sum(rates) / len(rates) if rates else None
+
+
 @dataclass(frozen=True)
 class Model:
     """A network that can be built again and again.
@@ -112,15 +283,19 @@ class Model:
         name: What the user typed.
         build: Makes a fresh network from the numbers of classes and of input channels.
         channels: The number of input channels it insists on, or None.
+        methods: What it is compared with by default, where that is not the same as for all.
     """
 
     name: str
     build: Callable[[int, int], nn.Module]
     channels: int | None = None
+    methods: tuple[str, ...] | None = None
 
 
 def open_model(name: str) -> Model:
-    """Find the network called ``name``: ``resnet-N``, ``torchvision:NAME`` or ``module:factory``.
+    """Find the network of a name.
+
+    That is ``resnet-N``, ``fractalnet``, ``torchvision:NAME`` or ``module:factory``.
 
     Raises:
         UserError: There is no such network.
@@ -131,8 +306,11 @@ def open_model(name: str) -> Model:
         return _factory(name)
     if name.startswith("resnet-") and name.removeprefix("resnet-").isdecimal():
         return _cifar(name)
+    if name == "fractalnet":
+        # It has no residual branch to drop.
+        return Model(name, FractalNet, methods=("none", "dropout", "path_drop"))
     raise UserError(
-        f"there is no model {name!r}; give resnet-N (resnet-20, -56, -110, -1202), "
+        f"there is no model {name!r}; give resnet-N (resnet-20, -56, -110, -1202), fractalnet, "
         f"torchvision:NAME or package.module:factory"
     )
 

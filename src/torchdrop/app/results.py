@@ -8,7 +8,8 @@ The schema, version 1::
     versions  of torchdrop, torch and what else the figures depend on
     machine   where they were taken
     costs     {seed: {name: {step_ms, flops, saved_bytes}}}, measured before anything is trained
-    methods   {name: {summary, p, asked_p, seeds: [...], mean: {...}, std: {...}, ratio: {...}}}
+    methods   {name: {summary, p, asked_p, variance_shift, seeds: [...], mean: {...}, std: {...},
+              ratio: {...}}}
 
 A finished run is an entry of ``seeds``. It has ``seed``; ``test_error`` and ``train_error`` as
 fractions, the latter in eval mode after training; ``test_nll``, the mean negative log-likelihood in
@@ -17,7 +18,10 @@ nats; ``step_ms``, a training step timed side by side with the other methods; ``
 training delivered; ``epoch``, the one reported; ``seconds`` of training; and ``curves``. ``mean``
 and ``std`` (of a sample, n - 1) are over seeds. ``ratio`` has the means of ``step_ms``, ``flops``
 and ``saved_bytes`` over those of ``none``. ``p`` is what the method was given, ``asked_p`` the mean
-rate that makes. A figure that does not exist, or is not finite, is null.
+rate that makes. ``variance_shift`` is the variance at a BatchNorm in training over that in
+evaluation, where it is furthest from 1, of the trained network of seed 0; it is missing where an
+older version, which did not measure it, trained that one. A figure that does not exist, or is not
+finite, is null.
 """
 
 from __future__ import annotations

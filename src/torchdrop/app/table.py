@@ -7,18 +7,22 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-__all__ = ["COLUMNS", "cells", "table"]
+__all__ = ["COLUMNS", "WIDTH", "cells", "table"]
 
-# In two lines each, so that a row takes fewer than 100 columns.
+WIDTH = 104
+"""The columns of a terminal that the table needs."""
+
+# In two lines each, so that a row fits in WIDTH.
 COLUMNS = (
     "method",
     "test\nerror %",
     "train\nerror %",
     "test\nNLL",
-    "step time\n/ none",
+    "step\n/ none",
     "FLOPs\n/ none",
     "bytes\n/ none",
     "dropped %\n(asked)",
+    "largest\nshift",
 )
 
 
@@ -41,6 +45,8 @@ def cells(content: dict[str, Any]) -> list[list[str]]:
                 _number(mean["test_nll"], 3),
                 *(_number(ratio[key], 2) for key in ("step_ms", "flops", "saved_bytes")),
                 dropped,
+                # Results of an older version have none.
+                _number(entry.get("variance_shift"), 2),
             ]
         )
     return rows
@@ -55,7 +61,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def table(content: dict[str, Any]) -> Table:
-    """The table, narrow enough for 100 columns."""
+    """The table, narrow enough for WIDTH."""
     seeds = content["config"]["seeds"]
     config = content["config"]
     result = Table(
