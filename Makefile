@@ -17,10 +17,10 @@ demo: .venv/.with-train .venv/.with-report
 	$(BIN)/torchdrop compare --out runs/demo $(DEMO)
 
 test: .venv/.with-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 zoo: .venv/.with-test
-	$(BIN)/python -m pytest -m zoo $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m zoo $(TESTS)
 
 lint: .venv/.with-dev
 	$(BIN)/ruff check .
