@@ -1,6 +1,7 @@
 """DropBlock: the equation, the masks, the rates, the scales, the speed of its two ways."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -456,3 +457,21 @@ def test_a_map_without_units():
 def test_messages(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs one for C++")
+def test_compiles_with_torchs_own_compiler():
+    """Of masks padded as booleans it makes C++ that does not compile."""
+    torch._dynamo.reset()
+    compiled = torch.compile(DropBlock2d(0.3, 3), fullgraph=True)
+    x = torch.ones(500, 4, 8, 9)
+    y = compiled(x)
+    share = (y == 0).flatten(2).double().mean(2)
+    assert abs(float(share.mean()) - 0.3) <= 5 * float(share.std()) / math.sqrt(share.numel())
+    assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.7))
+
+
+def test_a_batch_of_one():
+    for scale in module.SCALES:
+        y = drop_block2d(torch.ones(1, 1, 7, 7), 0.5, 3, scale=scale)
+        assert y.isfinite().all()

@@ -222,7 +222,9 @@ def _any_blocks(
 ) -> Tensor:
     """Where blocks lie, on any device and under any transform: a seed drawn in every place."""
     places = [length - b + 1 for length, b in zip(spatial, block, strict=True)]
-    covered = ~keep_mask((*maps, *places), gamma, device=device, generator=generator)
+    seeds = ~keep_mask((*maps, *places), gamma, device=device, generator=generator)
+    # As bytes: of padded booleans torch's compiler makes C++ that does not compile (2.14).
+    covered = seeds.to(torch.uint8)
     ndim = len(spatial)
     covered = F.pad(covered, [n for b in reversed(block) for n in (0, b - 1)])
     for axis, b in enumerate(block):
@@ -234,7 +236,7 @@ def _any_blocks(
             pad[2 * (ndim - 1 - axis)], pad[2 * (ndim - 1 - axis) + 1] = shift, -shift
             covered = covered | F.pad(covered, pad)
             run += shift
-    return covered
+    return covered != 0
 
 
 # What they do
