@@ -1,17 +1,18 @@
-"""What diagnostics measure against closed forms; and that they leave the model as it was."""
+"""What diagnostics measure, against closed forms and on a small network that was trained."""
 
 import copy
-import random
+from functools import cache
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import torchdrop
+from torchdrop.app.data import open_source
+from torchdrop.app.models import CifarResNet
 from torchdrop.diagnostics import recalibrate_batch_norm, variance_shift
 from torchdrop.layers import DropPath, GaussianDropout, UniformDropout
-from torchdrop.site import sites_of
 
 ERRORS = 5.0  # how many standard errors a figure may be off its closed form
 APART = 10.0  # and how many at least it has to be off a wrong one
@@ -265,5 +266,224 @@ def test_channels_of_sums():
     assert len(variance_shift(stack().float(), [x], channel_dim=1)["0"].channel_ratios) == 6
     with pytest.raises(ValueError, match="channel_dim cannot be 3"):
         variance_shift(stack().float(), [x], channel_dim=3)
-    with pytest.raises(ValueError, match="channels of 0 are not on dimension 1 .*give channel_dim"):
+    with pytest.raises(
+        ValueError, match=r"channels of 0 are not on dimension 1 .*give channel_dim"
+    ):
         variance_shift(stack().float(), [x, x[:, :3]], channel_dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The result
+
+
+def test_the_result_is_a_sequence_with_a_table():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)
+    )
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.momentum = None
+    x = torch.randn(4000, 3)
+    recalibrate_batch_norm(model, [x])
+    found = variance_shift(model, [x], repeats=2)
+    assert [layer.name for layer in found] == ["0", "2", "4"]
+    assert len(found) == 3
+    assert found[1] is found["2"] is found.largest is found.steepest
+    assert found[:2] == found.layers[:2]
+    assert found.growth[1] == pytest.approx(2.0, rel=0.1)
+    assert found.growth[2] == found[2].ratio / found[1].ratio < 0.8
+    with pytest.raises(KeyError, match="bn"):
+        found["bn"]
+    lines = repr(found).splitlines()
+    assert lines[0] == (
+        "variance shift of Sequential: 3 batch norms, 0 residual sums; "
+        "batches: 1, training passes each: 2"
+    )
+    assert lines[1].split()[:6] == ["layer", "kind", "train", "eval", "ratio", "growth"]
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "2", "4"]
+    assert lines[-1].startswith("largest: 2 (")
+    assert lines[-1].endswith("); grows most at 2")
+
+
+class Auxiliary(nn.Module):
+    """A head for training alone, and one that is never reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.extra, self.never = (nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x):
+        if self.training:
+            self.extra(x)
+        return self.main(x)
+
+
+def test_a_layer_of_training_alone_is_listed_without_a_ratio():
+    model, x = Auxiliary(), torch.randn(10, 2)
+    found = variance_shift(model, [x])
+    assert [layer.name for layer in found] == ["main", "extra"]
+    assert found["extra"].ratio != found["extra"].ratio
+    assert found.largest is found["main"]
+    assert repr(found).splitlines()[3].split()[-4:] == ["-", "-", "-", "-"]
+    found.layers.pop(0)
+    with pytest.raises(ValueError, match="no layer was reached both in training and in evaluation"):
+        found.largest  # noqa: B018
+
+
+class Undecided(Block):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return super().forward(x)
+
+
+def test_what_cannot_be_read_is_said():
+    model = nn.Sequential(nn.BatchNorm1d(5), Undecided(), Undecided())
+    found = variance_shift(model, [torch.randn(6, 5)])
+    assert set(found.unreadable) == {"1", "2"}
+    assert "not read: 1: " in repr(found)
+    with pytest.raises(ValueError, match="no residual sum in this Sequential; 0 cannot be read"):
+        variance_shift(nn.Sequential(Undecided()), [torch.randn(6, 5)])
+
+
+class TwoInputs(Block):
+    def forward(self, x, gate=None):
+        return x + gate * self.branch(x)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([TwoInputs(), TwoInputs()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, gate=x.sigmoid())
+        return x
+
+
+def test_blocks_with_arguments_are_read_in_the_call():
+    model, x = Gated(), torch.randn(6, 5)
+    found = variance_shift(model, [x])
+    assert [layer.name for layer in found] == ["layers.0", "layers.1"]
+    out = model(x).detach().double()
+    assert found[1].var_eval == pytest.approx(float(out.var(0).mean()), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recalibration
+
+
+class Cumulative(nn.Module):
+    """Dropout of all kinds in front of BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.first = nn.BatchNorm1d(3, momentum=0.3)
+        self.second = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = self.first(F.dropout(self.drop(x), 0.5, self.training))
+        return self.second(x.relu())
+
+
+def test_recalibration_is_the_mean_over_batches_without_noise():
+    model = Cumulative().double()
+    x = torch.randn(5, 20, 3, dtype=torch.float64) + 1
+    assert recalibrate_batch_norm(model, list(x)) == ["first", "second"]
+    hidden = torch.stack([((b - b.mean(0)) / (b.var(0, correction=0) + 1e-5) ** 0.5) for b in x])
+    for layer, values in ((model.first, x), (model.second, hidden.relu())):
+        torch.testing.assert_close(layer.running_mean, values.mean(1).mean(0))
+        torch.testing.assert_close(layer.running_var, values.var(1).mean(0))
+        assert layer.num_batches_tracked == 5
+    assert (model.first.momentum, model.second.momentum) == (0.3, 0.1)
+    # the twin: with the noise of training on, the variance is another
+    twin = copy.deepcopy(model).train()
+    twin.first.momentum = None
+    twin.first.reset_running_stats()
+    for batch in x:
+        twin(batch)
+    assert (twin.first.running_var > 1.5 * model.first.running_var).all()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("scale", ["train", "eval"])
+def test_recalibration_runs_stochastic_depth_as_in_evaluation(mode, scale):
+    x = [torch.randn(16, 1, 8, 8) for _ in range(3)]
+    model = CifarResNet(8, 10, 1)
+    torchdrop.add_stochastic_depth(model, 0.9, schedule="uniform", mode=mode, scale=scale)
+    recalibrate_batch_norm(model, x)
+    found = {layer.name: layer for layer in variance_shift(model, x)}
+    # in evaluation each BatchNorm divides by what it finds there, but for its rounding
+    assert found["bn1"].running_ratio == pytest.approx(1.0, rel=1e-3)
+    for name in ("layer1.0.bn1", "layer2.0.bn1", "layer3.0.bn2"):
+        assert found[name].running_ratio == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_layer_that_is_not_reached_keeps_its_statistics():
+    model = Auxiliary()
+    model.never.running_mean.fill_(7.0)
+    assert recalibrate_batch_norm(model, [torch.randn(10, 2)]) == ["main"]
+    assert model.never.running_mean.tolist() == [7.0, 7.0]
+    assert model.extra.num_batches_tracked == 0
+
+
+def test_a_batch_of_one_value_is_refused_and_nothing_changes():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    x = torch.randn(10, 2)
+    model(x)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        recalibrate_batch_norm(model, [x, x[:1]])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model[0].momentum == 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# A small network that was trained
+
+
+@cache
+def digits():
+    data = open_source("digits").draw(0, 200)
+    images = data.normalised(data.train.pixels, 1)
+    return images, torch.as_tensor(data.train.labels).long()
+
+
+def trained(mode=None, scale="train", before_norm=False):
+    torch.manual_seed(0)
+    images, labels = digits()
+    model = CifarResNet(20, 10, 1)
+    if mode:
+        torchdrop.add_stochastic_depth(model, 0.5, mode=mode, scale=scale)
+    if before_norm:
+        for block in [*model.layer1, *model.layer2, *model.layer3]:
+            block.conv2 = nn.Sequential(nn.Dropout(0.3), block.conv2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(3):
+        for start in range(0, 200, 50):
+            rows = slice(start, start + 50)
+            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    recalibrate_batch_norm(model, images.split(50))
+    return model, variance_shift(model, images.split(50))
+
+
+def test_a_trained_network_shifts_as_the_closed_forms_say():
+    _, plain = trained()
+    assert len(plain.batch_norms) == 19
+    assert len(plain.residual_sums) == 9
+    assert plain.largest.shift < 1.1
+    for mode in ("row", "batch"):
+        _, shifted = trained(mode)
+        # E[f^2] p / (1-p) on top of each sum before: it grows with depth
+        first, *_, last = shifted.residual_sums
+        assert last.name == "layer3.2"
+        assert last.total_ratio > 1.15
+        assert last.total_ratio > first.total_ratio
+        # batch means move in batch mode, and BatchNorm does not see it
+        assert (last.total_ratio / last.ratio > 1.02) == (mode == "batch")
+    _, dropped = trained(before_norm=True)
+    assert all(dropped[f"layer{i}.0.bn2"].ratio > 1.05 for i in (1, 2, 3))

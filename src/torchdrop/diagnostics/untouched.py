@@ -30,16 +30,14 @@ class Buffers:
                 if buffer is not None:
                     copy = copies.setdefault(id(buffer), buffer.detach().clone())
                     self._places.append((module, name, buffer, copy))
-        self._versions = {id(copy): copy._version for copy in copies.values()}
 
     def reset(self) -> None:
         """Put the copies in place, with the values of the originals."""
         with torch.no_grad():
             for module, name, original, copy in self._places:
                 module._buffers[name] = copy
-                if copy._version != self._versions[id(copy)]:
-                    copy.copy_(original)
-                    self._versions[id(copy)] = copy._version
+                # whether it changed is not known: batch_norm updates without a new version
+                copy.copy_(original)
 
     def restore(self) -> None:
         """Put the originals back."""
@@ -53,13 +51,6 @@ class Buffers:
                 if wanted(module):
                     now = module._buffers[name]
                     original.copy_(copy if now is None else now)
-
-    def original(self, module: nn.Module, name: str) -> Tensor | None:
-        """The buffer that ``module`` had under ``name``."""
-        for owner, key, original, _ in self._places:
-            if owner is module and key == name:
-                return original
-        return None
 
 
 @contextmanager
