@@ -4,7 +4,6 @@
 was passed in comes back.
 """
 
-from torchdrop.checks import check_dim, check_input, check_mode
 from torchdrop.cutout import cutout, cutout_boxes
 from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
 from torchdrop.drop_path import drop_path, drop_path_add, spatial_dropout
@@ -13,9 +12,6 @@ from torchdrop.path_drop import path_drop, path_drop_column
 from torchdrop.shake_drop import shake_drop
 
 __all__ = [
-    "check_dim",
-    "check_input",
-    "check_mode",
     "cutout",
     "cutout_boxes",
     "drop_block1d",
