@@ -1,12 +1,16 @@
 """Measurements on a model: what it costs, and what its drops do to BatchNorm."""
 
 from torchdrop.cost import flops, saved_bytes
+from torchdrop.diagnostics.order import OrderFinding, OrderReport, check_order
 from torchdrop.diagnostics.recalibration import recalibrate_batch_norm
 from torchdrop.diagnostics.variance import LayerShift, VarianceShift, variance_shift
 
 __all__ = [
     "LayerShift",
+    "OrderFinding",
+    "OrderReport",
     "VarianceShift",
+    "check_order",
     "flops",
     "recalibrate_batch_norm",
     "saved_bytes",
