@@ -440,6 +440,20 @@ def test_shake_drop_on_a_branch_that_is_no_module_s_output_is_refused():
         METHODS["shake_drop"].build(nn.Sequential(Block(), Block()), 0.5)
 
 
+def test_shake_drop_on_a_module_that_is_called_twice_is_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.1)
+
+        def forward(self, x):
+            x = x + self.last(torch.relu(self.one(x)))
+            return x + self.last(torch.relu(self.two(x)))
+
+    with pytest.raises(UserError, match=r"that of 0:one is no module's own; leave shake_drop out"):
+        METHODS["shake_drop"].build(nn.Sequential(Block(), Block()), 0.5)
+
+
 # --- cutout
 
 

@@ -1,0 +1,180 @@
+"""Pictures of masks for docs/methods, drawn by the code itself whenever the pages are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdrop import functional
+from torchdrop.schedules import linear
+
+__all__ = ["PICTURES", "on_files", "picture"]
+
+CELL = 6
+GAP = 12
+SEED = 20161009
+
+
+def _colour(value: float) -> str:
+    """White for 0, blue for 1, darker above; red below 0."""
+    if value < 0:
+        light = round(255 * (1 - min(-value, 1.0)))
+        return f"#ff{light:02x}{light:02x}"
+    light = round(255 * (1 - min(value, 1.0) * 0.65 - min(max(value - 1, 0.0), 1.0) * 0.3))
+    return f"#{light:02x}{min(255, light + 30):02x}ff" if value <= 1 else f"#00{light:02x}cc"
+
+
+def _panel(values: Tensor, left: int, top: int, cell: int) -> list[str]:
+    """Rectangles for a matrix of factors: a run of equal values in a row is one of them."""
+    shapes = []
+    rows, columns = values.shape
+    for r, row in enumerate(values.tolist()):
+        start = 0
+        for c in range(1, columns + 1):
+            if c < columns and _colour(row[c]) == _colour(row[start]):
+                continue
+            shapes.append(
+                f'<rect x="{left + start * cell}" y="{top + r * cell}" '
+                f'width="{(c - start) * cell}" height="{cell}" fill="{_colour(row[start])}"/>'
+            )
+            start = c
+    shapes.append(
+        f'<rect x="{left}" y="{top}" width="{columns * cell}" height="{rows * cell}" '
+        'fill="none" stroke="#888"/>'
+    )
+    return shapes
+
+
+def _svg(panels: Sequence[tuple[str, Tensor]], caption: str, cell: int = CELL) -> str:
+    """Panels side by side, each with a label above it, and a caption for those who cannot see."""
+    left, height, shapes = 1, 0, []
+    for label, values in panels:
+        # As wide as its label too: letters of 11 pixels are about 6 wide.
+        width = max(values.shape[1] * cell, 6 * len(label))
+        shapes.append(f'<text x="{left}" y="12">{label}</text>')
+        shapes += _panel(values, left, 18, cell)
+        left += width + GAP
+        height = max(height, values.shape[0] * cell)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" height="{height + 20}" '
+        f'viewBox="0 0 {left} {height + 20}" role="img" font-family="sans-serif" font-size="11">'
+        f"<title>{caption}</title>"
+        f'<rect width="{left}" height="{height + 20}" fill="#fff"/>{"".join(shapes)}</svg>\n'
+    )
+
+
+def _samples(mask: Tensor) -> list[tuple[str, Tensor]]:
+    return [(f"sample {i}", values) for i, values in enumerate(mask)]
+
+
+def _drop_path() -> str:
+    panels = [
+        (f"p={p:.2f}", functional.drop_path(torch.ones(16, 8), p).clamp(max=1))
+        for p in linear(0.5, 6)
+    ]
+    return _svg(panels, "Six blocks: each row is a sample, whole rows are dropped, more with depth")
+
+
+def _stochastic_depth() -> str:
+    rows = torch.stack([functional.drop_path(torch.ones(16), p) for p in linear(0.5, 12)], 1)
+    batch = torch.stack(
+        [functional.drop_path(torch.ones(16), p, mode="batch") for p in linear(0.5, 12)], 1
+    )
+    panels = [('mode="row"', rows.clamp(max=1)), ('mode="batch"', batch.clamp(max=1))]
+    return _svg(panels, "Columns are 12 blocks, rows 16 samples; white is not computed", 10)
+
+
+def _drop_block() -> str:
+    x = torch.ones(1, 3, 28, 28)
+    own = functional.drop_block2d(x, 0.2, 7)[0].clamp(max=1)
+    shared = functional.drop_block2d(x, 0.2, 7, per_channel=False)[0].clamp(max=1)
+    panels = [(f"channel {i}", values) for i, values in enumerate(own)]
+    return _svg(
+        [*panels, ("shared", shared[0])], "Blocks of 7x7 are dropped, a fifth of each map", 4
+    )
+
+
+def _spatial_dropout() -> str:
+    mask = functional.spatial_dropout(torch.ones(1, 8, 10, 10), 0.5)[0].clamp(max=1)
+    panels = [(f"channel {i}", values) for i, values in enumerate(mask)]
+    return _svg(panels, "Of eight channels some are dropped whole")
+
+
+def _noise(change: Callable[[Tensor], Tensor], caption: str) -> str:
+    return _svg([("factors", change(torch.ones(12, 26)))], caption, 10)
+
+
+def _gaussian_dropout() -> str:
+    return _noise(
+        lambda x: functional.gaussian_dropout(x, 0.2),
+        "Factors around 1 with standard deviation 0.5; red ones are below 0",
+    )
+
+
+def _uniform_dropout() -> str:
+    return _noise(
+        lambda x: functional.uniform_dropout(x, 0.5), "Factors between 0.5 and 1.5, all alike"
+    )
+
+
+def _path_drop() -> str:
+    inputs = torch.eye(3).expand(16, 3, 3).unbind(1)
+    local = functional.path_drop(inputs, 0.5)
+    column = functional.path_drop_column(3, 16, "global")
+    whole = functional.path_drop(inputs, 0.5, column=column)
+    panels = [("local", local), ("global", whole)]
+    return _svg(panels, "Weights of the three inputs of a join, for 16 samples", 16)
+
+
+def _shake_drop() -> str:
+    x = torch.ones(16, 1, requires_grad=True)
+    y = functional.shake_drop(x, 0.5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    panels = [
+        ("forward", y.detach().expand(-1, 6)),
+        ("backward", gradient.expand(-1, 6)),
+    ]
+    return _svg(panels, "The factors of 16 samples; about half of them are 1, red is below 0", 10)
+
+
+def _cutout() -> str:
+    return _svg(_samples(functional.cutout(torch.ones(6, 1, 16, 16), 8)[:, 0]), "Each its own hole")
+
+
+def _dropout_and_batch_norm() -> str:
+    mask = torch.nn.functional.dropout(torch.ones(16, 32), 0.5)
+    panels = [("training", mask), ("evaluation", torch.ones(16, 32))]
+    return _svg(panels, "Factors 0 and 2 in training, 1 in evaluation: another variance", 6)
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "drop-path": _drop_path,
+    "stochastic-depth": _stochastic_depth,
+    "drop-block": _drop_block,
+    "spatial-dropout": _spatial_dropout,
+    "gaussian-dropout": _gaussian_dropout,
+    "uniform-dropout": _uniform_dropout,
+    "path-drop": _path_drop,
+    "shake-drop": _shake_drop,
+    "cutout": _cutout,
+    "dropout-and-batch-norm": _dropout_and_batch_norm,
+}
+
+
+def picture(name: str) -> str:
+    """The SVG of a method, the same every time. The caller's random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return PICTURES[name]()
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """What mkdocs calls before it builds: adds methods/NAME.svg for each picture."""
+    from mkdocs.structure.files import File
+
+    for name in PICTURES:
+        files.append(File.generated(config, f"methods/{name}.svg", content=picture(name)))
+    return files
