@@ -1,24 +1,46 @@
 """Stochastic depth that really skips the work, for any PyTorch model, in one line."""
 
-from torchdrop import cost, functional, schedules
+from torchdrop import cost, diagnostics, functional, schedules
 from torchdrop.attach import (
     add_stochastic_depth,
     has_stochastic_depth,
     remove_stochastic_depth,
 )
-from torchdrop.layers import DropPath, StochasticDepth
+from torchdrop.layers import (
+    Cutout,
+    DropBlock1d,
+    DropBlock2d,
+    DropBlock3d,
+    DropPath,
+    GaussianDropout,
+    PathDrop,
+    ShakeDrop,
+    SpatialDropout,
+    StochasticDepth,
+    UniformDropout,
+)
 from torchdrop.plan import Plan, get_plan
 from torchdrop.residual import Residual, find_residuals
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cutout",
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
     "DropPath",
+    "GaussianDropout",
+    "PathDrop",
     "Plan",
     "Residual",
+    "ShakeDrop",
+    "SpatialDropout",
     "StochasticDepth",
+    "UniformDropout",
     "add_stochastic_depth",
     "cost",
+    "diagnostics",
     "find_residuals",
     "functional",
     "get_plan",
