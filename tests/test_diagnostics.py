@@ -370,6 +370,29 @@ def test_blocks_with_arguments_are_read_in_the_call():
     assert found[1].var_eval == pytest.approx(float(out.var(0).mean()), rel=1e-5)
 
 
+class Repeated(Block):
+    def forward(self, x, times):
+        out = x
+        for _ in range(times):  # its signature alone does not tell how often
+            out = self.branch(out)
+        return x + out
+
+
+def test_the_first_batch_tells_what_signatures_do_not():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            for block in self:
+                x = block(x, 2)
+            return x
+
+    model, x = Twice(Repeated(), Repeated()), torch.randn(6, 5)
+    found = variance_shift(model, [x])
+    assert found.unreadable == {}
+    assert [layer.name for layer in found] == ["0", "1"]
+    out = model(x).detach().double()
+    assert found[1].var_eval == pytest.approx(float(out.var(0).mean()), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------
 # Recalibration
 
