@@ -107,9 +107,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", ["row", "batch", "alone", "checkpoint"])
-def test_nobody_hangs_and_parameters_stay_identical(
-    ranks: list[dict[str, Any]], case: str
-) -> None:
+def test_nobody_hangs_and_parameters_stay_identical(ranks: list[dict[str, Any]], case: str) -> None:
     assert all(rank[case]["identical"] and rank[case]["finite"] for rank in ranks)
 
 
