@@ -468,7 +468,7 @@ def test_other_tracers_work_in_evaluation_or_say_why_not() -> None:
     assert_same(torch.fx.symbolic_trace(model)(x), expected)
     assert_same(torch.export.export(model, (x,)).module()(x), expected)
     with (
-        pytest.warns(FutureWarning, match="deprecated"),
+        pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"),
         pytest.raises(AttributeError, match=r"script cannot compile.*remove_stochastic_depth"),
     ):
         torch.jit.script(model.blocks[0])
