@@ -190,6 +190,7 @@ BAD_RATES: list[tuple[Any, type[Exception], str]] = [
     ([0.1, 0.2, 3.0], ValueError, r"p\[2\]"),
     ([0.1, None, 0.3], TypeError, r"p\[1\]"),
     ({"layer9": 0.1}, ValueError, "'layer9'.*no block.*its blocks are '0', '1'"),
+    ({"1x": 0.1}, ValueError, "did you mean '1'"),
     ({"1": float("nan")}, ValueError, r"p\['1'\]"),
 ]
 
@@ -257,6 +258,12 @@ def test_what_is_no_module_and_what_is_attached_already() -> None:
 def test_wrapped_models_are_refused_with_the_order_to_use() -> None:
     with pytest.raises(ValueError, match=r"wrapped in DataParallel.*wrap it afterwards"):
         torchdrop.add_stochastic_depth(nn.DataParallel(net()), 0.2)
+
+    class Scripted(torch.jit.ScriptModule):
+        pass
+
+    with pytest.raises(ValueError, match="TorchScript already; add stochastic depth to the"):
+        torchdrop.add_stochastic_depth(Scripted(), 0.2)
     with pytest.raises(ValueError, match=r"torch\.compile already.*compile afterwards"):
         torchdrop.add_stochastic_depth(torch.compile(net()), 0.2)  # type: ignore[arg-type]
 

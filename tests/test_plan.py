@@ -106,3 +106,22 @@ def test_flops_of_training_follow_the_decisions(
         assert measured < 0.9
         # the twin: the value depends on the decisions; with those of dense steps it is 1
         assert measured != pytest.approx(1.0, rel=0.01)
+
+
+def test_shares_count_attention_that_evaluation_would_fuse() -> None:
+    """One rate for attention alone: the estimate has to follow, not only in the sum."""
+    model = models.vit_b_32(image_size=64, num_classes=10).train()
+    x = torch.randn(2, 3, 64, 64)
+    plan = torchdrop.add_stochastic_depth(model, 0.0, example_inputs=x)
+    attention = [b for r in plan.blocks for b in r.branches if "attention" in b.name]
+    dense = flops(lambda: model(x))
+    plan.set_p({b.name: 1.0 for b in attention})
+    saved = sum(b.share for b in attention if b.share is not None)
+    assert saved > 0.2
+    assert flops(lambda: model(x)) / dense == pytest.approx(1 - saved, rel=0.01)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_block_prints_in_one_line() -> None:
+    found = torchdrop.find_residuals(models.resnet18())
+    assert repr(found[2]) == "<layer2.0 (BasicBlock): 1 branch, projection skip, skip, p=0>"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -66,9 +67,10 @@ def add_stochastic_depth(
 
     Args:
         model: Any module with a residual stack. Wrap it in DDP or FSDP afterwards.
-        p: The drop probability, in [0, 1]: a float, for the deepest block; a sequence, one float a
-            block; a mapping from block (or branch) names, whose other blocks get 0; or None, to
-            take over the rates of the DropPath / StochasticDepth layers that the model has.
+        p: The drop probability, in [0, 1]; .2 if not given. A float, for the deepest block; a
+            sequence, one float a block; a mapping from block (or branch) names, whose other blocks
+            get 0; or None, to take over the rates of the DropPath / StochasticDepth layers that the
+            model has. The branches of one block share its rate.
         schedule: How a single ``p`` spreads over the blocks l = 1..L: ``"linear"`` (the paper's
             ``p*l/L``), ``"linear_from_zero"`` (timm's ``p*(l-1)/(L-1)``) or ``"uniform"``.
         mode: ``"row"``: every sample drops branches of its own. ``"batch"``: the whole batch
@@ -228,6 +230,10 @@ def _check_model(model: nn.Module) -> None:
                 f"torchdrop.remove_stochastic_depth(model) first"
             )
         kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is TorchScript already; add stochastic depth to the Python model first"
+            )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
             raise ValueError(
                 f"{where} is wrapped in {kind}; add stochastic depth to the model first "
@@ -451,8 +457,14 @@ def _measure_shares(model: nn.Module, sites: Sequence[Site], example_inputs: Any
     for site in sites:
         for branch in site.branches:
             branch.share = None
-    with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
-        run_once(model, example_inputs)
+    # In evaluation attention takes a fused path, which counts as nothing.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
+            run_once(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     for site in sites:
         for branch in site.branches:
             if branch.share is not None and counter.total:

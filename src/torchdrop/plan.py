@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,10 +36,14 @@ def resolve_rates(
         known = set(names) | {b.name for b in branches}
         unknown = [name for name in p if name not in known]
         if unknown:
+            alike = [n for n in sorted(known) if any(n.startswith(str(u)) for u in unknown)]
+            alike = alike or difflib.get_close_matches(str(unknown[0]), known)
             raise ValueError(
                 f"p names {', '.join(map(repr, unknown))}, which is no block of this model; "
-                f"its blocks are {', '.join(map(repr, names[:6]))}"
+                + (f"did you mean {' or '.join(map(repr, alike[:4]))}? " if alike else "")
+                + f"its blocks are {', '.join(map(repr, names[:6]))}"
                 + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+                + (f"; a branch is {branches[0].name!r}" if len(branches) > len(names) else "")
             )
         rates = {name: schedules.check_rate(rate, f"p[{name!r}]") for name, rate in p.items()}
         return [rates.get(b.name, rates.get(b.block, b.p)) for b in branches]

@@ -98,7 +98,7 @@ class Branch:
     _split: Split | None = field(default=None, repr=False)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Residual:
     """One block: a unit of depth, with one or several branches that share a drop probability.
 
@@ -118,6 +118,14 @@ class Residual:
     why_not: str = ""
     _traced: BlockGraph | None = field(default=None, repr=False, kw_only=True)
     _owner: str = field(default="", repr=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        count = len(self.branches)
+        text = (
+            f"{self.name} ({type(self.module).__name__}): {count} branch{'es' * (count > 1)}, "
+            f"{self.skip} skip, {self.action}, p={self.p:.3g}"
+        )
+        return f"<{text}>" if self.default else f"<{text}; left out: {self.why_not}>"
 
     @property
     def skip(self) -> str:
