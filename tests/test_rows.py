@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import jvp, vmap
 
+from torchdrop.cost import saved_bytes
 from torchdrop.rows import add_rows, add_whole, fork, take, touch
 
 FORMATS = {
@@ -144,3 +146,33 @@ def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
     assert some.is_contiguous(memory_format=torch.channels_last)
     (grad,) = torch.autograd.grad(whole.sum() + some.sum(), x)
     assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_derivatives_of_adding_rows() -> None:
+    skip = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([1, 4])
+
+    def add(s: Tensor, b: Tensor) -> Tensor:
+        return add_rows(s, b, rows, 1.5)
+
+    def plain(s: Tensor, b: Tensor) -> Tensor:
+        return s.index_add(0, rows, b, alpha=1.5)
+
+    assert torch.autograd.gradcheck(add, (skip, branch))
+    assert torch.autograd.gradgradcheck(add, (skip, branch))
+    tangents = (torch.randn_like(skip), torch.randn_like(branch))
+    for mine, theirs in zip(
+        jvp(add, (skip, branch), tangents), jvp(plain, (skip, branch), tangents), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    many = torch.randn(4, 5, 3), torch.randn(4, 2, 3)
+    torch.testing.assert_close(vmap(add)(*many), vmap(plain)(*many))
+
+
+def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
+    skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    rows = torch.arange(16)
+    assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == rows.numel() * 8
+    # the twin: torch's own keeps the branch to know its shape
+    assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4

@@ -198,13 +198,13 @@ _LINEAR_NAMES = {
     "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split",
     "narrow", "select", "slice", "index_select", "roll", "flip", "repeat", "repeat_interleave",
     "pad", "_pad", "sum", "mean", "to", "type_as", "float", "half", "bfloat16", "double", "clone",
-    "detach", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "detach",
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "upsample",
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d",
     "dropout2d", "dropout3d", "alpha_dropout", "pixel_shuffle", "pixel_unshuffle", "zeros_like",
     "new_zeros", "zeros", "embedding", "_assert", "identity", "unfold", "fold", "moveaxis",
-    "boolean_dispatch", "fn", "div", "truediv", "div_", "einsum",
+    "boolean_dispatch", "fn",
 }  # fmt: skip
 _PRODUCTS = {
     "mul", "imul", "mul_", "rmul", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
