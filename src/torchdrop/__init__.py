@@ -19,7 +19,7 @@ from torchdrop.layers import (
     StochasticDepth,
     UniformDropout,
 )
-from torchdrop.plan import Plan, get_plan
+from torchdrop.plan import Plan, get_plan, paused
 from torchdrop.residual import Residual, find_residuals
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "functional",
     "get_plan",
     "has_stochastic_depth",
+    "paused",
     "remove_stochastic_depth",
     "schedules",
 ]

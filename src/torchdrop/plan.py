@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchdrop import schedules
 from torchdrop.residual import Branch, Residual
 from torchdrop.site import BranchState, Site, sites_of
 
-__all__ = ["Plan", "get_plan", "resolve_rates", "set_rates"]
+__all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
 
 
 def resolve_rates(
@@ -70,7 +71,7 @@ def set_rates(sites: Sequence[Site], rates: Sequence[float]) -> None:
     for site in sites:
         for branch in site.branches:
             branch.p = next(remaining)
-        site.active = any(branch.p > 0.0 for branch in site.branches)
+        site.settle()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,3 +230,45 @@ def get_plan(model: nn.Module) -> Plan:
             f"torchdrop.add_stochastic_depth(model, p) adds it"
         )
     return Plan(model, sites)
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Drop nothing inside the ``with``: for a teacher's forward passes, say, or for calibration.
+
+    Every block runs its own forward, as in the dense model, whatever the rates are: ``p`` has no
+    effect, no random number is drawn and :meth:`Plan.observed` counts nothing. With
+    ``scale="eval"`` that holds for evaluation, too: branches are not multiplied by 1 - p, so what
+    comes out is the dense model's, not that of the trained network in evaluation. Rates stay what
+    they are, and those that are set inside act afterwards. Masking layers that were taken over
+    rest as before. Pauses may be nested, and end with the ``with``, also by an exception; a copy
+    that is made inside is not paused.
+
+    With activation checkpointing run the backward pass inside as well: it computes the blocks
+    again.
+
+    Args:
+        model: A model with stochastic depth, a part of one, or what wraps one.
+
+    Raises:
+        ValueError: There is no stochastic depth on ``model``.
+
+    Example:
+        >>> import torch, torchvision, torchdrop
+        >>> model = torchvision.models.resnet18()
+        >>> plan = torchdrop.add_stochastic_depth(model, p=0.5)
+        >>> with torch.no_grad(), torchdrop.paused(model):
+        ...     target = model(torch.randn(2, 3, 32, 32))
+        >>> plan.observed()["layer4.1"]
+        nan
+    """
+    sites = get_plan(model)._sites
+    for site in sites:
+        site.paused += 1
+        site.settle()
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.paused -= 1
+            site.settle()

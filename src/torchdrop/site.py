@@ -121,8 +121,18 @@ class Site:
         # Which of the additions of the forward the branches are.
         self.places = list(places)
         self.active = False
+        self.paused = 0  # how many pauses the model is in
         leading = list(self.__signature__.parameters)[: len(train.tensors)] == train.tensors
         self._plain = train.tensors if leading else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy made during a pause has nobody who would end it
+        active = any(branch.p > 0.0 for branch in self.branches)
+        return {**self.__dict__, "paused": 0, "active": active}
+
+    def settle(self) -> None:
+        """Act where a branch has a rate and nobody paused the model; rest otherwise."""
+        self.active = not self.paused and any(branch.p > 0.0 for branch in self.branches)
 
     @property
     def __signature__(self) -> inspect.Signature:
