@@ -19,7 +19,7 @@ ORDER = [
     {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
-    {"tracing", "residual", "rewrite"},
+    {"tracing", "examples", "residual", "rewrite"},
     {"site", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},

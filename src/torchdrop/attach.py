@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop import cost, sampling, schedules
+from torchdrop.examples import Example, run_once
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.residual import Branch, Residual, Split, Survey, read_splits, survey
 from torchdrop.rewrite import Program, rewrite
@@ -32,7 +33,7 @@ from torchdrop.site import (
     attached,
     detach,
 )
-from torchdrop.tracing import BlockGraph, Example, run_once, trace_block
+from torchdrop.tracing import BlockGraph, trace_block
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
 

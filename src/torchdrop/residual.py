@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchdrop.examples import Example, Shapes
 from torchdrop.tracing import (
     BlockGraph,
-    Example,
-    Shapes,
     UntraceableError,
     is_shape_node,
     trace_block,

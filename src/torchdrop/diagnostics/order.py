@@ -13,15 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from torchdrop.diagnostics.batches import check_model
+from torchdrop.examples import Calls, record_calls
 from torchdrop.residual import is_mask, read_splits
 from torchdrop.site import Bypass, Site, attached
 from torchdrop.tracing import (
     A_TENSOR,
     BlockGraph,
-    Calls,
     UntraceableError,
     is_shape_node,
-    record_calls,
     trace_block,
 )
 
