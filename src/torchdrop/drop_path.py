@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -53,10 +52,14 @@ def _runs(mask: Tensor, rows: int) -> tuple[list[bool], list[int]]:
     kept: list[bool] = mask.flatten().tolist()
     if len(kept) == 1:
         return kept, [rows]
-    decisions, lengths = [], []
-    for decision, run in groupby(kept):
-        decisions.append(decision)
-        lengths.append(sum(1 for _ in run))
+    decisions: list[bool] = []
+    lengths: list[int] = []
+    for decision in kept:
+        if decisions and decision is decisions[-1]:
+            lengths[-1] += 1
+        else:
+            decisions.append(decision)
+            lengths.append(1)
     return decisions, lengths
 
 
@@ -72,10 +75,9 @@ class _KeepRuns(torch.autograd.Function):
             ctx.mark_dirty(x)
         out = x if inplace else torch.empty_like(x)
         decisions, lengths = _runs(mask, x.shape[dim])
-        parts = zip(
-            decisions, torch.split(out, lengths, dim), torch.split(x, lengths, dim), strict=True
-        )
-        for kept, part, old in parts:
+        # The method that torch.split calls, without its Python.
+        parts = (t.split_with_sizes(lengths, dim) for t in (out, x))
+        for kept, part, old in zip(decisions, *parts, strict=True):
             if kept:
                 torch.div(old, keep, out=part)
             else:
@@ -116,7 +118,7 @@ class _AddRuns(torch.autograd.Function):
         ctx.keep, ctx.dim = keep, dim
         out = torch.empty_like(skip)
         decisions, lengths = _runs(mask, skip.shape[dim])
-        parts = (torch.split(t, lengths, dim) for t in (out, skip, branch))
+        parts = (t.split_with_sizes(lengths, dim) for t in (out, skip, branch))
         for kept, part, old, new in zip(decisions, *parts, strict=True):
             if not kept:
                 part.copy_(old)
