@@ -50,7 +50,7 @@ def decide(monkeypatch):
     """Fix who is kept: a bool for the batch, or a list of rows."""
 
     def fix(kept):
-        monkeypatch.setattr(sampling, "keep_batch", lambda p: kept)
+        monkeypatch.setattr(sampling, "keep_batch", lambda p, sync_ranks: kept)
         monkeypatch.setattr(sampling, "keep_rows", lambda batch, p: torch.tensor(kept).long())
 
     return fix

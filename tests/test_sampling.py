@@ -203,3 +203,149 @@ def test_host_draws_do_not_depend_on_the_default_device():
     with torch.device("meta"):
         assert sampling.keep_rows(8, 0.5).device.type == "cpu"
         assert isinstance(sampling.keep_batch(0.5), bool)
+
+
+# All ranks alike
+
+
+class Rank:
+    """One rank's shared numbers, in this process, in a generator state of its own."""
+
+    def __init__(self, seed):
+        self.numbers = sampling.SharedNumbers()
+        self.seed(seed)
+
+    def draw(self, times=1, *, other_draws=0):
+        """As in a process of its own, which has drawn other numbers as well."""
+        with torch.random.fork_rng():
+            torch.set_rng_state(self.state)
+            torch.rand(other_draws)
+            drawn = [self.numbers.draw() for _ in range(times)]
+            self.state = torch.get_rng_state()
+        return drawn
+
+    def seed(self, seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.state = torch.get_rng_state()
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks whose one broadcast is simulated: rank 0 says its seed, the other hears it."""
+    said = []
+
+    def broadcast(objects, src):
+        said.append(objects[0])
+        objects[0] = said[0]
+
+    class Group:
+        pass
+
+    group = Group()
+    monkeypatch.setattr(sampling, "_group", lambda: group)
+    monkeypatch.setattr(sampling.dist, "broadcast_object_list", broadcast)
+
+    def make(*seeds):
+        said.clear()
+        return [Rank(seed) for seed in seeds]
+
+    make.said = said
+    return make
+
+
+def test_ranks_draw_alike_whatever_their_seeds_and_talk_once(ranks):
+    a, b = ranks(5, 1234)
+    first = a.draw(20)
+    assert len(set(first)) == 20
+    assert b.draw(20, other_draws=3) == first
+    assert a.draw(5, other_draws=7) == b.draw(5)
+    assert len(ranks.said) == 2
+
+
+def test_a_seed_fixes_the_numbers_of_all_ranks_also_in_the_middle(ranks):
+    a, b = ranks(5, 6)  # seed + rank, as many do
+    run = a.draw(10)
+    assert b.draw(10) == run
+    for seed in (9, 5, 9):  # a new one, the first once more, and one that was used before
+        a.seed(seed), b.seed(seed + 1)
+        again = a.draw(10, other_draws=2 if seed == 9 else 0)
+        assert b.draw(10, other_draws=2 if seed == 9 else 0) == again
+        assert (again == run) == (seed == 5)
+        (fresh,) = ranks(seed)
+        assert fresh.draw(10) == again
+
+
+def test_a_state_that_is_put_back_gives_its_numbers_again(ranks):
+    (a,) = ranks(1)
+    a.draw(3)
+    state = a.state
+    drawn = a.draw(3)
+    a.state = state
+    assert a.draw(3) == drawn
+    assert not set(a.draw(3)) & set(drawn)
+
+
+def test_another_seed_in_between_does_not_start_over(ranks):
+    (a,) = ranks(1)
+    drawn, state = a.draw(3), a.state
+    a.seed(2)
+    a.draw(3)
+    a.state = state
+    assert not set(a.draw(3)) & set(drawn)
+
+
+def test_shared_numbers_resume(ranks):
+    a, b = ranks(1, 2)
+    a.draw(4), b.draw(4)
+    state, rng = a.numbers.state_dict(), (a.state, b.state)
+    expected = a.draw(4)
+    a, b = ranks(1, 2)
+    for rank, generator in zip((a, b), rng, strict=True):
+        rank.numbers.load_state_dict(state)
+        rank.state = generator
+    # seeds are apart as they were, so each rank knows that the numbers are its own
+    assert a.draw(4) == expected
+    assert b.draw(4) == expected
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"seed": 1}, {"seed": 1, "count": -1}, {"seed": 1.5, "count": 2}, 3]
+)
+def test_what_is_no_state_of_shared_numbers_is_refused(state):
+    numbers = sampling.SharedNumbers()
+    with pytest.raises(ValueError, match="a seed and a count"):
+        numbers.load_state_dict(state)
+    assert numbers.state_dict() is None
+
+
+def test_what_is_remembered_is_bounded(ranks, monkeypatch):
+    (a,) = ranks(0)
+    monkeypatch.setattr(a.numbers, "_WAITING", 8)
+    monkeypatch.setattr(a.numbers, "_SEEDS", 4)
+    for seed in range(20):
+        a.seed(seed)
+        a.draw(3)
+    assert len(a.numbers._filed) == 8
+    assert len(a.numbers._streams) == 4
+
+
+def shared_rate_is_right(p):
+    torch.manual_seed(0)
+    numbers = sampling.SharedNumbers()
+    times = 20_000
+    return agrees(sum(numbers.draw() / 2**53 >= p for _ in range(times)), times, 0.1)
+
+
+def test_the_rate_of_shared_numbers_and_its_twin(ranks):
+    assert shared_rate_is_right(0.1)
+    assert not shared_rate_is_right(0.12)
+
+
+def test_alone_nothing_is_shared(monkeypatch):
+    numbers = sampling.SharedNumbers()
+    monkeypatch.setattr(sampling, "in_group", lambda: True)
+    assert numbers.shared()
+    with numbers.alone():
+        assert not numbers.shared()
+    assert numbers.shared()

@@ -86,7 +86,10 @@ def add_stochastic_depth(
             (``r.default`` is False: lone, inner, linear); True takes it.
         compute: ``"skip"`` or ``"mask"`` for all branches, or ``"auto"``: skip wherever it is
             possible, and the plan says where it is not.
-        sync_ranks: Batch mode in a process group: whether all ranks decide alike. None: they do.
+        sync_ranks: Batch mode in a process group: whether all ranks decide alike, else a step is as
+            slow as the rank that keeps most. None or True: they do, after one broadcast in the
+            first training forward, which every rank of the default group has to run. False:
+            each for itself, as in row mode.
         zero_grad: Parameters of a branch that no row used get a gradient of zeros, as with a mask,
             which DDP and FSDP need. False leaves None.
         example_inputs: A tensor, a tuple, or a dict of keyword arguments: for models whose blocks

@@ -252,8 +252,9 @@ class PathDrop(Rated):
         Inputs (or outputs of ``branches``) of one shape, any number of dimensions from 1; the
         output has the same.
 
-    With ``branches``, draws are made on the host, and parameters of a branch that did not run get
-    gradients of zero, which DistributedDataParallel waits for. ``torch.compile`` breaks the graph
+    With ``branches``, draws are made on the host, with ``mode="batch"`` alike on all ranks of a
+    process group, and parameters of a branch that did not run get gradients of zero, which
+    DistributedDataParallel waits for. ``torch.compile`` breaks the graph
     there, since what runs depends on the draw; of tensors, the join compiles whole.
 
     Raises:
@@ -332,9 +333,10 @@ class PathDrop(Rated):
         if column is not None:
             draws = max(draws if self.mode == "row" else 1, column.shape[0])
         host = torch.device("cpu")
-        kept = _kept(
-            len(branches), draws, self.p, column, self.columns, host, host_generator()
-        ).expand(-1, samples)
+        generator = host_generator(alike=self.mode == "batch")
+        kept = _kept(len(branches), draws, self.p, column, self.columns, host, generator).expand(
+            -1, samples
+        )
         out: Tensor | None = None
         idle: list[nn.Parameter] = []
         dtypes: list[Tensor] = []

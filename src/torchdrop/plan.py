@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchdrop import schedules
 from torchdrop.residual import Branch, Residual
+from torchdrop.sampling import shared_numbers
 from torchdrop.site import BranchState, Site, sites_of
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
@@ -156,14 +157,23 @@ class Plan:
         return kept
 
     def state_dict(self) -> dict[str, Any]:
-        """The rates, to be saved beside the model's own state_dict."""
-        return {"version": 1, "p": {branch.name: branch.p for branch in self._branches}}
+        """The rates, and where batch mode's decisions are, which all ranks take alike.
+
+        To be saved beside the model's own state_dict and, where a run has to go on bit for bit,
+        the state of the generators (``torch.get_rng_state()``), from which all else is drawn.
+        """
+        return {
+            "version": 1,
+            "p": {branch.name: branch.p for branch in self._branches},
+            "shared_numbers": shared_numbers.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the rates of :meth:`state_dict`.
+        """Take over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: The branches are not those of this model, or the version is unknown.
+            TypeError, ValueError: The branches are not those of this model, the version is
+                unknown, or a value is none that it gives; all is then as it was.
         """
         if not isinstance(state, Mapping) or "p" not in state or state.get("version") != 1:
             raise ValueError("expected what Plan.state_dict() returned, of version 1")
@@ -175,6 +185,9 @@ class Plan:
                 f"{'is' if len(odd) == 1 else 'are'} not in both"
             )
         rates = [schedules.check_rate(state["p"][name], f"p[{name!r}]") for name in names]
+        shared = state.get("shared_numbers")
+        if shared is not None:
+            shared_numbers.load_state_dict(shared)
         set_rates(self._sites, rates)
 
     def __repr__(self) -> str:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +23,10 @@ from torch import distributed as dist
 __all__ = [
     "MODES",
     "ROW_SAMPLERS",
-    "SharedDecisions",
+    "SharedNumbers",
     "draw",
     "host_generator",
+    "in_group",
     "integers",
     "keep_batch",
     "keep_mask",
@@ -30,6 +34,7 @@ __all__ = [
     "laid_out_like",
     "rare_hits",
     "readable",
+    "shared_numbers",
     "transformed",
 ]
 
@@ -143,13 +148,25 @@ def rare_hits(total: int, p: float, generator: torch.Generator | None = None) ->
     return hits[: int(torch.searchsorted(hits, float(total)))].long()
 
 
-def host_generator() -> torch.Generator | None:
+def in_group() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _group() -> Any:
+    return dist.group.WORLD
+
+
+def host_generator(*, alike: bool = False) -> torch.Generator | None:
     """None for the global generator; in a process group, one that also depends on the rank.
 
     Ranks that were all seeded alike would otherwise drop the same rows. The seed is drawn from
     the global generator, so ``torch.manual_seed`` and a checkpoint's recompute govern it still.
+    With ``alike`` it is one that all ranks have alike instead.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if alike and shared_numbers.shared():
+        return torch.Generator("cpu").manual_seed(shared_numbers.draw())
+    if alike or not in_group():
         return None
     seed = int(torch.randint(2**62, (), device="cpu"))
     return torch.Generator("cpu").manual_seed(
@@ -202,49 +219,104 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
     return ROW_SAMPLERS[sampling](batch, p, host_generator())
 
 
-def keep_batch(p: float) -> bool:
-    """Whether the whole batch is kept: True with probability ``1 - p`` (one draw)."""
+def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
+    """Whether the whole batch is kept: True with probability ``1 - p`` (one draw).
+
+    In a process group all ranks get the same answer, unless ``sync_ranks`` is False.
+    """
+    if sync_ranks is not False and shared_numbers.shared():
+        return shared_numbers.draw() / 2**53 >= p
     return float(torch.rand((), dtype=torch.float64, device="cpu")) >= p
 
 
-class SharedDecisions:
-    """Batch-mode decisions that all ranks of a process group take alike, without talking.
+class SharedNumbers:
+    """Random numbers that every rank of the process group draws alike, each by itself.
 
-    One seed is broadcast when the first decision is taken. From then on decision number n of a
-    branch is a function of the seed, the branch and n alone. A checkpoint's recompute has to find
-    its number again: it is filed under a token drawn from the global generator, whose state the
-    checkpoint restores.
+    Number n since ``torch.manual_seed`` is a function of n and of the seed of rank 0. How far its
+    own seed is from that one a rank is told once, with the first number of all (one broadcast); so
+    later seeds are followed without talking, as long as all ranks set theirs by the same rule.
+
+    Every number also draws a token from the global generator, and is filed under it. A token that
+    comes again says that the generator was put back, and the number is the one of that time: for
+    a checkpoint's recompute, which sees nothing but the generator; and after a reseed with a seed
+    that was used before, from where on counting starts again.
     """
 
-    # Forward passes that may wait for their backward at the same time, for each branch.
-    _WAITING = 256
+    # Numbers that may wait for their recompute, and seeds that are remembered, at the same time.
+    _WAITING = 2**14
+    _SEEDS = 256
 
     def __init__(self) -> None:
-        self._seed: int | None = None
-        self._taken: dict[str, int] = {}
-        self._filed: dict[tuple[str, int], int] = {}
+        self._group: Any = None
+        self._apart = 0
+        # By the seed of rank 0: the token of its first number, and the count of numbers.
+        self._streams: dict[int, tuple[int | None, int]] = {}
+        self._filed: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+        self._alone = 0
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"_seed": None, "_taken": {}, "_filed": {}}
+    def shared(self) -> bool:
+        """Whether there are other ranks to be like."""
+        return not self._alone and in_group()
 
-    def keep_batch(self, p: float, branch: str, sync: bool | None) -> bool:
-        """Whether the whole batch is kept, alike on all ranks unless ``sync`` is False."""
-        group = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not group or sync is False:
-            return keep_batch(p)
-        if self._seed is None:
-            seed = [int(torch.randint(2**62, (), device="cpu"))]
-            dist.broadcast_object_list(seed, src=0)
-            self._seed = seed[0]
-        token = (branch, int(torch.randint(2**62, (), device="cpu")))
-        recompute = torch._C._current_graph_task_id() != -1
-        if recompute and token in self._filed:
-            number = self._filed[token]
-        else:
-            number = self._taken.get(branch, 0)
-            self._taken[branch] = number + 1
-            self._filed[token] = number
-            if len(self._filed) > self._WAITING * max(len(self._taken), 1):
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What runs inside runs on this rank only: it asks nobody, and counts for nobody."""
+        self._alone += 1
+        try:
+            yield
+        finally:
+            self._alone -= 1
+
+    def draw(self) -> int:
+        """An integer of 53 bits."""
+        seed = (torch.initial_seed() - self._seeds_apart()) % 2**64
+        token = int(torch.randint(2**62, (), device="cpu"))
+        with self._lock:
+            first, count = self._streams.pop(seed, (token, 0))
+            known = 0 if token == first else self._filed.get((seed, token))
+            number = count if known is None else known
+            # A checkpoint's recompute looks up; anything else goes on from where it is.
+            if known is None or torch._C._current_graph_task_id() == -1:
+                count = number + 1
+            self._streams[seed] = first, count
+            self._filed[seed, token] = number
+            if len(self._filed) > self._WAITING:
                 del self._filed[next(iter(self._filed))]
-        digest = hashlib.blake2b(f"{self._seed}/{branch}/{number}".encode(), digest_size=8)
-        return int.from_bytes(digest.digest()) / 2**64 >= p
+            if len(self._streams) > self._SEEDS:
+                del self._streams[next(iter(self._streams))]
+        digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 11
+
+    def _seeds_apart(self) -> int:
+        group = _group()
+        if self._group is None or self._group() is not group:
+            mine = torch.initial_seed()
+            theirs = [mine]
+            dist.broadcast_object_list(theirs, src=0)
+            self._apart = mine - theirs[0]
+            self._group = weakref.ref(group)
+        return self._apart
+
+    def state_dict(self) -> dict[str, int] | None:
+        """Where the numbers are; None where no rank has drawn any. The same on all ranks."""
+        if not self._streams:
+            return None
+        seed = next(reversed(self._streams))
+        return {"seed": seed, "count": self._streams[seed][1]}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from there as soon as the generator has that seed again."""
+        if not (
+            isinstance(state, Mapping)
+            and all(type(state.get(name)) is int and state[name] >= 0 for name in ("seed", "count"))
+        ):
+            raise ValueError(
+                f"shared_numbers has to be a seed and a count, integers from 0, but got {state!r}"
+            )
+        self._streams.pop(state["seed"], None)
+        self._streams[state["seed"]] = None, state["count"]
+
+
+# One for the process, as is the generator whose seed it follows.
+shared_numbers = SharedNumbers()

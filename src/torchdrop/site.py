@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torchdrop.residual import read_splits
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, take, touch
-from torchdrop.sampling import SharedDecisions, keep_rows
+from torchdrop.sampling import keep_batch, keep_rows
 from torchdrop.tracing import UntraceableError, trace_block
 
 __all__ = [
@@ -55,7 +55,6 @@ class Settings:
     zero_grad: bool
     batch_dim: int
     blocks: int = 0
-    ranks: SharedDecisions = field(default_factory=SharedDecisions)
     meter: Callable[[], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -313,7 +312,7 @@ class Site:
         if branch.p == 0.0:
             rows = True
         elif settings.mode == "batch":
-            rows = settings.ranks.keep_batch(branch.p, branch.name, settings.sync_ranks)
+            rows = keep_batch(branch.p, settings.sync_ranks)
         else:
             rows = keep_rows(batch, branch.p, settings.sampling)
             if rows.numel() == batch and batch > 0:

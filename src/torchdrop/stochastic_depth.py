@@ -141,7 +141,8 @@ class StochasticDepth(Rated):
         >>> model.layer4 = StochasticDepth(model.layer4, 0.2, nn.Conv2d(256, 512, 1, stride=2))
 
     Decisions are drawn on the host from torch's global CPU generator: ``torch.manual_seed``
-    governs them and activation checkpointing replays them. Every process draws its own.
+    governs them and activation checkpointing replays them. In a process group, all ranks take the
+    decisions of ``mode="batch"`` alike (see ``sync_ranks``) and draw rows of their own in "row".
     ``torch.compile`` breaks the graph at the decision, since what runs depends on it.
 
     Args:
@@ -160,6 +161,8 @@ class StochasticDepth(Rated):
             nothing tells whether it would have to be cut with the rows.
         scale: ``"train"``, ``"eval"`` or ``"none"``, see the table.
         batch_dim: The dimension that counts samples, for ``mode="row"``.
+        sync_ranks: Whether all ranks of a process group decide alike in ``mode="batch"``, else a
+            step is as slow as the rank that keeps most. None: they do.
         zero_grad: Give the parameters of what did not run, the module or a projection that was not
             needed, gradients of zero, which DistributedDataParallel waits for. False leaves None.
 
@@ -194,6 +197,7 @@ class StochasticDepth(Rated):
         scale: str = "train",
         *,
         batch_dim: int = 0,
+        sync_ranks: bool | None = None,
         zero_grad: bool = True,
     ) -> None:
         super().__init__()
@@ -219,6 +223,9 @@ class StochasticDepth(Rated):
         self.mode = mode
         self.scale = scale
         self.batch_dim = check_dim(batch_dim)
+        if sync_ranks is not None and not isinstance(sync_ranks, bool):
+            raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
+        self.sync_ranks = sync_ranks
         self.touches_skipped = zero_grad  # nn.Module has a method zero_grad
         self._agreed: set[tuple[int, ...]] = set()
         # This flag only: a BatchNorm frozen inside the module stays as it is.
@@ -229,6 +236,8 @@ class StochasticDepth(Rated):
         text = f"p={self.p}, mode={self.mode!r}, scale={self.scale!r}"
         if self.batch_dim != 0:
             text += f", batch_dim={self.batch_dim}"
+        if self.sync_ranks is not None:
+            text += f", sync_ranks={self.sync_ranks}"
         return text if self.touches_skipped else text + ", zero_grad=False"
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
@@ -243,7 +252,7 @@ class StochasticDepth(Rated):
             return self._expected(x, args, kwargs)
         if self.mode == "row":
             out = self._by_rows(x, args, kwargs)
-        elif sampling.keep_batch(self.p):
+        elif sampling.keep_batch(self.p, self.sync_ranks):
             out = self._kept(x, args, kwargs)
         else:
             out = self._dropped(x, args, kwargs)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchdrop.sampling import shared_numbers
 from torchdrop.site import Site, sites_of
 
 __all__ = ["Buffers", "untouched"]
@@ -66,6 +67,7 @@ def untouched(model: nn.Module) -> Iterator[Buffers]:
     buffers = Buffers(model)
     with ExitStack() as stack:
         stack.enter_context(_random_numbers(model))
+        stack.enter_context(shared_numbers.alone())
         for site in sites_of(model):
             stack.callback(_remember(site))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
@@ -107,8 +109,6 @@ def _remember(site: Site) -> Callable[[], None]:
     """What sets ``site`` back to the state of this moment."""
     branches = [(b, dict(b.__dict__), dict(b.dtypes)) for b in site.branches]
     programs = list(site.train), list(site.evaluate)
-    ranks = site.settings.ranks
-    shared = {k: dict(v) if type(v) is dict else v for k, v in ranks.__dict__.items()}
 
     def restore() -> None:
         for branch, state, dtypes in branches:
@@ -116,6 +116,5 @@ def _remember(site: Site) -> Callable[[], None]:
             branch.dtypes.clear()
             branch.dtypes.update(dtypes)
         site.train[:], site.evaluate[:] = programs
-        ranks.__dict__.update(shared)
 
     return restore
