@@ -14,6 +14,7 @@ ROOT = Path(torchdrop.__file__).parent
 # From the bottom up: a file may import from lines above its own, and from its own.
 ORDER = [
     {"schedules", "sampling", "checks", "rated"},
+    {"ranks"},
     {"rows"},
     {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
     {"functional"},

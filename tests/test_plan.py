@@ -58,6 +58,23 @@ def test_state_dict_goes_round_and_refuses_strangers() -> None:
     assert [r.p for r in plan.blocks] == [0.1, 0.2, 0.3]
 
 
+def test_a_plan_of_what_was_removed_does_not_pretend() -> None:
+    model = net(3)
+    old = torchdrop.add_stochastic_depth(model, 0.5)
+    state = old.state_dict()
+    torchdrop.remove_stochastic_depth(model[1])
+    for call in (lambda: old.set_p(0.1), lambda: old.load_state_dict(state)):
+        with pytest.raises(ValueError, match="was taken off again, all of it or in part"):
+            call()
+    torchdrop.get_plan(model).set_p([0.1, 0.2])
+    torchdrop.remove_stochastic_depth(model)
+    new = torchdrop.add_stochastic_depth(model, 0.5)
+    with pytest.raises(ValueError, match=r"torchdrop.get_plan\(model\) gives the plan of what is"):
+        old.set_p(0.1)
+    new.set_p(0.1)
+    assert new.blocks[-1].p == 0.1
+
+
 def test_the_table_shows_blocks_branches_rates_and_shares() -> None:
     model = models.vit_b_32(image_size=64)
     plan = torchdrop.add_stochastic_depth(model, 0.2)

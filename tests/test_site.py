@@ -345,6 +345,46 @@ def test_channels_last_stays_channels_last(mode: str, p: float) -> None:
     assert formats == [True] * 6
 
 
+class Promoting(Block):
+    """As ConvNeXt: the skip is bfloat16 under autocast, a float32 scale makes the sum float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(width)
+        self.noise = nn.Dropout(0.5)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.noise(self.b(self.act(self.norm(self.a(x))))) * self.scale
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_dtype_does_not_depend_on_the_draw_nor_on_an_earlier_run(
+    mode: str, compute: str, autocast: bool
+) -> None:
+    model = net(2, block=Promoting)
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    if not autocast:
+        model.to(torch.bfloat16)
+        model[0].scale.data = model[0].scale.data.float()
+    torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode, compute=compute)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = Promoting.forward(model[0], x)
+        assert expected.dtype == torch.float32
+        statistics = model[0].norm.running_var.clone()
+        torch.manual_seed(0)
+        out = model[0](x)  # never ran before, and is dropped
+        after = torch.get_rng_state()
+        torch.manual_seed(0)
+        assert_same(model[0](x), out)
+    assert_same(out, x.float())
+    if compute == "auto":  # a branch that is dropped leaves no trace
+        assert_same(model[0].norm.running_var, statistics)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_batch_dim_one() -> None:
     model, x = net(2).double(), torch.randn(5, 8, 6, dtype=torch.float64)
     plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", batch_dim=1)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchdrop import cost, sampling, schedules
 from torchdrop.examples import Example, run_once
 from torchdrop.plan import Plan, resolve_rates, set_rates
+from torchdrop.ranks import is_sharded
 from torchdrop.residual import Branch, Residual, Split, Survey, read_splits, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import (
@@ -243,7 +244,7 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is wrapped in {kind}; add stochastic depth to the model first "
                 f"and wrap it afterwards"
             )
-        if kind.startswith("FSDP") and hasattr(module, "unshard"):
+        if is_sharded(module):
             raise ValueError(
                 f"{where} went through fully_shard already; add stochastic depth first "
                 f"and shard afterwards"

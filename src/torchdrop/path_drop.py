@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from torchdrop import rows
 from torchdrop.checks import check_choice, check_dim, check_input, check_mode
+from torchdrop.ranks import meets_ranks
 from torchdrop.rated import Rated, traced
 from torchdrop.sampling import host_generator, integers, keep_mask, laid_out_like
 from torchdrop.schedules import check_rate
@@ -254,7 +255,8 @@ class PathDrop(Rated):
 
     With ``branches``, draws are made on the host, with ``mode="batch"`` alike on all ranks of a
     process group, and parameters of a branch that did not run get gradients of zero, which
-    DistributedDataParallel waits for. ``torch.compile`` breaks the graph
+    DistributedDataParallel waits for; where ranks wait for each other in a branch (SyncBatchNorm,
+    ``fully_shard`` inside), all of them run and are masked. ``torch.compile`` breaks the graph
     there, since what runs depends on the draw; of tensors, the join compiles whole.
 
     Raises:
@@ -328,6 +330,15 @@ class PathDrop(Rated):
 
     def _run(self, branches: list[nn.Module], x: Tensor, dim: int, column: Tensor | None) -> Tensor:
         """The mean of what the branches give, each run on the rows that keep it."""
+        if meets_ranks(branches, "a branch", alike=self.mode == "batch"):
+            return path_drop(
+                [_output(branch, x) for branch in branches],
+                self.p,
+                mode=self.mode,
+                batch_dim=dim,
+                column=column,
+                columns=self.columns,
+            )
         samples = x.shape[dim]
         draws = samples if self.mode == "row" else 1
         if column is not None:

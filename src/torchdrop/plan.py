@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchdrop import schedules
 from torchdrop.residual import Branch, Residual
 from torchdrop.sampling import shared_numbers
-from torchdrop.site import BranchState, Site, sites_of
+from torchdrop.site import BranchState, Site, attached, sites_of
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
 
@@ -94,6 +94,14 @@ class Plan:
     def _branches(self) -> list[BranchState]:
         return [branch for site in self._sites for branch in site.branches]
 
+    def _check_attached(self) -> None:
+        if any(attached(site.module) is not site for site in self._sites):
+            raise ValueError(
+                "this plan's stochastic depth was taken off again, all of it or in part, so its "
+                "rates would have no effect; torchdrop.get_plan(model) gives the plan of what is "
+                "there now"
+            )
+
     @property
     def blocks(self) -> list[Residual]:
         """The blocks, first to last, with the rates of this moment."""
@@ -124,8 +132,10 @@ class Plan:
                 mapping, whose other blocks keep their rate; None restores the inherited rates.
 
         Raises:
-            TypeError, ValueError: ``p`` is none of these; every rate is then what it was.
+            TypeError, ValueError: ``p`` is none of these, or what the plan is of was removed;
+                every rate is then what it was.
         """
+        self._check_attached()
         settings = self._sites[0].settings
         set_rates(self._sites, resolve_rates(p, self._branches, settings.blocks, settings.schedule))
 
@@ -175,6 +185,7 @@ class Plan:
             TypeError, ValueError: The branches are not those of this model, the version is
                 unknown, or a value is none that it gives; all is then as it was.
         """
+        self._check_attached()
         if not isinstance(state, Mapping) or "p" not in state or state.get("version") != 1:
             raise ValueError("expected what Plan.state_dict() returned, of version 1")
         names = [branch.name for branch in self._branches]

@@ -166,23 +166,32 @@ class _Touch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *tensors: Tensor) -> Tensor:
-        # Not the tensors themselves: an optimizer may change them before the backward.
-        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        # Not the tensors themselves: an optimizer may change them before the backward. A DTensor
+        # alone knows how it is split; it is a parameter, and there anyway.
+        ctx.like = [
+            t.detach() if type(t).__name__ == "DTensor" else (t.shape, t.dtype, t.device)
+            for t in tensors
+        ]
         return out.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         zeros = (
-            torch.zeros(shape, dtype=dtype, device=device) if needed else None
-            for (shape, dtype, device), needed in zip(
-                ctx.like, ctx.needs_input_grad[1:], strict=True
-            )
+            _zeros(like) if needed else None
+            for like, needed in zip(ctx.like, ctx.needs_input_grad[1:], strict=True)
         )
         return (grads[0], *zeros)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return tangents[0].clone()
+
+
+def _zeros(like: Any) -> Tensor:
+    if isinstance(like, Tensor):
+        return torch.zeros_like(like)
+    shape, dtype, device = like
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def touch(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:

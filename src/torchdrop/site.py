@@ -7,13 +7,16 @@ back to :meth:`Site.join` for each; in evaluation, or with p = 0, it runs the bl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch import distributed as dist
 
+from torchdrop.ranks import meets_ranks
 from torchdrop.residual import read_splits
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, take, touch
@@ -240,9 +243,11 @@ class Site:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
+        if self._meets_ranks(branch):
+            return self.mask(k, skip, self._compute(self.train, k, inputs))
         rows = self._draw(branch, skip.shape[settings.batch_dim])
         if rows is False:
-            return self._dropped(branch, skip, inputs)
+            return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         if rows is True:
             out = self._compute(self.train, k, inputs)
             total = add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
@@ -281,9 +286,10 @@ class Site:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:
             return self._evaluated(branch, skip, lambda: out)
+        self._meets_ranks(branch)
         rows = self._draw(branch, skip.shape[dim])
         if rows is False:
-            return self._dropped(branch, skip, (out,))
+            return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
         if rows is not True:
             kept = torch.zeros(skip.shape[dim], dtype=torch.bool, device="cpu")
             kept[rows] = True
@@ -293,6 +299,20 @@ class Site:
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
         return add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
+
+    def _meets_ranks(self, branch: BranchState) -> bool:
+        """Whether every rank has to run ``branch`` each time, since others wait for it there."""
+        if not dist.is_available() or not dist.is_initialized():
+            return False
+        modules = [self.module.get_submodule(path) for path in branch.inner]
+        alike = self.settings.mode == "batch" and self.settings.sync_ranks is not False
+        waits = meets_ranks(modules, branch.name, alike=alike)
+        if waits is None:
+            return False
+        if branch.action != "mask":
+            branch.action = "mask"
+            branch.reason = f"{waits} inside: no rank may leave out what the others wait for"
+        return True
 
     def _gain(self, branch: BranchState) -> float:
         """What a kept branch is multiplied by in training."""
@@ -348,7 +368,9 @@ class Site:
             )
         return take(value, rows, dim)
 
-    def _dropped(self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    def _dropped(
+        self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
+    ) -> Tensor:
         """The skip alone: a new tensor, which an activation in place may write into."""
         settings = self.settings
         unused: list[Tensor] = []
@@ -359,10 +381,28 @@ class Site:
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         if branch.writes_skip:
             return skip.add_(touch(skip.new_zeros(()), unused)) if unused else skip
-        dtype = branch.dtypes.get(_precision(skip))
-        if dtype is not None and dtype != skip.dtype:
+        if dtype != skip.dtype:
             skip = skip.to(dtype)
         return touch(skip, unused)
+
+    def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
+        """The dtype that the sum would have: the same whether the branch is dropped or not."""
+        branch, precision = self._branch(k), _precision(skip)
+        dtype = branch.dtypes.get(precision)
+        if dtype is not None:
+            return dtype
+        if branch.writes_skip or torch.compiler.is_compiling():
+            return skip.dtype
+        inner = [self.module.get_submodule(path) for path in branch.inner]
+        takes = [*(p for top in inner for p in top.parameters()), *inputs]
+        takes += [_attribute(self.module, path) for path in branch.own]
+        others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
+        if precision[1] is None and others <= {skip.dtype}:
+            return skip.dtype
+        with torch.no_grad(), _unchanged(inner, skip.device):
+            out = self._compute(self.train, k, inputs)
+        branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
+        return branch.dtypes[precision]
 
     def for_copy(self, module: nn.Module) -> Site:
         """The same site, with the same state, for another instance of its block."""
@@ -407,6 +447,28 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     parent, _, name = path.rpartition(".")
     value: Tensor = getattr(module.get_submodule(parent), name)
     return value
+
+
+@contextmanager
+def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Leave the buffers of ``modules`` and the random numbers as they are."""
+    places = [
+        (module, name, buffer)
+        for top in modules
+        for module in top.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type  # cuda is fork_rng's own default
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        try:
+            for module, name, buffer in places:
+                module._buffers[name] = buffer.clone()
+            yield
+        finally:
+            for module, name, buffer in places:
+                module._buffers[name] = buffer
 
 
 def _precision(x: Tensor) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchdrop import rows, sampling
 from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.ranks import meets_ranks
 from torchdrop.rated import Rated, traced
 
 __all__ = ["StochasticDepth"]
@@ -143,7 +144,9 @@ class StochasticDepth(Rated):
     Decisions are drawn on the host from torch's global CPU generator: ``torch.manual_seed``
     governs them and activation checkpointing replays them. In a process group, all ranks take the
     decisions of ``mode="batch"`` alike (see ``sync_ranks``) and draw rows of their own in "row".
-    ``torch.compile`` breaks the graph at the decision, since what runs depends on it.
+    ``torch.compile`` breaks the graph at the decision, since what runs depends on it. A module in
+    which ranks wait for each other (SyncBatchNorm, or ``fully_shard`` inside) is not skipped, but
+    run in full and masked.
 
     Args:
         module: The module m. It takes a tensor first and returns a tensor; more arguments are
@@ -250,7 +253,10 @@ class StochasticDepth(Rated):
             return self._unscaled(x, args, kwargs)
         if not self.training:
             return self._expected(x, args, kwargs)
-        if self.mode == "row":
+        alike = self.mode == "batch" and self.sync_ranks is not False
+        if meets_ranks([self.module], type(self.module).__name__, alike=alike):
+            out = self._masked(x, args, kwargs)
+        elif self.mode == "row":
             out = self._by_rows(x, args, kwargs)
         elif sampling.keep_batch(self.p, self.sync_ranks):
             out = self._kept(x, args, kwargs)
@@ -283,6 +289,24 @@ class StochasticDepth(Rated):
             out = _stretched(part_skip, out, 1.0 - self.p)
         # Not index_copy, which makes channels_last contiguous; a clone keeps the format.
         return skip.clone().index_copy_(dim, index, out.to(skip.dtype))
+
+    def _masked(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The same, with the module run in full: other ranks wait for it there."""
+        dim = check_dim(self.batch_dim, x.dim())
+        kept = torch.zeros(x.shape[dim], dtype=torch.bool, device="cpu")
+        if self.mode == "row":
+            kept[sampling.keep_rows(x.shape[dim], self.p)] = True
+        else:
+            kept.fill_(sampling.keep_batch(self.p, self.sync_ranks))
+        skip = self._skip(x)
+        out = self._run(x, args, kwargs)
+        self._compare(x, tuple(skip.shape), tuple(out.shape))
+        if self.scale == "train":
+            out = _stretched(skip, out, 1.0 - self.p) if self.p < 1.0 else out
+        kept = kept.to(x.device, non_blocking=True).view(
+            [-1 if d == dim else 1 for d in range(x.dim())]
+        )
+        return torch.where(kept, out, skip)
 
     def _kept(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.scale != "train":
