@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows", "add_whole", "fork", "take", "touch"]
+__all__ = ["add_rows", "add_whole", "fork", "kept_anyway", "retaking", "take", "touch"]
 
 
 def _memory_order(x: Tensor) -> list[int] | None:
@@ -70,16 +70,31 @@ def add_rows(
         dtype = torch.promote_types(skip.dtype, branch.dtype)
         skip = skip.to(dtype)
     branch = branch.to(skip.dtype)
-    order = _memory_order(skip)
-    if order is not None:
-        skip, branch, dim = skip.permute(order), branch.permute(order), order.index(dim)
+    if inplace or _in_torch_func():
+        return _add(skip, branch, rows, gain, dim, _memory_order(skip), inplace=inplace)
+    out: Tensor = _AddRows.apply(skip, branch, rows, gain, dim)
+    return out
+
+
+def _add(
+    x: Tensor,
+    some: Tensor,
+    rows: Tensor,
+    gain: float,
+    dim: int,
+    order: list[int] | None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """``index_add`` with dimensions in ``order``, see :func:`_memory_order`."""
+    if order is None:
+        add = x.index_add_ if inplace else x.index_add
+        return add(dim, rows, some, alpha=gain)
     if inplace:
-        out = skip.index_add_(dim, rows, branch, alpha=gain)
-    elif _in_torch_func():
-        out = skip.index_add(dim, rows, branch, alpha=gain)
-    else:
-        out = _AddRows.apply(skip, branch, rows, gain, dim)
-    return out if order is None else out.permute(_inverse(order))
+        x.permute(order).index_add_(order.index(dim), rows, some.permute(order), alpha=gain)
+        return x
+    out = x.permute(order).index_add(order.index(dim), rows, some.permute(order), alpha=gain)
+    return out.permute(_inverse(order))
 
 
 # The functions below are written with ``forward(ctx, ...)``: of one with ``setup_context`` torch
@@ -97,7 +112,9 @@ class _AddRows(torch.autograd.Function):
         ctx.gain, ctx.dim = gain, dim
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
-        return skip.index_add(dim, rows, branch, alpha=gain)
+        # Not a view, which an activation in place after the sum would make a chain of copies.
+        out = skip.clone()
+        return _add(out, branch, rows, gain, dim, _memory_order(out), inplace=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,8 +130,7 @@ class _AddRows(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (rows,) = ctx.saved_tensors
         of_skip, of_branch = tangents[:2]
-        moved: Tensor = of_skip.index_add(ctx.dim, rows, of_branch, alpha=ctx.gain)
-        return moved
+        return _add(of_skip, of_branch, rows, ctx.gain, ctx.dim, _memory_order(of_skip))
 
 
 class _Fork(torch.autograd.Function):
@@ -125,19 +141,25 @@ class _Fork(torch.autograd.Function):
         ctx.dim = dim
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
-        return x.view_as(x), x.index_select(dim, rows)
+        order = ctx.order = _memory_order(x)
+        if order is None:
+            return x.view_as(x), x.index_select(dim, rows)
+        shape = (*x.shape[:dim], rows.numel(), *x.shape[dim + 1 :])
+        some = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
+        torch.index_select(x.permute(order), order.index(dim), rows, out=some.permute(order))
+        return x.view_as(x), some
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         whole, some = grads
         (rows,) = ctx.saved_tensors
-        return whole.index_add(ctx.dim, rows, some), None, None
+        return _add(whole, some, rows, 1.0, ctx.dim, ctx.order), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         (rows,) = ctx.saved_tensors
         of_x = tangents[0]
-        return of_x.view_as(of_x), of_x.index_select(ctx.dim, rows)
+        return of_x.view_as(of_x), take(of_x, rows, ctx.dim)
 
 
 def fork(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -148,13 +170,68 @@ def fork(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """
     if _in_torch_func() or not (x.requires_grad and torch.is_grad_enabled()):
         return x, take(x, rows, dim)
-    order = _memory_order(x)
-    if order is None:
-        whole, some = _Fork.apply(x, rows, dim)
-        return whole, some
-    whole, some = _Fork.apply(x.permute(order), rows, order.index(dim))
-    back = _inverse(order)
-    return whole.permute(back), some.permute(back)
+    whole, some = _Fork.apply(x, rows, dim)
+    return whole, some
+
+
+_autograd: Any = torch._C._autograd  # untyped in part
+
+
+def kept_anyway(x: Tensor) -> bool:
+    """Whether the operation that made ``x`` keeps it for backward, as ReLU keeps its result."""
+    # The type tells. To ask the node itself would unpack what a checkpoint has yet to recompute.
+    return x.grad_fn is not None and hasattr(type(x.grad_fn), "_saved_result")
+
+
+class retaking:  # noqa: N801 (used as a statement, like saved_tensors_hooks)
+    """While a branch runs: what it keeps of the rows that were taken, it takes again in backward.
+
+    Rows of a tensor that is kept anyway would be kept besides it. In their place this keeps the
+    tensor and the indices, once for each of the taken.
+
+    Hooks of others (a checkpoint's, ``save_on_cpu``) see the whole tensor instead of its rows.
+
+    Args:
+        taken: Of what was taken, the rows and the tensor that they were taken from.
+        rows: The indices of the rows.
+        dim: The dimension of the rows.
+    """
+
+    def __init__(self, taken: Sequence[tuple[Tensor, Tensor]], rows: Tensor, dim: int) -> None:
+        self._taken = {id(some): (some, x.detach()) for some, x in taken}
+        self._rows, self._dim = rows, dim
+        self._outer: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self._active = False
+
+    def __enter__(self) -> None:
+        if self._taken and _autograd._saved_tensors_hooks_is_enabled():
+            self._outer = _autograd._top_saved_tensors_default_hooks(False)
+            _autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
+            self._active = True
+
+    def __exit__(self, *error: object) -> None:
+        if self._active:
+            _autograd._pop_saved_tensors_default_hooks()
+            self._active = False
+
+    def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
+        _, x = self._taken.pop(id(tensor), (None, None))
+        if not self._taken:
+            self.__exit__()  # done: hooks cost a few microseconds for every tensor that is kept
+        whole = tensor if x is None else x
+        packed = whole if self._outer is None else self._outer[0](whole)
+        return packed, whole._version, x is not None
+
+    def _unpack(self, kept: tuple[Any, ...]) -> Tensor:
+        packed, version, again = kept
+        whole: Tensor = packed if self._outer is None else self._outer[1](packed)
+        if self._outer is None and whole._version != version:  # with hooks, torch does not look
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(whole.shape)} is at version "
+                f"{whole._version}; expected version {version} instead"
+            )
+        return take(whole, self._rows, self._dim) if again else whole
 
 
 def _in_torch_func() -> bool:

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torchdrop.ranks import meets_ranks
 from torchdrop.residual import read_splits
 from torchdrop.rewrite import MismatchError, Program, rewrite
-from torchdrop.rows import add_rows, add_whole, fork, take, touch
+from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows
 from torchdrop.tracing import UntraceableError, trace_block
 
@@ -263,7 +263,9 @@ class Site:
         computed = self._rows_to_compute(branch, rows, skip, dim)
         on_device = computed.to(skip.device, non_blocking=True)
         cuts = self.train[k // len(self.branches)].cuts[k]
-        whole, cut = skip, []
+        whole = skip
+        cut: list[Any] = []
+        again: list[tuple[Tensor, Tensor]] = []
         for value, d in zip(inputs, cuts or [dim] * len(inputs), strict=True):
             if d is None or (cuts is not None and value.shape[d] == 1):
                 cut.append(value)  # a single slice is broadcast to whatever rows there are
@@ -272,7 +274,10 @@ class Site:
                 cut.append(some)
             else:
                 cut.append(self._cut(branch, value, on_device, d, batch))
-        out = self._compute(self.train, k, cut)
+            if d == dim and cut[-1] is not value and kept_anyway(value):
+                again.append((cut[-1], value))
+        with retaking(again, on_device, dim):
+            out = self._compute(self.train, k, cut)
         if computed is not rows:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
