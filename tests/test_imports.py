@@ -20,7 +20,7 @@ ORDER = [
     {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
-    {"tracing", "examples", "residual", "rewrite"},
+    {"tracing", "examples", "layout", "residual", "rewrite"},
     {"site", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},

@@ -55,7 +55,7 @@ def add_stochastic_depth(
     sync_ranks: bool | None = None,
     zero_grad: bool = True,
     example_inputs: Any = None,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
 ) -> Plan:
     """Drop the residual branches of ``model`` while it trains, and compute only what is kept.
 
@@ -95,7 +95,9 @@ def add_stochastic_depth(
             which DDP and FSDP need. False leaves None.
         example_inputs: A tensor, a tuple, or a dict of keyword arguments: for models whose blocks
             cannot be traced from their signature, and for the FLOPs in the plan's table.
-        batch_dim: Which dimension of the residual tensors is the batch.
+        batch_dim: Which dimension of the residual tensors is the batch. None: 0, unless for some
+            blocks two batch sizes of ``example_inputs`` show another one, or the attention or
+            recurrent layers of a block say ``batch_first=False``, which is 1.
 
     Returns:
         The plan: print it to see what is dropped where.
@@ -126,6 +128,7 @@ def add_stochastic_depth(
         raise ValueError(_nothing_found(model, found, select is not None))
     if select is None:
         _refuse_unreadable(model, found)
+    _check_layout(chosen)
     sites = _prepare(model, chosen, settings, compute)
     branches = [branch for site in sites for branch in site.branches]
     rates = resolve_rates(p, branches, settings.blocks, schedule)
@@ -208,9 +211,9 @@ def _check_settings(
         raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
     if not isinstance(zero_grad, bool):
         raise TypeError(f"zero_grad has to be True or False, but got {zero_grad!r}")
-    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
-        raise TypeError(f"batch_dim has to be an integer, but got {batch_dim!r}")
-    if batch_dim < 0:
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int | None):
+        raise TypeError(f"batch_dim has to be an integer or None, but got {batch_dim!r}")
+    if batch_dim is not None and batch_dim < 0:
         raise ValueError(f"batch_dim has to be 0 or more, but got {batch_dim}")
     if select is not None and not callable(select):
         raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
@@ -221,7 +224,6 @@ def _check_settings(
         schedule=str(schedule),
         sync_ranks=sync_ranks,
         zero_grad=zero_grad,
-        batch_dim=batch_dim,
     )
 
 
@@ -301,6 +303,32 @@ def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
                 f"cannot be read: {reason}. Give example_inputs; or leave it out with "
                 f"select=lambda r: r.default; or wrap its branch in torchdrop.StochasticDepth"
             )
+
+
+def _check_layout(chosen: Sequence[Residual]) -> None:
+    """Raise where it is not sure on which dimension a block carries the batch."""
+    says: dict[str, int] = {}
+    silent = []
+    for residual in chosen:
+        for branch in residual.branches:
+            assert branch._split is not None
+            for path, dim in branch._split.told.items():
+                says.setdefault(f"{residual._owner}.{path}".lstrip("."), dim)
+            if branch._split.dim is None and not branch._split.told:
+                silent.append(branch.name)
+    first = {dim: path for path, dim in reversed(says.items())}
+    if len(first) == 2:
+        raise ValueError(
+            f"{first[0]!r} has batch_first=True and {first[1]!r} has batch_first=False: all blocks "
+            f"have to carry the batch on one dimension; give that as batch_dim=, or give "
+            f"example_inputs, with which two batch sizes tell it for each block"
+        )
+    if 1 in first and silent:
+        raise ValueError(
+            f"{first[1]!r} has batch_first=False, so its block carries the batch on dimension 1; "
+            f"of {silent[0]!r} nothing tells the dimension: give batch_dim=, or example_inputs, "
+            f"with which two batch sizes tell it"
+        )
 
 
 def _adds(module: nn.Module) -> bool:
@@ -430,6 +458,7 @@ def _state(
         writes_skip=split.writes_skip,
         has_batch_norm=norms,
         inner=tuple(child.removeprefix(prefix) for child in branch.children),
+        dim=split.dim or 0,
         cuts=split.cuts,
         own=tuple(
             dict.fromkeys(
@@ -462,14 +491,8 @@ def _measure_shares(model: nn.Module, sites: Sequence[Site], example_inputs: Any
     for site in sites:
         for branch in site.branches:
             branch.share = None
-    # In evaluation attention takes a fused path, which counts as nothing.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
-            run_once(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
+        run_once(model, example_inputs)
     for site in sites:
         for branch in site.branches:
             if branch.share is not None and counter.total:

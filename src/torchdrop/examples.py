@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -13,10 +14,16 @@ from torch import Tensor, fx, nn
 
 from torchdrop.tracing import BlockGraph, same, unfold
 
-__all__ = ["Calls", "Example", "Shapes", "record_calls", "run_once"]
+__all__ = ["ArgumentShapes", "Calls", "Example", "Shapes", "record_calls", "run_once"]
 
 # The arguments by name of one real call of each block, by the block's path.
 Calls = dict[str, dict[str, Any]]
+
+# Of each argument that is a tensor the shape, in both batch sizes.
+ArgumentShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+# How many ways to make the batch of an example larger are tried.
+_GUESSES = 24
 
 
 @contextmanager
@@ -25,14 +32,18 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    # In evaluation torch's attention may take a fused path with nested tensors, past its parts.
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)),
         ):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
         with torch.no_grad():
@@ -77,6 +88,10 @@ def record_calls(model: nn.Module, example_inputs: Any) -> Calls:
     return calls
 
 
+def _rows(value: Tensor, dim: int) -> int | None:
+    return value.shape[dim] if value.dim() > dim else None
+
+
 class Example:
     """What the blocks of a model are called with, for an example input and for a larger batch.
 
@@ -84,8 +99,8 @@ class Example:
     not: a sequence may be as long as the batch is large.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int = 0) -> None:
-        self.batch_dim = batch_dim
+    def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
+        self._batch_dim = batch_dim or 0
         self.calls = record_calls(model, example_inputs)
         self._model = model
         self._inputs = example_inputs
@@ -93,29 +108,64 @@ class Example:
     @cached_property
     def larger(self) -> Calls:
         """The calls with a batch twice as large; empty where the model does not take one."""
-        # A tensor that has as many rows as the first one may carry the batch. If the model refuses
-        # them all twice as large, it may take that of the first one.
-        for only_first in (False, True):
+        for dims in self._guesses():
             try:
-                return record_calls(self._model, self._twice(only_first))
+                return record_calls(self._model, self._twice(dims))
             except Exception:  # the user's model, with an input it was not made for
                 continue
         return {}
 
-    def _twice(self, only_first: bool) -> Any:
-        sizes: list[int] = []
-        dim = self.batch_dim
+    def expect(self, batch_dim: int) -> None:
+        """Look for the batch on dimension ``batch_dim`` of the inputs first."""
+        self._batch_dim = batch_dim
+        self.__dict__.pop("larger", None)
+
+    def _guesses(self) -> Iterator[list[int | None]]:
+        """On which dimension each input may carry the batch, the likeliest first."""
+        tensors = list(unfold({"": self._given()})[1].values())
+        if not tensors:
+            return
+        first, *others = tensors
+        seen: list[list[int | None]] = []
+        for dim in dict.fromkeys((self._batch_dim, 0, 1)):
+            if first.dim() <= dim:
+                continue
+            # Those that have as many rows as the first one; it alone; or any mixture: a mask of
+            # (batch, time) beside tokens of (time, batch, features).
+            fits = [
+                [*(d for d in dict.fromkeys((dim, 0, 1)) if _rows(t, d) == _rows(first, dim)), None]
+                for t in others
+            ]
+            alike = [dim if _rows(t, dim) == _rows(first, dim) else None for t in others]
+            mixtures = ([dim, *rest] for rest in itertools.product(*fits))
+            for guess in ([dim, *alike], [dim, *[None] * len(others)], *mixtures):
+                if guess not in seen:
+                    seen.append(guess)
+                    yield guess
+                if len(seen) >= _GUESSES:
+                    return
+
+    def _given(self) -> Any:
+        given = self._inputs
+        if isinstance(given, Mapping):
+            return dict(given)
+        return list(given) if isinstance(given, tuple | list) else given
+
+    def _twice(self, dims: Sequence[int | None]) -> Any:
+        remaining = iter(dims)
 
         def twice(path: str, value: Tensor) -> Tensor:
-            if value.dim() <= dim:
-                return value
-            sizes.append(value.shape[dim])
-            double = sizes[-1] == sizes[0] and not (only_first and len(sizes) > 1)
-            return torch.cat([value, value], dim) if double else value
+            dim = next(remaining)
+            return value if dim is None else torch.cat([value, value], dim)
 
-        given = self._inputs
-        given = list(given) if isinstance(given, tuple | list) else given
-        return unfold({"": given}, twice)[0][""]
+        return unfold({"": self._given()}, twice)[0][""]
+
+    def argument_shapes(self, name: str) -> ArgumentShapes:
+        """The shapes of the tensors that the block ``name`` is called with, in both batch sizes."""
+        if name not in self.calls or name not in self.larger:
+            return {}
+        one, two = (unfold(calls[name])[1] for calls in (self.calls, self.larger))
+        return {path: (one[path].shape, two[path].shape) for path in one if path in two}
 
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
         """The shape of every tensor in the graph of the block ``name``, for both batch sizes."""

@@ -206,6 +206,9 @@ class Plan:
         how = f"{settings.mode} mode"
         if settings.mode == "row":
             how += f", {settings.sampling} sampling"
+        dims = sorted({branch.dim for branch in self._branches})
+        if dims != [0]:
+            how += f", batch on dimension {' or '.join(map(str, dims))}"
         blocks = self.blocks
         count = sum(len(block.branches) for block in blocks)
         title = (

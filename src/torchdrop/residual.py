@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchdrop.examples import Example, Shapes
+from torchdrop.examples import ArgumentShapes, Example, Shapes
+from torchdrop.layout import same_layout, told
 from torchdrop.tracing import (
     BlockGraph,
     UntraceableError,
@@ -52,6 +53,8 @@ class Split:
         skip_gain: What the addition multiplies the skip by.
         branch_gain: What it multiplies the branch by.
         writes_skip: Whether the sum is written into the memory of the skip.
+        dim: The dimension of the skip that carries the batch; None where nothing tells it.
+        told: What ``batch_first`` of which children says about that, where nothing else did.
         cuts: Where it was measured: the dimension on which each value that the branch takes from
             outside carries the batch, by the name of its node; None for one that does not.
     """
@@ -64,6 +67,8 @@ class Split:
     skip_gain: float
     branch_gain: float
     writes_skip: bool
+    dim: int | None = None
+    told: dict[str, int] = field(default_factory=dict)
     cuts: dict[str, int | None] | None = None
 
 
@@ -408,14 +413,19 @@ class Entry:
     why_not: str
 
 
-def read_splits(block: BlockGraph, known_cuts: Sequence[dict[str, int | None]] = ()) -> list[Entry]:
+def read_splits(
+    block: BlockGraph,
+    known_cuts: Sequence[dict[str, int | None]] = (),
+    batch_dim: int | None = None,
+) -> list[Entry]:
     """Every residual addition of one block's forward, in order.
 
     Args:
         block: The graph of the forward.
         known_cuts: ``Split.cuts`` of the same block, measured in another call.
+        batch_dim: Which dimension of its residuals is the batch, where that is known.
     """
-    return _Finder(block, _Children(), known_cuts=known_cuts).entries
+    return _Finder(block, _Children(), known_cuts=known_cuts, batch_dim=batch_dim).entries
 
 
 class _Finder:
@@ -426,7 +436,8 @@ class _Finder:
         block: BlockGraph,
         children: _Children,
         shapes: Callable[[], tuple[Shapes, Shapes] | None] = lambda: None,
-        batch_dim: int = 0,
+        arguments: Callable[[], ArgumentShapes] = dict,
+        batch_dim: int | None = None,
         known_cuts: Sequence[dict[str, int | None]] = (),
     ) -> None:
         self.known_cuts = known_cuts
@@ -435,7 +446,9 @@ class _Finder:
         self.nodes: list[fx.Node] = list(block.graph.nodes)
         self.children = children
         self.shapes = shapes
+        self.arguments = arguments
         self.batch_dim = batch_dim
+        self.contradicted = False
         self.order = {node: i for i, node in enumerate(self.nodes)}
         # Ancestors as bit sets, so that a forward with thousands of nodes stays cheap.
         self.ancestors: dict[fx.Node, int] = {}
@@ -514,10 +527,41 @@ class _Finder:
             branch_gain=gain if branch_is_right else 1.0,
             writes_skip=branch_is_right and _writes_left(add),
         )
+        split.dim, split.told = self._dimension(split.skip)
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"
         split, action, reason = self._closed(split)
         return Entry(split, action, reason, kind, why_not)
+
+    def _dimension(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
+        """The dimension of ``skip`` that carries the batch; and what layers say, if they must."""
+        if self.batch_dim is not None:
+            return self.batch_dim, {}
+        dim, votes = told(self.nodes, self.owner, skip)
+        if not self.arguments():
+            return dim, votes
+        varying = self._varying(skip)
+        if len(varying) != 1:
+            return dim, votes
+        self.contradicted |= dim is not None and varying != [dim]
+        return varying[0], {}
+
+    def _varying(self, value: fx.Node) -> list[int]:
+        """The dimensions of ``value`` that grow with the batch, as far as that was measured."""
+        # An argument tells without running anything, and so does what is laid out like one.
+        arguments = self.arguments()
+        placeholders = self.block.graph.find_nodes(op="placeholder")
+        paths = dict(zip(placeholders, self.block.tensors, strict=True))
+        alike = same_layout(value, self.owner) & paths.keys()
+        known = [arguments[paths[node]] for node in alike if paths[node] in arguments]
+        rank = max((len(one) for one, _ in known), default=0)
+        found = {tuple(_differing(one, two)) for one, two in known if len(one) == rank}
+        if len(found) == 1 and len(next(iter(found))) == 1:
+            return list(found.pop())
+        shapes = self.shapes()
+        if shapes is None or value not in shapes[0] or value not in shapes[1]:
+            return []
+        return _differing(shapes[0][value], shapes[1][value])
 
     def _without_earlier(self, side: set[fx.Node]) -> set[fx.Node]:
         left = set(side)
@@ -604,6 +648,7 @@ class _Finder:
     def _cuts(self, split: Split) -> tuple[dict[str, int | None] | None, str]:
         """On which dimension each input of the branch is cut by rows; or why that is not known."""
         inputs = self.outside_inputs(split)
+        dim = split.dim or 0
         if inputs == [split.skip]:
             return None, ""
         sources = {
@@ -620,17 +665,16 @@ class _Finder:
                     return cuts, ""
             if len(sources) <= 1:
                 vary = {node.name: _depends_on_input(node, memo) for node in inputs}
-                return {n: self.batch_dim if v else None for n, v in vary.items()}, ""
+                return {n: dim if v else None for n, v in vary.items()}, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
                 "carry the batch is not known: example_inputs may tell, where the model takes "
                 "them with a batch of any size"
             )
         few, many = (s[split.skip] for s in shapes)
-        varying = [i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b]
-        if len(few) != len(many) or varying != [self.batch_dim]:
-            return None, f"dimension {self.batch_dim} of its skip is not the batch"
-        batches = few[self.batch_dim], many[self.batch_dim]
+        if _differing(few, many) != [dim]:
+            return None, f"dimension {dim} of its skip is not the batch"
+        batches = few[dim], many[dim]
         measured: dict[str, int | None] = {}
         for node in inputs:
             if node not in shapes[0] and node not in shapes[1]:
@@ -647,6 +691,13 @@ class _Finder:
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
         return outside_inputs(split, self.nodes)
+
+
+def _differing(one: Sequence[int], two: Sequence[int]) -> list[int]:
+    """The places in which two shapes differ; none where they have different lengths."""
+    if len(one) != len(two):
+        return []
+    return [i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
 
 
 def _is_container(node: fx.Node) -> bool:
@@ -747,27 +798,25 @@ def _called(split: Split) -> list[str]:
     return sorted(dict.fromkeys(calls))
 
 
-def survey(model: nn.Module, example: Example | None = None, batch_dim: int = 0) -> Survey:
+def survey(
+    model: nn.Module, example: Example | None = None, batch_dim: int | None = None
+) -> Survey:
     """Read every block of ``model`` and list its residuals, in the order of the model's depth.
 
     Args:
         model: The model; it is left as it is.
         example: What each block is really called with.
-        batch_dim: Which dimension of the residual tensors is the batch.
+        batch_dim: Which dimension of the residual tensors is the batch. None: each block's own,
+            as far as the example and its layers tell.
     """
     children = _Children()
-    unreadable: dict[str, str] = {}
-    finders: dict[str, _Finder] = {}
-    for name, module in _candidates(model):
-        try:
-            if example is not None and name in example.calls:
-                block = trace_block(module, arguments=example.calls[name])
-                shapes = cache(partial(example.shapes, name, block))
-                finders[name] = _Finder(block, children, shapes, batch_dim)
-            else:
-                finders[name] = _Finder(children.read(module), children, batch_dim=batch_dim)
-        except UntraceableError as error:
-            unreadable[name] = str(error)
+    finders, unreadable = _read(model, children, example, batch_dim)
+    if example is not None and any(finder.contradicted for finder in finders.values()):
+        # what grew was not the batch: layers of torch say that they have it on dimension 1
+        example.expect(1)
+        again, unreadable = _read(model, children, example, batch_dim)
+        if example.larger:
+            finders = again
     uses = _uses(model, finders.values())
     taken = _choose(finders, uses)
     found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
@@ -775,6 +824,26 @@ def survey(model: nn.Module, example: Example | None = None, batch_dim: int = 0)
     _mark_inner(found)
     additions = sum(_terms(node) is not None for f in finders.values() for node in f.nodes)
     return Survey(found, unreadable, len(finders), additions)
+
+
+def _read(
+    model: nn.Module, children: _Children, example: Example | None, batch_dim: int | None
+) -> tuple[dict[str, _Finder], dict[str, str]]:
+    """The residual additions of every forward in ``model``; and what cannot be read, and why."""
+    finders: dict[str, _Finder] = {}
+    unreadable: dict[str, str] = {}
+    for name, module in _candidates(model):
+        try:
+            if example is not None and name in example.calls:
+                block = trace_block(module, arguments=example.calls[name])
+                shapes = cache(partial(example.shapes, name, block))
+                arguments = cache(partial(example.argument_shapes, name))
+                finders[name] = _Finder(block, children, shapes, arguments, batch_dim)
+            else:
+                finders[name] = _Finder(children.read(module), children, batch_dim=batch_dim)
+        except UntraceableError as error:
+            unreadable[name] = str(error)
+    return finders, unreadable
 
 
 def _uses(model: nn.Module, finders: Iterable[_Finder]) -> Counter[nn.Module]:

@@ -56,7 +56,6 @@ class Settings:
     schedule: str
     sync_ranks: bool | None
     zero_grad: bool
-    batch_dim: int
     blocks: int = 0
     meter: Callable[[], int] | None = None
 
@@ -83,6 +82,7 @@ class BranchState:
     has_batch_norm: bool
     inner: tuple[str, ...]
     own: tuple[str, ...]
+    dim: int = 0
     cuts: dict[str, int | None] | None = None
     p: float = 0.0
     share: float | None = None
@@ -215,7 +215,7 @@ class Site:
         except UntraceableError as error:
             raise RuntimeError(f"{what}, and so it cannot be read: {error}") from None
         known = [branch.cuts for branch in self.branches if branch.cuts is not None]
-        entries = read_splits(block, known)
+        entries = read_splits(block, known, self.branches[0].dim)
         if len(entries) <= max(self.places):
             raise RuntimeError(f"{what}, and so it does not add the same branches")
         splits = [
@@ -245,7 +245,7 @@ class Site:
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        rows = self._draw(branch, skip.shape[settings.batch_dim])
+        rows = self._draw(branch, skip.shape[branch.dim])
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         if rows is True:
@@ -258,7 +258,8 @@ class Site:
 
     def _on_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor) -> Tensor:
         """``skip`` plus branch ``k`` on ``rows``, some but not all of the batch."""
-        branch, dim = self._branch(k), self.settings.batch_dim
+        branch = self._branch(k)
+        dim = branch.dim
         batch = skip.shape[dim]
         computed = self._rows_to_compute(branch, rows, skip, dim)
         on_device = computed.to(skip.device, non_blocking=True)
@@ -286,7 +287,8 @@ class Site:
 
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
-        branch, dim = self._branch(k), self.settings.batch_dim
+        branch = self._branch(k)
+        dim = branch.dim
         if self.settings.meter is not None:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:
