@@ -26,7 +26,7 @@ SMALL = [
     "--epochs=2",
     "--batch-size=20",
     "--seeds=2",
-    "--cost-steps=4",
+    "--cost-steps=2",
     "--threads=1",
     "--accelerator=cpu",
 ]
@@ -40,7 +40,7 @@ def _small(out, **changes):
         "epochs": 2,
         "batch_size": 20,
         "seeds": 2,
-        "cost_steps": 4,
+        "cost_steps": 2,
         "threads": 1,
         "accelerator": "cpu",
         "progress": False,

@@ -116,8 +116,8 @@ def compare(
     lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, shift or flip-shift.")] = None,
     cost_steps: Annotated[
-        int, typer.Option(help="Steps, over all seeds, that FLOPs and bytes are the mean of.")
-    ] = 20,
+        int, typer.Option(help="Steps of each seed that FLOPs and bytes are the mean of.")
+    ] = 7,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -137,12 +137,17 @@ def compare(
         bool, typer.Option("--download", help="Let torchvision download its data set.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the runs missing in --out.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the runs missing in --out; there may be more seeds and methods now.",
+        ),
     ] = False,
 ) -> None:
     """Train a network once per method and seed; show what each method buys and costs."""
     from .compare import Settings
     from .compare import compare as run
+    from .results import FILE
     from .table import WIDTH, table
 
     # Never narrower than the table: a figure that is cut off is worse than a line that wraps.
@@ -180,16 +185,17 @@ def compare(
         content = run(settings, say=lambda line: console.print(line, markup=False, highlight=False))
     except KeyboardInterrupt:
         again = [word for word in sys.argv[1:] if word != "--resume"]
+        begun = (out / FILE).exists()
         print(
-            f"\nstopped; what is finished is kept, go on with: "
-            f"torchdrop {shlex.join(again)} --resume",
+            f"\nstopped; {'what is finished is kept, go on' if begun else 'begin again'} with: "
+            f"torchdrop {shlex.join(again)}{' --resume' * begun}",
             file=sys.stderr,
         )
         raise
+    console.print(table(content))
     if reporting:
         from .report import write_report
 
         write_report(content, out / "report.html")
-    console.print(table(content))
     written = "results.json and report.html" if reporting else "results.json"
     console.print(f"{written} are in {out}", markup=False, highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from .measure import Cost, Subject, count_step, largest_shift, time_steps
 from .methods import METHODS, Applied, rates
 from .models import Model, open_model
 from .recipe import AUGMENTATIONS, PRESETS, Recipe, default_recipe, preset
-from .results import Results, locked
+from .results import Results, check_resumable, locked
 from .training import Run, check_devices, evaluate, mean_observed, train
 
 __all__ = ["DEFAULT_METHODS", "Settings", "compare"]
@@ -42,8 +41,8 @@ DEFAULT_DATA = "digits"
 DEFAULT_TRAIN_SIZES = {"digits": 200}
 """Few enough that a network without regularisation overfits (docs/design-notes.md)."""
 
-TIMING_ROUNDS = 30
-"""Over all seeds, at most; each seed is timed in its share of them."""
+TIMING_ROUNDS = 10
+"""Of each seed, at most."""
 
 SHIFT_SEED = 0
 """The seed whose network the variance shift is measured on, once it is trained."""
@@ -68,7 +67,7 @@ class Settings:
     batch_size: int | None = None
     learning_rate: float | None = None
     augment: str | None = None
-    cost_steps: int = 20
+    cost_steps: int = 7
     threads: int | None = None
     devices: int = 1
     accelerator: str = "auto"
@@ -85,6 +84,7 @@ class _Plan:
 
     methods: list[str]
     p: dict[str, float | None]
+    costs_like: dict[str, float | None]
     model: Model
     data: str
     train_size: int | None
@@ -122,6 +122,7 @@ def _resolved(settings: Settings) -> _Plan:
     # Every ratio is over "none", so it is always run.
     ordered = [name for name in METHODS if name in {"none", *methods}]
     defaults = {name: p for name, p in chosen.methods.items() if p is not None} if chosen else {}
+    p = rates(ordered, settings.p, defaults)
     data = settings.data or (chosen.data if chosen else DEFAULT_DATA)
     train_size, val_size = settings.train_size, settings.val_size
     if train_size is None:
@@ -130,7 +131,8 @@ def _resolved(settings: Settings) -> _Plan:
         val_size = chosen.val_size if chosen else 0
     return _Plan(
         methods=ordered,
-        p=rates(ordered, settings.p, defaults),
+        p=p,
+        costs_like=_followed(ordered, p, settings.p),
         model=model,
         data=data,
         train_size=train_size,
@@ -139,6 +141,19 @@ def _resolved(settings: Settings) -> _Plan:
         recipe=_recipe(settings, chosen.recipe if chosen else default_recipe(), val_size),
         left_out=left_out,
     )
+
+
+def _followed(
+    methods: Sequence[str], p: dict[str, float | None], given: Sequence[str]
+) -> dict[str, float | None]:
+    """For each method whose ``p`` is to be measured, the ``p`` of the one whose costs it has."""
+    found = {}
+    for name in methods:
+        other = METHODS[name].costs_like
+        if other is not None and p[name] is None:
+            general = [entry for entry in given if "=" not in entry]
+            found[name] = p[other] if other in p else rates([other], general)[other]
+    return found
 
 
 def _without_place(model: Model, names: Sequence[str]) -> list[str]:
@@ -215,6 +230,7 @@ def _config(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "test_size": settings.test_size,
         "image_size": settings.image_size,
         "methods": plan.p,
+        "costs_like": plan.costs_like,
         "seeds": settings.seeds,
         "recipe": asdict(plan.recipe),
         "cost_steps": settings.cost_steps,
@@ -238,8 +254,13 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
     """
     plan = _resolved(settings)
     check_devices(settings.devices, settings.accelerator, settings.precision)
+    if settings.resume:
+        check_resumable(settings.out)  # before the folder is made
     with _threads(plan.threads), locked(settings.out):
         results = Results(settings.out, _config(settings, plan), settings.resume)
+        if not settings.resume:
+            # Without results nobody knows what such checkpoints are of.
+            shutil.rmtree(settings.out / "runs", ignore_errors=True)
         _Comparison(settings, plan, results, say).run()
         return results.content
 
@@ -325,31 +346,36 @@ class _Comparison:
 
     def _measure_costs(self) -> None:
         """Measure every method at every seed. This is also where a network that fails, fails."""
-        if len(self.results.content["costs"]) < self.settings.seeds:
+        costs = self.results.content["costs"]
+        lacking = {
+            seed: [name for name in self.plan.methods if name not in costs.get(str(seed), {})]
+            for seed in range(self.settings.seeds)
+        }
+        if any(lacking.values()):
             self.say("measuring what a training step of each method costs")
         counted: dict[tuple[str, int], Cost] = {}
         for name in self.plan.methods:
-            if METHODS[name].costs_like is not None and self.p[name] is None:
+            if name in self.plan.costs_like:
                 self.p[name] = self._p_to_cost_like(name, counted)
             self.results.begin(name, summary=METHODS[name].summary, p=self.p[name])
-        for seed in range(self.settings.seeds):
-            if str(seed) in self.results.content["costs"]:
+        for seed, names in lacking.items():
+            if not names:
                 continue
+            # All of them: step times are comparable only where they were taken side by side.
             subjects = {name: self._subject(name, seed) for name in self.plan.methods}
-            for name, subject in subjects.items():
+            found = dict(costs.get(str(seed), {}))
+            for name in names:
+                subject = subjects[name]
                 self.results.begin(name, asked_p=subject.applied.asked)
                 if (name, seed) not in counted:
                     counted[name, seed] = self._count(name, seed, subject)
-            rounds = self._share(min(TIMING_ROUNDS, self.settings.cost_steps))
+                found[name] = asdict(counted[name, seed])
+            rounds = min(TIMING_ROUNDS, self.settings.cost_steps)
             times = time_steps(subjects, rounds, seed)
-            self.results.content["costs"][str(seed)] = {
-                name: {"step_ms": times[name], **asdict(counted[name, seed])} for name in subjects
-            }
+            self.results.set_costs(
+                seed, {name: {**found[name], "step_ms": times[name]} for name in subjects}
+            )
             self.results.save()
-
-    def _share(self, steps: int) -> int:
-        """One seed's share of a number of steps: costs are means over all seeds."""
-        return math.ceil(steps / self.settings.seeds)
 
     def _p_to_cost_like(self, name: str, counted: dict[tuple[str, int], Cost]) -> float:
         """The ``p`` with which leaving out samples costs what another method costs.
@@ -361,16 +387,14 @@ class _Comparison:
             return known
         other = METHODS[name].costs_like
         assert other is not None
-        if other not in self.p:
-            general = [entry for entry in self.settings.p if "=" not in entry]
-            self.p[other] = rates([other], general)[other]
+        self.p[other] = self.plan.costs_like[name]
         for each in ("none", other):
             counted[each, 0] = self._count(each, 0, self._subject(each, 0))
         return max(0.0, 1.0 - counted[other, 0].flops / counted["none", 0].flops)
 
     def _count(self, name: str, seed: int, subject: Subject) -> Cost:
         try:
-            cost = count_step(subject, self._share(self.settings.cost_steps), seed)
+            cost = count_step(subject, self.settings.cost_steps, seed)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = "x".join(map(str, (self._channels(), *self.source.pool.pixels.shape[2:])))
             raise UserError(
@@ -391,25 +415,23 @@ class _Comparison:
         model, applied = self._build(name, seed)
         data, channels = self._data(seed), self._channels()
         start = time.monotonic()
-        history = train(
-            Run(
-                label=f"{name}  seed {seed}",
-                model=model,
-                channels=channels,
-                applied=applied,
-                data=data,
-                recipe=self.plan.recipe,
-                seed=seed,
-                folder=settings.out / "runs" / f"{name}-{seed}",
-                devices=settings.devices,
-                accelerator=settings.accelerator,
-                precision=settings.precision,
-                done=number * epochs,
-                total=total * epochs,
-                show=settings.progress,
-            ),
-            resume=settings.resume,
+        run = Run(
+            label=f"{name}  seed {seed}",
+            model=model,
+            channels=channels,
+            applied=applied,
+            data=data,
+            recipe=self.plan.recipe,
+            seed=seed,
+            folder=settings.out / "runs" / f"{name}-{seed}",
+            devices=settings.devices,
+            accelerator=settings.accelerator,
+            precision=settings.precision,
+            done=number * epochs,
+            total=total * epochs,
+            show=settings.progress,
         )
+        history = train(run, resume=settings.resume)
         seconds = time.monotonic() - start
         model.to(_device(settings))  # Lightning hands it back on the CPU
         test = evaluate(model, data.test, data, channels)
@@ -430,6 +452,8 @@ class _Comparison:
             curves=asdict(history),
         )
         self.results.save()
+        # Not earlier: until its figures are in the results, what it left is all there is of it.
+        shutil.rmtree(run.folder, ignore_errors=True)
         self.say(
             f"{number + 1:>3}/{total}  {name} seed {seed}: "
             f"test error {test.error:.2%} in {seconds:.1f} s"

@@ -86,7 +86,7 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
             [factor * value for value in values if value is not None]
             for values in zip(*series, strict=True)
         ]
-        drawn = [(epoch, values) for epoch, values in zip(epochs, at_epoch, strict=True) if values]
+        drawn = [(epoch, values) for epoch, values in zip(epochs, at_epoch, strict=False) if values]
         x = [epoch for epoch, _ in drawn]
         (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=name)
         low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
@@ -94,7 +94,8 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     buffer = io.StringIO()
     # No date, and names of elements that do not change: the same results give the same page.
     with matplotlib.rc_context({"svg.hashsalt": "torchdrop", "svg.fonttype": "none"}):

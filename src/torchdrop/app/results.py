@@ -4,7 +4,8 @@ The schema, version 1::
 
     schema    1
     status    "partial" while runs are missing, else "complete"
-    config    what was asked for: two directories with equal ``config`` are comparable
+    config    what was asked for: two directories with equal ``config`` are comparable. Going on may
+              add to its ``seeds`` and ``methods``; all else stays
     versions  of torchdrop, torch and what else the figures depend on
     machine   where they were taken
     costs     {seed: {name: {step_ms, flops, saved_bytes}}}, measured before anything is trained
@@ -26,12 +27,12 @@ finite, is null.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,7 @@ import torchdrop
 
 from .errors import UserError, one_line
 
-__all__ = ["FIGURES", "Results", "locked"]
+__all__ = ["FIGURES", "FILE", "Results", "check_resumable", "locked", "write_whole"]
 
 SCHEMA = 1
 FILE = "results.json"
@@ -63,6 +64,38 @@ FIGURES = (
 
 _RATIOS = ("step_ms", "flops", "saved_bytes")
 
+_GROWING = ("seeds", "methods", "costs_like")
+"""The parts of the configuration that may be added to: no figure of another run depends on them."""
+
+
+_EACH = "*"
+_NUMBER = int | float | None
+_SHAPE = {
+    "config": dict,
+    "versions": dict,
+    "machine": dict,
+    "costs": {_EACH: {_EACH: dict.fromkeys(_RATIOS, _NUMBER)}},
+    "methods": {
+        _EACH: {
+            "summary": str,
+            "p": _NUMBER,
+            "asked_p": _NUMBER,
+            "seeds": [
+                {
+                    "seed": int,
+                    **dict.fromkeys(FIGURES, _NUMBER),
+                    "curves": {
+                        "train_loss": [_NUMBER],
+                        "test_epoch": [int],
+                        "test_error": [_NUMBER],
+                    },
+                }
+            ],
+        }
+    },
+}
+"""What going on with results, and the table and the report, rely on."""
+
 
 class Results:
     """The content of results.json in a folder, written after every change.
@@ -70,15 +103,18 @@ class Results:
     Args:
         folder: The directory of the comparison.
         config: What was asked for.
-        resume: Whether results that are there may be gone on with.
+        resume: Whether to go on with results that are there.
 
     Raises:
-        UserError: There are results and ``resume`` is false, or they are of another configuration.
+        UserError: There are results and ``resume`` is false, or there are none and it is true, or
+            they are of another configuration, or damaged.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: bool = False) -> None:
         self.path = folder / FILE
         config = json.loads(json.dumps(config))
+        if resume:
+            check_resumable(folder)
         if not self.path.exists():
             self.content: dict[str, Any] = {
                 "schema": SCHEMA,
@@ -96,13 +132,14 @@ class Results:
                 f"or another --out"
             )
         self.content = _read(self.path)
-        difference = _first_difference(self.content["config"], config)
+        difference = _first_difference(_without_growth(self.content["config"], config), config)
         if difference is not None:
             name, there, wanted = difference
             raise UserError(
                 f"{str(folder)!r} holds results of another configuration: {name} is {there} "
                 f"there, {wanted} here; resume with the same options, or give another --out"
             )
+        self.content["config"] = config
 
     def begin(self, name: str, **about: Any) -> dict[str, Any]:
         """The entry of a method, made with ``about`` where it is new."""
@@ -116,6 +153,14 @@ class Results:
         seeds.append({"seed": seed, **figures})
         seeds.sort(key=lambda entry: int(entry["seed"]))
 
+    def set_costs(self, seed: int, costs: dict[str, dict[str, float]]) -> None:
+        """Set what a step of each method costs at a seed, in the finished runs of it too."""
+        self.content["costs"][str(seed)] = costs
+        for name, cost in costs.items():
+            for entry in self.begin(name)["seeds"]:
+                if entry["seed"] == seed:
+                    entry.update(cost)
+
     def finished(self, name: str, seed: int) -> bool:
         """Whether this run is done."""
         return any(entry["seed"] == seed for entry in self.begin(name)["seeds"])
@@ -128,6 +173,10 @@ class Results:
         """
         self.content = _finite(self.content)
         self.content["status"] = "complete" if complete else "partial"
+        methods = self.content["methods"]
+        # In the order asked for, wherever a method was added.
+        order = dict.fromkeys([*self.content["config"].get("methods", ()), *methods])
+        self.content["methods"] = {name: methods[name] for name in order if name in methods}
         for entry in self.content["methods"].values():
             entry["mean"] = {name: _over_seeds(entry, name, fmean) for name in FIGURES}
             entry["std"] = {
@@ -146,23 +195,36 @@ class Results:
         write_whole(self.path, text)
 
 
+def check_resumable(folder: Path) -> None:
+    """Refuse to go on where nothing was begun.
+
+    Raises:
+        UserError: The folder holds no results.
+    """
+    if not (folder / FILE).exists():
+        raise UserError(
+            f"there are no results in {str(folder)!r} to go on with; leave --resume out to begin "
+            f"there, or give the --out of the comparison that was stopped"
+        )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, meets the old one or the new one.
 
     Raises:
         UserError: There is no space or no right to write.
     """
-    temporary: str | None = None
+    # One writer a folder: what a process that was killed left behind is written over.
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {str(path)!r} ({error.strerror}); make room or choose another --out, "
             f"what was written before is still there"
@@ -176,7 +238,7 @@ def locked(folder: Path) -> Iterator[None]:
     The system releases the lock when the process ends, however it ends.
 
     Raises:
-        UserError: Another process holds it, or there is no right to write.
+        UserError: Another process holds it, or it cannot be locked or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,9 +251,14 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             _lock(file.fileno())
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(
+                    f"another torchdrop is at work in {str(folder)!r}; wait for it or choose "
+                    f"another --out"
+                ) from error
             raise UserError(
-                f"another torchdrop is at work in {str(folder)!r}; wait for it or choose "
-                f"another --out"
+                f"cannot lock {str(folder)!r} ({error.strerror}), so another torchdrop could write "
+                f"there too; choose an --out on a local disk"
             ) from error
         yield
 
@@ -214,13 +281,46 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, not {SCHEMA}")
-        content["config"], content["costs"], content["methods"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_shape(content, _SHAPE)
+        for name, entry in content["methods"].items():
+            _check_shape(entry.get("variance_shift"), _NUMBER, f"methods.{name}.variance_shift")
+        for costs in content["costs"].values():
+            for name in costs:
+                content["methods"][name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot go on with {str(path)!r} ({type(error).__name__}: {one_line(error)}); "
-            f"give another --out"
+            f"it is left as it is, give another --out"
         ) from error
     return content
+
+
+def _check_shape(value: Any, shape: Any, where: str = "it") -> None:
+    """Refuse what cannot be gone on with, or made a table of."""
+    kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{where} is a {type(value).__name__}")
+    if isinstance(shape, list):
+        for inner in value:
+            _check_shape(inner, shape[0], where)
+    elif isinstance(shape, dict):
+        for name in value if set(shape) == {_EACH} else shape:
+            inner = f"{where}.{name}" if where != "it" else name
+            if name not in value:
+                raise ValueError(f"{inner} is missing")
+            _check_shape(value[name], shape.get(name, shape.get(_EACH)), inner)
+
+
+def _without_growth(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The configuration ``there`` with the seeds and methods that ``wanted`` has beyond it."""
+    grown = dict(there)
+    for name in _GROWING:
+        old, new = there.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            grown[name] = {**old, **{key: new[key] for key in new if key not in old}}
+        elif isinstance(old, int) and isinstance(new, int):
+            grown[name] = max(old, new)
+    return grown
 
 
 def _first_difference(there: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any] | None:

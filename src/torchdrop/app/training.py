@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import pickle
 import signal
 import time
 import warnings
@@ -313,7 +315,10 @@ class Observer(lightning.Callback):
         due = time.monotonic() - self._saved_at >= run.checkpoint_seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._saved_at = time.monotonic()
-            trainer.save_checkpoint(run.checkpoint)
+            new = run.checkpoint.with_suffix(".new")
+            trainer.save_checkpoint(new)
+            if trainer.is_global_zero:
+                os.replace(new, run.checkpoint)  # whole, or the one before
 
     def _evaluate(self, done: int) -> None:
         run, history = self.run, self.history
@@ -335,7 +340,9 @@ class Observer(lightning.Callback):
         self._stop()
         if trainer.is_global_zero:
             weights = self.best_weights or _weights(self.run.model)
-            torch.save({"history": dict(vars(self.history)), "weights": weights}, self.run.outcome)
+            new = self.run.outcome.with_suffix(".new")
+            torch.save({"history": dict(vars(self.history)), "weights": weights}, new)
+            os.replace(new, self.run.outcome)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -418,24 +425,44 @@ def train(run: Run, resume: bool = False) -> History:
 
     Args:
         run: What to train.
-        resume: Go on from the run's checkpoint, where there is one.
+        resume: Go on from what the run left in its folder: its outcome, else its checkpoint.
 
     Returns:
-        The run's history. The network holds the weights of the selected epoch.
+        The run's history. The network holds the weights of the selected epoch. The folder still
+        holds the outcome, for as long as nobody has put it elsewhere.
 
     Raises:
+        UserError: The folder cannot be written to, or what it holds cannot be gone on with.
         KeyboardInterrupt: The user stopped it. The last checkpoint remains.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.outcome.unlink(missing_ok=True)
+    if not (resume and run.outcome.exists()):
+        _fit(run, run.checkpoint if resume and run.checkpoint.exists() else None)
+    outcome = _load(run.outcome)
+    try:
+        run.model.load_state_dict(outcome["weights"])
+    except (KeyError, RuntimeError) as error:
+        raise _unusable(run.outcome, error) from error
+    return History(**outcome["history"])
+
+
+def _fit(run: Run, checkpoint: Path | None) -> None:
+    """Train, and write the outcome."""
     with _quiet():
         trainer = _trainer(
             run.devices, run.accelerator, run.precision, run.recipe.epochs, Observer(run)
         )
+        task = Task(run)
+        if checkpoint is not None:
+            # Lightning's own errors would not name the file.
+            try:
+                task.load_state_dict(_load(checkpoint)["state_dict"])
+            except (KeyError, RuntimeError) as error:
+                raise _unusable(checkpoint, error) from error
         before = signal.getsignal(signal.SIGINT)
         try:
-            checkpoint = run.checkpoint if resume and run.checkpoint.exists() else None
-            trainer.fit(Task(run), ckpt_path=checkpoint)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.outcome.unlink(missing_ok=True)
+            trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
             # Lightning turns an interrupt into an exit, and ignores further ones from then on.
             if trainer.state.status == TrainerStatus.INTERRUPTED:
@@ -450,11 +477,26 @@ def train(run: Run, resume: bool = False) -> History:
             ) from error
         finally:
             signal.signal(signal.SIGINT, before)
-    outcome = torch.load(run.outcome, weights_only=True)
-    run.model.load_state_dict(outcome["weights"])
-    run.checkpoint.unlink(missing_ok=True)
-    run.outcome.unlink(missing_ok=True)
-    return History(**outcome["history"])
+
+
+def _load(path: Path) -> Any:
+    """What a file of a run holds: tensors and plain values, no code.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> UserError:
+    reason = one_line(error).partition(". ")[0]
+    return UserError(
+        f"cannot go on from {str(path)!r} ({reason}); remove it and this run is trained "
+        f"again, what is finished is kept"
+    )
 
 
 def mean_observed(history: History) -> float | None:
