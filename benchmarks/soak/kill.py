@@ -36,9 +36,9 @@ compare.Run = functools.partial(training.Run, checkpoint_seconds=0.5)
 sys.exit(cli.main())
 """
 ARGUMENTS = [
-    *("compare", "--methods", "dropout,stochastic_depth_row,stochastic_depth_batch,subsample"),
-    *("--model", "resnet-8", "--train-size", "40", "--test-size", "40", "--epochs", "12"),
-    *("--batch-size", "10", "--seeds", "2", "--cost-steps", "2", "--threads", "1"),
+    *("compare", "--methods", "stochastic_depth_batch,subsample"),
+    *("--model", "resnet-8", "--train-size", "40", "--test-size", "40", "--epochs", "8"),
+    *("--batch-size", "10", "--seeds", "2", "--cost-steps", "1", "--threads", "1"),
     *("--accelerator", "cpu"),
 ]
 
