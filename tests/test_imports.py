@@ -20,8 +20,8 @@ ORDER = [
     {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
-    {"tracing", "examples", "layout", "residual", "rewrite"},
-    {"site", "attach", "plan"},
+    {"facts", "tracing", "examples", "layout", "residual", "rewrite"},
+    {"site", "whole", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},
 ]

@@ -6,9 +6,6 @@ parameters, buffers, hooks and state_dict keys stay as they are.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +19,7 @@ from torchdrop import cost, sampling, schedules
 from torchdrop.examples import Example, run_once
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
-from torchdrop.residual import Branch, Residual, Split, Survey, read_splits, survey
+from torchdrop.residual import Branch, Residual, Split, Survey, adds, read_splits, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import (
     BY_ORDER,
@@ -35,6 +32,7 @@ from torchdrop.site import (
     detach,
 )
 from torchdrop.tracing import BlockGraph, trace_block
+from torchdrop.whole import LayerSite
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
 
@@ -297,7 +295,7 @@ def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
         above = any(r.name.startswith(prefix) for r in taken)
         inside = any(path == c or path.startswith(f"{c}.") for c in children)
         module = model.get_submodule(path)
-        if not above and not inside and _adds(module):
+        if not above and not inside and adds(module):
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
                 f"cannot be read: {reason}. Give example_inputs; or leave it out with "
@@ -311,9 +309,10 @@ def _check_layout(chosen: Sequence[Residual]) -> None:
     silent = []
     for residual in chosen:
         for branch in residual.branches:
-            assert branch._split is not None
+            if branch._split is None:
+                continue
             for path, dim in branch._split.told.items():
-                says.setdefault(f"{residual._owner}.{path}".lstrip("."), dim)
+                says.setdefault(f"{branch._owner}.{path}".lstrip("."), dim)
             if branch._split.dim is None and not branch._split.told:
                 silent.append(branch.name)
     first = {dim: path for path, dim in reversed(says.items())}
@@ -331,20 +330,6 @@ def _check_layout(chosen: Sequence[Residual]) -> None:
         )
 
 
-def _adds(module: nn.Module) -> bool:
-    """Whether the source of ``module``'s forward adds anything."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
-    except (OSError, TypeError, SyntaxError):
-        return True  # no source to read: it may
-    for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
-            return True
-        if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
-            return True
-    return False
-
-
 # ---------------------------------------------------------------------------------------------
 # Sites, made but not yet attached
 
@@ -355,40 +340,45 @@ def _prepare(
     """A site for each forward that holds chosen residuals; ``model`` is not touched."""
     order = {name: i for i, name in enumerate(dict.fromkeys(r.name for r in chosen))}
     settings.blocks = len(order)
-    by_owner: dict[str, list[Residual]] = {}
+    by_owner: dict[str, list[tuple[Residual, Branch]]] = {}
     for residual in chosen:
-        by_owner.setdefault(residual._owner, []).append(residual)
+        for branch in residual.branches:
+            by_owner.setdefault(branch._owner, []).append((residual, branch))
     taken = Counter(b.name for r in chosen for b in r.branches)
     twice = [name for name, times in taken.items() if times > 1]
     if twice:
         raise ValueError(f"select took branches of one name more than once: {', '.join(twice)}")
     sites = [
-        _prepare_site(model, owner, residuals, settings, compute, order)
-        for owner, residuals in by_owner.items()
+        _prepare_site(model, owner, members, settings, compute, order)
+        for owner, members in by_owner.items()
     ]
-    return sorted(sites, key=lambda site: site.branches[0].index)
+    places = {b.name: i for i, b in enumerate(b for r in chosen for b in r.branches)}
+    for state in (state for site in sites for state in site.branches):
+        state.place = places[state.name]
+    return sorted(sites, key=lambda site: (site.branches[0].index, site.branches[0].place))
 
 
 def _prepare_site(
     model: nn.Module,
     owner: str,
-    residuals: Sequence[Residual],
+    members: Sequence[tuple[Residual, Branch]],
     settings: Settings,
     compute: str,
     order: dict[str, int],
 ) -> Site:
-    block = residuals[0]._traced
-    assert block is not None
-    if "forward" in block.module.__dict__:
+    module = model.get_submodule(owner)
+    if "forward" in module.__dict__:
         raise ValueError(
             f"the forward of {owner!r} was replaced on the instance already (by "
-            f"{block.module.__dict__['forward']!r}); add stochastic depth before that"
+            f"{module.__dict__['forward']!r}); add stochastic depth before that"
         )
+    block = members[0][1]._traced
+    if block is None:
+        return _prepare_layer(model, *members[0], settings, compute, order)
     entries: list[tuple[Residual, Branch, Split]] = []
-    for residual in residuals:
-        for branch in residual.branches:
-            assert branch._split is not None
-            entries.append((residual, branch, branch._split))
+    for residual, branch in members:
+        assert branch._split is not None
+        entries.append((residual, branch, branch._split))
     position = {node: i for i, node in enumerate(block.graph.nodes)}
     entries.sort(key=lambda entry: position[entry[2].add])
     splits: list[tuple[Split, str]] = []
@@ -397,7 +387,7 @@ def _prepare_site(
         action, reason = branch.action, branch.reason
         if compute == "mask" and action == "skip":
             action, reason = "mask", BY_ORDER
-        elif compute == "skip" and action != "skip":
+        elif compute == "skip" and action == "mask":
             raise ValueError(
                 f"compute='skip', but {branch.name} cannot be skipped: {reason}; "
                 f"use compute='auto', or leave it out with select="
@@ -411,13 +401,37 @@ def _prepare_site(
         rewrite(block, splits, owner or type(model).__name__),
         _rewrite_for_evaluation(block, splits) if settings.scale == "eval" else None,
         [split.place for split, _ in splits],
+        block.look_through,
+        block.items,
     )
+
+
+def _prepare_layer(
+    model: nn.Module,
+    residual: Residual,
+    branch: Branch,
+    settings: Settings,
+    compute: str,
+    order: dict[str, int],
+) -> LayerSite:
+    """The site of a block that is dropped as a whole."""
+    assert branch._layer is not None
+    action, reason = ("mask", BY_ORDER) if compute == "mask" else (branch.action, branch.reason)
+    state = _state(model, residual, branch, None, action, reason, order)
+    return LayerSite(residual.module, settings, state, branch._layer)
 
 
 def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str]]) -> Program:
     """The same deferral in the forward as it is in evaluation, where dropout is off."""
     label = f"{type(block.module).__name__} in evaluation"
-    in_eval = trace_block(block.module, training=False, arguments=block.arguments)
+    module = block.module
+    in_eval = trace_block(
+        module,
+        training=False,
+        arguments=block.arguments,
+        look_through={module.get_submodule(path) for path in block.look_through},
+        outputs={module.get_submodule(path): items for path, items in block.items.items()},
+    )
     twins = [entry.split for entry in read_splits(in_eval)]
     if len(twins) <= max(split.place for split, _ in splits):
         raise ValueError(
@@ -431,13 +445,11 @@ def _state(
     model: nn.Module,
     residual: Residual,
     branch: Branch,
-    split: Split,
+    split: Split | None,
     action: str,
     reason: str,
     order: dict[str, int],
 ) -> BranchState:
-    prefix = f"{residual._owner}." if residual._owner else ""
-    owner = model.get_submodule(residual._owner)
     called = [model.get_submodule(child) for child in branch.children]
     norms = any(isinstance(m, _BatchNorm) for top in called for m in top.modules())
     if norms and action == "skip":
@@ -446,7 +458,7 @@ def _state(
     return BranchState(
         name=branch.name,
         block=residual.name,
-        path=residual.name.removeprefix(prefix) if residual.module is not owner else "",
+        path=_relative(residual.name, branch._owner),
         index=order[residual.name],
         skip=branch.skip,
         action=action,
@@ -454,21 +466,28 @@ def _state(
         children=branch.children,
         masks=branch.masks,
         inherited=branch.p,
-        gain=split.branch_gain,
-        writes_skip=split.writes_skip,
+        gain=1.0 if split is None else split.branch_gain,
+        writes_skip=split is not None and split.writes_skip,
         has_batch_norm=norms,
-        inner=tuple(child.removeprefix(prefix) for child in branch.children),
-        dim=split.dim or 0,
-        cuts=split.cuts,
+        inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
+        dim=(split.dim or 0) if split is not None else branch._layer.dim if branch._layer else 0,
+        cuts=None if split is None else split.cuts,
         own=tuple(
             dict.fromkeys(
                 str(source.target)
-                for node in split.inside
+                for node in (() if split is None else split.inside)
                 for source in (node, *node.all_input_nodes)
                 if source.op == "get_attr"
             )
         ),
     )
+
+
+def _relative(name: str, owner: str) -> str | None:
+    """The path of a block from the module that adds it; None where the block is around that."""
+    if name == owner or not owner:
+        return "" if name == owner else name
+    return name.removeprefix(f"{owner}.") if name.startswith(f"{owner}.") else None
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch import Tensor, fx, nn
 
 from torchdrop.tracing import BlockGraph, same, unfold
 
-__all__ = ["ArgumentShapes", "Calls", "Example", "Shapes", "record_calls", "run_once"]
+__all__ = [
+    "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",
+    "same_rows",
+]  # fmt: skip
 
 # The arguments by name of one real call of each block, by the block's path.
 Calls = dict[str, dict[str, Any]]
@@ -63,29 +68,66 @@ def run_once(model: nn.Module, example_inputs: Any) -> None:
             model(example_inputs)
 
 
-def record_calls(model: nn.Module, example_inputs: Any) -> Calls:
-    """The arguments, by name, of the first call of every module in one forward pass."""
-    calls: Calls = {}
+@dataclass
+class Recording:
+    """What one forward pass of a model told about its modules, each at its first call.
+
+    Attributes:
+        calls: The arguments, by name, of every composite module, by its path.
+        returned: The shapes of the tensors that it returned, by their place ("" for a tensor, "0"
+            for the first of a tuple), by its path.
+        forms: What it returned, with None for each tensor, by its path.
+        items: For modules that return a tuple, what each item was: None; the place of the argument
+            (a number, or a name) that it was; or ``...`` for anything else.
+        times: How often each module was called.
+    """
+
+    calls: Calls
+    returned: dict[str, dict[str, tuple[int, ...]]]
+    forms: dict[str, Any]
+    items: dict[nn.Module, list[Any]]
+    times: Counter[nn.Module]
+
+
+def record(model: nn.Module, example_inputs: Any) -> Recording:
+    """Run ``model`` once, in evaluation, and note what its modules are called with and return."""
+    found = Recording({}, {}, {}, {}, Counter())
     names = {module: name for name, module in reversed(list(model.named_modules()))}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = names.get(module)
-        if name is None or name in calls or next(module.children(), None) is None:
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.times[module] += 1
+        if found.times[module] > 1 or next(module.children(), None) is None:
             return
         try:
             bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         except (TypeError, ValueError):
             return
         bound.apply_defaults()
-        calls[name] = dict(list(bound.arguments.items())[1:])
+        found.calls[names[module]] = dict(list(bound.arguments.items())[1:])
 
-    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in names]
+    def returned(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if isinstance(output, tuple | list) and module not in found.items:
+            given = [*enumerate(args), *kwargs.items()]
+            found.items[module] = [
+                None if item is None else next((k for k, v in given if v is item), ...)
+                for item in output
+            ]
+        name = names[module]
+        if name in found.calls and name not in found.returned:
+            tensors = unfold({"": output})[1]
+            found.forms[name] = unfold({"": output}, lambda path, value: None)[0][""]
+            found.returned[name] = {k.lstrip("."): tuple(v.shape) for k, v in tensors.items()}
+
+    handles = [m.register_forward_pre_hook(called, with_kwargs=True) for m in names]
+    handles += [m.register_forward_hook(returned, with_kwargs=True) for m in names]
     try:
         run_once(model, example_inputs)
     finally:
         for hook in handles:
             hook.remove()
-    return calls
+    return found
 
 
 def _rows(value: Tensor, dim: int) -> int | None:
@@ -101,19 +143,19 @@ class Example:
 
     def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
         self._batch_dim = batch_dim or 0
-        self.calls = record_calls(model, example_inputs)
+        self.first = record(model, example_inputs)
         self._model = model
         self._inputs = example_inputs
 
     @cached_property
-    def larger(self) -> Calls:
-        """The calls with a batch twice as large; empty where the model does not take one."""
+    def larger(self) -> Recording | None:
+        """The same with a batch twice as large; None where the model does not take one."""
         for dims in self._guesses():
             try:
-                return record_calls(self._model, self._twice(dims))
+                return record(self._model, self._twice(dims))
             except Exception:  # the user's model, with an input it was not made for
                 continue
-        return {}
+        return None
 
     def expect(self, batch_dim: int) -> None:
         """Look for the batch on dimension ``batch_dim`` of the inputs first."""
@@ -162,17 +204,18 @@ class Example:
 
     def argument_shapes(self, name: str) -> ArgumentShapes:
         """The shapes of the tensors that the block ``name`` is called with, in both batch sizes."""
-        if name not in self.calls or name not in self.larger:
+        if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return {}
-        one, two = (unfold(calls[name])[1] for calls in (self.calls, self.larger))
+        both = self.first.calls[name], self.larger.calls[name]
+        one, two = (unfold(call)[1] for call in both)
         return {path: (one[path].shape, two[path].shape) for path in one if path in two}
 
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
         """The shape of every tensor in the graph of the block ``name``, for both batch sizes."""
-        if name not in self.calls or name not in self.larger:
+        if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return None
         both = []
-        for calls in (self.calls, self.larger):
+        for calls in (self.first.calls, self.larger.calls):
             tensors, constants = unfold(calls[name])[1:]
             known = block.constants
             if list(tensors) != block.tensors or any(
@@ -180,26 +223,65 @@ class Example:
                 for path, value in known.items()
             ):
                 return None
-            recorder = _ShapeRecorder(block)
+            recorder = Shapes(block)
             try:
                 with _leaving_no_trace(block.module):
                     recorder.run(*tensors.values())
             except Exception:  # a hook of the user's, say, on which the first forward depends
                 return None
-            both.append(recorder.shapes)
+            both.append(recorder)
         return both[0], both[1]
 
 
-Shapes = dict[fx.Node, tuple[int, ...]]
+class Shapes(fx.Interpreter):
+    """The tensors of a graph in one call: their shapes, and those on whose order rows depend.
 
+    Attributes:
+        shapes: The shape of the value of each node.
+        values: The values themselves of the placeholders.
+    """
 
-class _ShapeRecorder(fx.Interpreter):
     def __init__(self, block: BlockGraph) -> None:
         super().__init__(block.module, graph=block.graph)
-        self.shapes: Shapes = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.values: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Note what ``n`` is."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
+            if n.op == "placeholder":
+                self.values[n] = value
         return value
+
+
+def carries(
+    few: tuple[int, ...], many: tuple[int, ...], batches: tuple[int, int]
+) -> tuple[int, int] | None:
+    """How a tensor carries the batch, from its shapes with both batch sizes.
+
+    Returns:
+        The dimension, and how many entries each row has there; (0, 0) where it does not carry the
+        batch; None where that cannot be told.
+    """
+    differ = [i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b]
+    if len(few) != len(many) or len(differ) > 1:
+        return None
+    if not differ:
+        return 0, 0
+    (dim,) = differ
+    entries, rest = divmod(few[dim], batches[0])
+    return (dim, entries) if not rest and many[dim] == entries * batches[1] else None
+
+
+def same_rows(few: Tensor | None, many: Tensor | None, dim: int) -> bool:
+    """Whether the entries of one row stand together, as in (batch * heads, length, length).
+
+    The larger batch is the smaller one twice, so where the rows are outermost it starts like that.
+    Where all entries are alike, nothing can be told.
+    """
+    if few is None or many is None:
+        return False
+    begins = torch.equal(many.narrow(dim, 0, few.shape[dim]), few)
+    return begins and not bool((few == few.narrow(dim, 0, 1)).all())

@@ -108,8 +108,9 @@ class Plan:
         blocks: dict[str, Residual] = {}
         for site in self._sites:
             for state in site.branches:
-                module = site.module.get_submodule(state.path)
-                block = blocks.setdefault(state.block, Residual(state.block, module, []))
+                block = blocks.setdefault(state.block, Residual(state.block, site.module, []))
+                if state.path is not None:  # else another of its sites is the block itself
+                    block.module = site.module.get_submodule(state.path)
                 block.branches.append(
                     Branch(
                         name=state.name,

@@ -7,7 +7,10 @@ other side: the identity, or a linear projection (1x1 convolution, norm, pooling
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +20,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchdrop.examples import ArgumentShapes, Example, Shapes
+from torchdrop.examples import ArgumentShapes, Example, Shapes, carries, same_rows
 from torchdrop.layout import same_layout, told
 from torchdrop.tracing import (
     BlockGraph,
     UntraceableError,
     is_shape_node,
+    passed_through,
     trace_block,
+    unfold,
 )
 
 __all__ = [
@@ -38,6 +43,11 @@ __all__ = [
     "read_splits",
     "survey",
 ]
+
+
+# How a value carries the batch, by the name of its node: on which dimension, and how many entries
+# each row has there (one after the other); None where it does not.
+Cuts = dict[str, tuple[int, int] | None]
 
 
 @dataclass(eq=False)
@@ -55,8 +65,8 @@ class Split:
         writes_skip: Whether the sum is written into the memory of the skip.
         dim: The dimension of the skip that carries the batch; None where nothing tells it.
         told: What ``batch_first`` of which children says about that, where nothing else did.
-        cuts: Where it was measured: the dimension on which each value that the branch takes from
-            outside carries the batch, by the name of its node; None for one that does not.
+        cuts: Where it was measured: how each value that the branch takes from outside carries the
+            batch, by the name of its node.
     """
 
     place: int
@@ -69,7 +79,7 @@ class Split:
     writes_skip: bool
     dim: int | None = None
     told: dict[str, int] = field(default_factory=dict)
-    cuts: dict[str, int | None] | None = None
+    cuts: Cuts | None = None
 
 
 @dataclass(eq=False)
@@ -80,8 +90,9 @@ class Branch:
         name: The block's name; where a block has several branches, with the largest child of the
             branch behind a colon ("encoder.layers.encoder_layer_0:mlp").
         skip: ``"identity"`` or ``"projection"``.
-        action: ``"skip"``: only the kept rows are computed. ``"mask"``: all are, for the reason
-            given in ``reason``.
+        action: ``"skip"``: only the kept rows are computed. ``"layer"``: the same, but of the
+            block as a whole, ``x + keep * (block(x) - x)``, since its branches cannot be told
+            apart. ``"mask"``: all rows are computed, for the reason given in ``reason``.
         reason: Why the action is what it is; empty where it is plainly ``"skip"``.
         p: The drop probability. Before anything is attached: the rate of the masking layers that
             the branch already has, 0 without any.
@@ -100,6 +111,9 @@ class Branch:
     masks: tuple[str, ...]
     share: float | None = None
     _split: Split | None = field(default=None, repr=False)
+    _traced: BlockGraph | None = field(default=None, repr=False)
+    _owner: str = field(default="", repr=False)
+    _layer: Layer | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False, repr=False)
@@ -120,7 +134,6 @@ class Residual:
     branches: list[Branch]
     default: bool = True
     why_not: str = ""
-    _traced: BlockGraph | None = field(default=None, repr=False, kw_only=True)
     _owner: str = field(default="", repr=False, kw_only=True)
 
     def __repr__(self) -> str:
@@ -208,7 +221,7 @@ _LINEAR_NAMES = {
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d",
     "dropout2d", "dropout3d", "alpha_dropout", "pixel_shuffle", "pixel_unshuffle", "zeros_like",
     "new_zeros", "zeros", "embedding", "_assert", "identity", "unfold", "fold", "moveaxis",
-    "boolean_dispatch", "fn",
+    "boolean_dispatch", "fn", "passed_through",
 }  # fmt: skip
 _PRODUCTS = {
     "mul", "imul", "mul_", "rmul", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
@@ -263,6 +276,8 @@ class _Children:
     def _is_linear(self, module: nn.Module) -> bool:
         if is_mask(module):
             return True
+        if type(module).__name__.endswith("Norm") and next(module.children(), None) is None:
+            return True  # norms that models write themselves
         if _has_forward_of(module, (nn.Sequential,)):
             return all(self.linear(child) for child in module.children())
         if _has_forward_of(module, _LINEAR_MODULES):
@@ -414,9 +429,7 @@ class Entry:
 
 
 def read_splits(
-    block: BlockGraph,
-    known_cuts: Sequence[dict[str, int | None]] = (),
-    batch_dim: int | None = None,
+    block: BlockGraph, known_cuts: Sequence[Cuts] = (), batch_dim: int | None = None
 ) -> list[Entry]:
     """Every residual addition of one block's forward, in order.
 
@@ -438,7 +451,7 @@ class _Finder:
         shapes: Callable[[], tuple[Shapes, Shapes] | None] = lambda: None,
         arguments: Callable[[], ArgumentShapes] = dict,
         batch_dim: int | None = None,
-        known_cuts: Sequence[dict[str, int | None]] = (),
+        known_cuts: Sequence[Cuts] = (),
     ) -> None:
         self.known_cuts = known_cuts
         self.block = block
@@ -559,9 +572,9 @@ class _Finder:
         if len(found) == 1 and len(next(iter(found))) == 1:
             return list(found.pop())
         shapes = self.shapes()
-        if shapes is None or value not in shapes[0] or value not in shapes[1]:
+        if shapes is None or any(value not in s.shapes for s in shapes):
             return []
-        return _differing(shapes[0][value], shapes[1][value])
+        return _differing(shapes[0].shapes[value], shapes[1].shapes[value])
 
     def _without_earlier(self, side: set[fx.Node]) -> set[fx.Node]:
         left = set(side)
@@ -623,7 +636,9 @@ class _Finder:
             user = pending.pop()
             if is_shape_node(user):
                 pending.extend(user.users)
-            else:
+            elif "expected" not in user.meta and not (
+                user.target is passed_through and user.args[0] is not node
+            ):
                 found.add(user)
         return found
 
@@ -645,7 +660,7 @@ class _Finder:
                 return f"{node.name} writes into an input of the branch while it is computed"
         return ""
 
-    def _cuts(self, split: Split) -> tuple[dict[str, int | None] | None, str]:
+    def _cuts(self, split: Split) -> tuple[Cuts | None, str]:
         """On which dimension each input of the branch is cut by rows; or why that is not known."""
         inputs = self.outside_inputs(split)
         dim = split.dim or 0
@@ -665,28 +680,27 @@ class _Finder:
                     return cuts, ""
             if len(sources) <= 1:
                 vary = {node.name: _depends_on_input(node, memo) for node in inputs}
-                return {n: dim if v else None for n, v in vary.items()}, ""
+                return {n: (dim, 1) if v else None for n, v in vary.items()}, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
                 "carry the batch is not known: example_inputs may tell, where the model takes "
                 "them with a batch of any size"
             )
-        few, many = (s[split.skip] for s in shapes)
+        few, many = (s.shapes[split.skip] for s in shapes)
         if _differing(few, many) != [dim]:
             return None, f"dimension {dim} of its skip is not the batch"
         batches = few[dim], many[dim]
-        measured: dict[str, int | None] = {}
+        measured: Cuts = {}
         for node in inputs:
-            if node not in shapes[0] and node not in shapes[1]:
-                measured[node.name] = None  # no tensor
-                continue
-            one, two = (s.get(node, ()) for s in shapes)
-            differ = [i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
-            if len(one) != len(two) or len(differ) > 1:
+            one, two = (s.shapes.get(node, ()) for s in shapes)
+            cut = carries(one, two, batches)
+            if cut is None:
                 return None, f"how its input {node.name} carries the batch is not clear"
-            if differ and (one[differ[0]], two[differ[0]]) != batches:
+            place, entries = cut
+            one_value, two_value = (s.values.get(node) for s in shapes)
+            if entries > 1 and not same_rows(one_value, two_value, place):
                 return None, f"its input {node.name} holds several rows for each of the batch"
-            measured[node.name] = differ[0] if differ else None
+            measured[node.name] = cut if entries else None
         return measured, ""
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
@@ -735,6 +749,7 @@ _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "squeeze",
     "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split", "narrow",
     "select", "getitem", "movedim", "moveaxis", "unbind", "to", "detach", "float", "type_as",
+    "passed_through",
 }  # fmt: skip
 
 
@@ -759,14 +774,16 @@ class Survey:
     additions: int
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
 def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The modules that could be blocks: composite, with a forward of their own."""
-    passive = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     for name, module in model.named_modules():
         # a branch holds parameters
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             continue
-        if type(module).forward in {p.forward for p in passive}:
+        if type(module).forward in {p.forward for p in _CONTAINERS}:
             continue
         # torch's own layers with children (attention, RNNs) are leaves; its encoder layers not.
         if isinstance(module, nn.MultiheadAttention):
@@ -809,41 +826,145 @@ def survey(
         batch_dim: Which dimension of the residual tensors is the batch. None: each block's own,
             as far as the example and its layers tell.
     """
-    children = _Children()
-    finders, unreadable = _read(model, children, example, batch_dim)
+    reader = _BlockReader(model, example, batch_dim)
+    finders, unreadable = reader.read_all()
     if example is not None and any(finder.contradicted for finder in finders.values()):
         # what grew was not the batch: layers of torch say that they have it on dimension 1
         example.expect(1)
-        again, unreadable = _read(model, children, example, batch_dim)
+        again, unreadable = reader.read_all()
         if example.larger:
             finders = again
     uses = _uses(model, finders.values())
+    if example is not None:
+        uses |= example.first.times
     taken = _choose(finders, uses)
     found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
+    if example is not None:
+        found += _whole_layers(model, example, found, unreadable, uses, batch_dim)
+        order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        found.sort(key=lambda residual: order.get(residual._owner, 0))
     _settle_masks(model, found)
     _mark_inner(found)
+    found = _joined(model, found)
     additions = sum(_terms(node) is not None for f in finders.values() for node in f.nodes)
     return Survey(found, unreadable, len(finders), additions)
 
 
-def _read(
-    model: nn.Module, children: _Children, example: Example | None, batch_dim: int | None
-) -> tuple[dict[str, _Finder], dict[str, str]]:
-    """The residual additions of every forward in ``model``; and what cannot be read, and why."""
-    finders: dict[str, _Finder] = {}
-    unreadable: dict[str, str] = {}
-    for name, module in _candidates(model):
+class _BlockReader:
+    """Reads the blocks of one model, each in the call that an example gives, if there is one."""
+
+    def __init__(self, model: nn.Module, example: Example | None, batch_dim: int | None) -> None:
+        self._model = model
+        self._names = {module: name for name, module in reversed(list(model.named_modules()))}
+        self._example = example
+        self._batch_dim = batch_dim
+        self._children = _Children()
+        self._joining: dict[nn.Module, bool] = {}
+        self._inlined: set[nn.Module] = set()
+
+    def read_all(self) -> tuple[dict[str, _Finder], dict[str, str]]:
+        """The residual additions of every forward; and what cannot be read, and why."""
+        finders: dict[str, _Finder] = {}
+        unreadable: dict[str, str] = {}
+        for name, module in _candidates(self._model):
+            try:
+                finders[name] = self._find(name, module)
+            except UntraceableError as error:
+                unreadable[name] = str(error)
+        for name in [n for n, f in finders.items() if f.owner in self._inlined]:
+            del finders[name]  # its additions belong to the block that calls it
+        return finders, unreadable
+
+    def _read(self, module: nn.Module, look_through: Iterable[nn.Module] = ()) -> BlockGraph:
+        name = self._names[module]
+        if self._example is None or name not in self._example.first.calls:
+            if not look_through:
+                return self._children.read(module)
+            return trace_block(
+                module, batch_dim=self._batch_dim or 0, look_through=set(look_through)
+            )
+        return trace_block(
+            module,
+            arguments=self._example.first.calls[name],
+            batch_dim=self._batch_dim or 0,
+            look_through=set(look_through),
+            outputs=self._example.first.items,
+        )
+
+    def _find(self, name: str, module: nn.Module) -> _Finder:
+        """The residual additions of ``module``, also where a child adds skip and branch for it."""
+        plain = self._finder(name, self._read(module))
+        joining = {
+            child
+            for node in plain.nodes
+            if node.op == "call_module"
+            and self._joins(child := module.get_submodule(str(node.target)))
+        }
+        while joining:
+            try:
+                deeper = self._finder(name, self._read(module, joining))
+            except UntraceableError:
+                break
+            used = {
+                module.get_submodule(entry.split.add.meta["within"])
+                for entry in deeper.entries
+                if "within" in entry.split.add.meta
+            }
+            if used == joining:
+                self._inlined |= joining
+                return deeper
+            joining = used
+        return plain
+
+    def _finder(self, name: str, block: BlockGraph) -> _Finder:
+        if self._example is None or name not in self._example.first.calls:
+            return _Finder(block, self._children, batch_dim=self._batch_dim)
+        shapes = cache(partial(self._example.shapes, name, block))
+        arguments = cache(partial(self._example.argument_shapes, name))
+        return _Finder(block, self._children, shapes, arguments, self._batch_dim)
+
+    def _joins(self, module: nn.Module) -> bool:
+        """Whether ``module`` adds two of its own inputs, one of them as it comes, and returns that.
+
+        The residual of its parent then lies in both: post-norm blocks are written so.
+        """
+        if module not in self._joining:
+            self._joining[module] = False
+            self._joining[module] = self._does_join(module)
+        return self._joining[module]
+
+    def _does_join(self, module: nn.Module) -> bool:
+        if next(module.children(), None) is None or next(module.parameters(), None) is None:
+            return False
         try:
-            if example is not None and name in example.calls:
-                block = trace_block(module, arguments=example.calls[name])
-                shapes = cache(partial(example.shapes, name, block))
-                arguments = cache(partial(example.argument_shapes, name))
-                finders[name] = _Finder(block, children, shapes, arguments, batch_dim)
-            else:
-                finders[name] = _Finder(children.read(module), children, batch_dim=batch_dim)
-        except UntraceableError as error:
-            unreadable[name] = str(error)
-    return finders, unreadable
+            block = self._read(module)
+        except UntraceableError:
+            return False
+        finder = _Finder(block, self._children, batch_dim=self._batch_dim)
+        inputs = {n for n in finder.nodes if n.op == "placeholder"}
+        for node in finder.nodes:
+            terms = _terms(node)
+            if terms is None:
+                continue
+            sides = [finder._set(finder.ancestors[side]) for side in terms[:2]]
+            for skip, branch in (sides, sides[::-1]):
+                after = {
+                    n
+                    for n in finder.nodes
+                    if finder.ancestors[n] >> finder.order[node] & 1
+                    and n.op != "output"
+                    and not is_shape_node(n)
+                }
+                if (
+                    skip & inputs
+                    and branch & inputs
+                    and not skip & branch & inputs
+                    and finder.has_parameters(branch)
+                    and not finder.has_parameters(skip)
+                    and self._children.linear_nodes(skip | after, module)
+                ):
+                    return True
+        return False
 
 
 def _uses(model: nn.Module, finders: Iterable[_Finder]) -> Counter[nn.Module]:
@@ -929,12 +1050,12 @@ def _residuals_of(name: str, finder: _Finder, why_not: dict[Entry, str]) -> list
                 children=tuple(_join(name, path) for path in _called(entry.split)),
                 masks=(),
                 _split=entry.split,
+                _traced=finder.block,
+                _owner=name,
             )
             for entry, branch_name in zip(members, names, strict=True)
         ]
-        result.append(
-            Residual(label, module, branches, not why, why, _traced=finder.block, _owner=name)
-        )
+        result.append(Residual(label, module, branches, not why, why, _owner=name))
     return result
 
 
@@ -986,9 +1107,150 @@ def _mark_inner(residuals: list[Residual]) -> None:
     for residual in residuals:
         atoms = residual._owner.split(".")
         above = {".".join(atoms[:i]) for i in range(1, len(atoms) + 1)}
-        if residual.default and above & outer:
+        own = {c for b in residual.branches for c in b.children}
+        if residual.default and above & outer - own:
             residual.default = False
             residual.why_not = "inside the branch of another residual"
+
+
+def _joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
+    """Make one block of a block and the parts of it that hold residuals on its own path.
+
+    An encoder layer whose attention adds its input itself, and whose feed-forward part the layer
+    adds, is one unit of depth with two branches. Elements of a container are units of their own.
+    """
+    taken = {r.name: r for r in residuals if r.default and r.name == r._owner}
+    joined: list[Residual] = []
+    for residual in residuals:
+        above, _, child = residual.name.rpartition(".")
+        parent = taken.get(above)
+        apart = isinstance(model.get_submodule(above), _CONTAINERS)
+        if parent is None or apart or residual.name not in taken:
+            joined.append(residual)
+            continue
+        if len(residual.branches) == 1:
+            residual.branches[0].name = f"{parent.name}:{child}"
+        parent.branches[:0] = residual.branches
+    for residual in joined:
+        names = [branch.name for branch in residual.branches]
+        if residual.name in names and len(names) > 1:
+            # it was the only one before
+            last = residual.branches[names.index(residual.name)]
+            last.name = f"{residual.name}:{last.children[-1].rpartition('.')[2]}"
+    return joined
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks that cannot be split
+
+
+@dataclass(eq=False)
+class Layer:
+    """A block that is dropped as a whole.
+
+    Attributes:
+        x: Which of its arguments the block adds to, as :func:`torchdrop.tracing.unfold` names it.
+        dim: The dimension of that which carries the batch.
+        cuts: How each of its tensors carries the batch, by that name.
+        place: Where in what it returns the sum is: "" for a tensor, "0" for the first of a tuple.
+        returns: What it returns, without tensors.
+    """
+
+    x: str
+    dim: int
+    cuts: Cuts
+    place: str
+    returns: Any
+
+
+def _whole_layers(
+    model: nn.Module,
+    example: Example,
+    found: Sequence[Residual],
+    unreadable: dict[str, str],
+    uses: Counter[nn.Module],
+    batch_dim: int | None,
+) -> list[Residual]:
+    """The blocks of a stack that could not be read, each as one branch."""
+    if example.larger is None:
+        return []
+    layers: list[Residual] = []
+    for name, why in unreadable.items():
+        module = model.get_submodule(name)
+        taken = [r for r in [*found, *layers] if r.default]
+        branches = [child for r in taken for b in r.branches for child in b.children]
+        apart = not any(f"{r.name}.".startswith(f"{name}.") for r in taken) and not any(
+            f"{name}.".startswith(f"{child}.") for child in branches
+        )
+        layer = _layer(name, example, batch_dim) if apart and _in_stack(model, name, uses) else None
+        if layer is None or not adds(module):
+            continue
+        branch = Branch(
+            name=name,
+            skip="identity",
+            action="layer",
+            reason=f"dropped as a whole, since it cannot be read: {why}",
+            p=0.0,
+            children=(name,),
+            masks=(),
+            _owner=name,
+            _layer=layer,
+        )
+        layers.append(Residual(name, module, [branch], _owner=name))
+    return layers
+
+
+def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
+    """Whether a module is one of several of its class in a container, or is called repeatedly."""
+    module = model.get_submodule(name)
+    container = model.get_submodule(name.rpartition(".")[0])
+    alike = [child for child in container.children() if type(child) is type(module)]
+    return uses[module] > 1 or (isinstance(container, _CONTAINERS) and len(alike) > 1)
+
+
+def _layer(name: str, example: Example, batch_dim: int | None) -> Layer | None:
+    """How a block can be dropped as a whole; None where it does not map a tensor to its like."""
+    first, larger = example.first, example.larger
+    if larger is None or name not in first.returned or name not in larger.returned:
+        return None
+    both = [unfold(recording.calls[name])[1] for recording in (first, larger)]
+    if list(both[0]) != list(both[1]) or not both[0]:
+        return None
+    x = next(iter(both[0]))
+    few, many = (tuple(tensors[x].shape) for tensors in both)
+    differing = _differing(few, many)
+    if len(differing) != 1 or batch_dim not in (None, differing[0]):
+        return None
+    (dim,) = differing
+    returned = first.returned[name]
+    place = "" if "" in returned else "0"
+    if returned.get(place) != few or larger.returned[name].get(place) != many:
+        return None
+    if set(returned) != {place}:
+        return None  # it returns more that carries the batch, or that others need
+    cuts: Cuts = {}
+    for path in both[0]:
+        pair = [tensors[path] for tensors in both]
+        cut = carries(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
+        if cut is None or (cut[1] > 1 and not same_rows(pair[0], pair[1], cut[0])):
+            return None
+        cuts[path] = cut if cut[1] else None
+    return Layer(x, dim, cuts, place, first.forms[name])
+
+
+def adds(module: nn.Module) -> bool:
+    """Whether a method of ``module``'s class adds anything, as far as its source tells."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module))))
+    except (OSError, TypeError, SyntaxError):
+        return True  # no source to read: it may
+    methods = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
+    for node in (inner for method in methods for inner in ast.walk(method)):
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+            return True
+    return False
 
 
 def find_residuals(

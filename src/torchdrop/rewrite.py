@@ -12,17 +12,18 @@ import importlib
 import inspect
 import linecache
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from torchdrop.residual import Split, outside_inputs
-from torchdrop.tracing import BlockGraph, is_shape_node, same, unfold
+from torchdrop.tracing import BlockGraph, is_shape_node, passed_through, same, unfold
 
-__all__ = ["MismatchError", "Program", "Source", "rewrite"]
+__all__ = ["MismatchError", "Program", "Source", "kind_of_call", "rewrite"]
 
 
 class Source:
@@ -70,16 +71,19 @@ class Program:
         attributes: The attributes of the block that it holds fixed.
         decisions: ``decisions(*tensors)``: what the block branches on before its graph begins.
         decided: What the answers have to be.
+        seen: The kinds of calls (shapes, dtypes) that it is known to stand for; None where it
+            stands for all.
     """
 
     forward: Source
     branches: dict[int, Source]
-    cuts: dict[int, list[int | None] | None]
+    cuts: dict[int, list[tuple[int, int] | None] | None]
     tensors: list[str]
     constants: dict[str, Any]
     attributes: dict[str, Any]
     decisions: Source | None
     decided: list[bool]
+    seen: set[Any] | None = None
 
     def accepts_plainly(self, args: tuple[Any, ...]) -> bool:
         """Whether ``args`` are simply the tensors, none left out that the block could take."""
@@ -107,7 +111,8 @@ class Program:
     def check_attributes(self, module: nn.Module) -> None:
         """Raise :class:`MismatchError` where an attribute of the block is no longer what it was."""
         for name, value in self.attributes.items():
-            now = getattr(module, name, None)
+            owner, _, attribute = name.rpartition(".")
+            now = getattr(module.get_submodule(owner) if owner else module, attribute, None)
             if not same(value, now):
                 raise MismatchError(f"self.{name} = {value!r}", f"self.{name} = {now!r}")
 
@@ -119,6 +124,29 @@ class Program:
                 raise MismatchError(
                     "tensors of one kind of shape, dtype and device", "those of another"
                 )
+        if self.seen is not None and kind_of_call(tensors) not in self.seen:
+            raise MismatchError("tensors of some shapes and dtypes", "those of others")
+
+    def is_like(self, other: Program) -> bool:
+        """Whether both are the same forward, apart from the calls that they are known to fit."""
+        return (
+            self.forward.text == other.forward.text
+            and {k: s.text for k, s in self.branches.items()}
+            == {k: s.text for k, s in other.branches.items()}
+            and (self.cuts, self.tensors, self.decided)
+            == (other.cuts, other.tensors, other.decided)
+            and same(self.constants, other.constants)
+            and same(self.attributes, other.attributes)
+        )
+
+
+def kind_of_call(tensors: Iterable[Any]) -> Any:
+    """What a forward can ask about a call without looking into its tensors."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        *((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors),
+    )
 
 
 class MismatchError(Exception):
@@ -140,6 +168,12 @@ def _source(label: str, graph: fx.Graph) -> Source:
     return Source(label, code.src, code.globals)
 
 
+def _graph() -> fx.Graph:
+    graph = fx.Graph()
+    graph._graph_namespace.create_name("self", None)  # a child may have that name
+    return graph
+
+
 class _Rewriter:
     def __init__(
         self, block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str, first: int
@@ -148,7 +182,7 @@ class _Rewriter:
         self.splits = dict(enumerate(splits, first))
         self.label = label
         self.branches: dict[int, Source] = {}
-        self.cuts: dict[int, list[int | None] | None] = {}
+        self.cuts: dict[int, list[tuple[int, int] | None] | None] = {}
 
     def emit(self, graph: fx.Graph, region: list[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
         """Copy ``region`` into ``graph``, its residual additions replaced by calls of the site."""
@@ -171,6 +205,17 @@ class _Rewriter:
         for node in region:
             if node in deferred or node in env or is_shape_node(node) or node.op == "get_attr":
                 continue
+            if "expected" in node.meta:
+                item, known = node.args[0], node.meta["expected"]
+                if item in env and (not isinstance(known, fx.Node) or known in env):
+                    item = graph.node_copy(node, ref)
+                    known = env[known] if isinstance(known, fx.Node) else known
+                    graph.call_method("expect", (site, item, known))
+                continue
+            if node.target is passed_through:
+                known = fx.map_arg(tuple(node.args), env.get)
+                env[node] = graph.call_method("through", (site, *known))
+                continue
             if node not in joins:
                 env[node] = graph.node_copy(node, ref)
                 continue
@@ -190,16 +235,17 @@ class _Rewriter:
                 env[node] = graph.call_method("mask", (site, k, skip, ref(split.branch)))
 
     def branch(self, k: int, split: Split, inputs: list[fx.Node]) -> Source:
-        graph = fx.Graph()
+        graph = _graph()
         env = {_SITE: graph.placeholder("site")}
         for node in inputs:
             env[node] = graph.placeholder(node.name)
-        self.emit(graph, [n for n in self.nodes if n in split.inside], env)
+        known = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
+        self.emit(graph, [n for n in self.nodes if n in split.inside | known], env)
         graph.output(env[split.branch])
         return _source(f"{self.label}, branch {k}", graph)
 
     def main(self) -> Source:
-        graph = fx.Graph()
+        graph = _graph()
         env = {_SITE: graph.placeholder("site")}
         self.emit(graph, self.nodes, env)
         return _source(self.label, graph)
@@ -229,4 +275,5 @@ def rewrite(
         block.attributes,
         None if block.decisions is None else _source(f"{label}, decisions", block.decisions),
         block.decided,
+        set() if block.computed else None,
     )

@@ -7,7 +7,8 @@ back to :meth:`Site.join` for each; in evaluation, or with p = 0, it runs the bl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 
 from torchdrop.ranks import meets_ranks
-from torchdrop.residual import read_splits
-from torchdrop.rewrite import MismatchError, Program, rewrite
+from torchdrop.residual import Cuts, read_splits
+from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows
-from torchdrop.tracing import UntraceableError, trace_block
+from torchdrop.tracing import UntraceableError, is_cache, trace_block
 
 __all__ = [
     "BY_ORDER",
@@ -42,6 +43,9 @@ _POSITIONS_FOR_ONE_ROW = 64
 # How many different settings of its block (attributes, constant arguments) a site reads.
 _READINGS = 16
 
+# How many kinds of calls (shapes, dtypes) are remembered of a block whose reading depends on them.
+_KINDS_OF_CALLS = 1024
+
 # The reason of a branch that is masked because that was asked for.
 BY_ORDER = "compute='mask'"
 
@@ -57,6 +61,7 @@ class Settings:
     sync_ranks: bool | None
     zero_grad: bool
     blocks: int = 0
+    warned: bool = False
     meter: Callable[[], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +74,7 @@ class BranchState:
 
     name: str
     block: str
-    path: str
+    path: str | None
     index: int
     skip: str
     action: str
@@ -83,7 +88,8 @@ class BranchState:
     inner: tuple[str, ...]
     own: tuple[str, ...]
     dim: int = 0
-    cuts: dict[str, int | None] | None = None
+    place: int = 0
+    cuts: Cuts | None = None
     p: float = 0.0
     share: float | None = None
     rows_seen: int = 0
@@ -112,6 +118,8 @@ class Site:
         train: Program,
         evaluate: Program | None,
         places: Sequence[int],
+        look_through: Sequence[str] = (),
+        items: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self.module = module
         self.settings = settings
@@ -122,6 +130,9 @@ class Site:
         self.evaluate = [] if evaluate is None else [evaluate]
         # Which of the additions of the forward the branches are.
         self.places = list(places)
+        # How the block is read: which children are part of it, and what the others return.
+        self.look_through = list(look_through)
+        self.items = dict(items or {})
         self.active = False
         self.paused = 0  # how many pauses the model is in
         leading = list(self.__signature__.parameters)[: len(train.tensors)] == train.tensors
@@ -167,6 +178,7 @@ class Site:
         self, programs: list[Program], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the program that stands for this call; read the block again where none does."""
+        self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
         for program in programs:
             try:
@@ -183,7 +195,39 @@ class Site:
             assert mismatch is not None
             program = self._read_again(programs, training, args, kwargs, mismatch)
             tensors = program.bind(self.__signature__, args, kwargs)
-        return program.forward.function(self.module, self, *tensors)
+        try:
+            return program.forward.function(self.module, self, *tensors)
+        except MismatchError as found:  # a child returned other things than when it was read
+            program = self._read_again(programs, training, args, kwargs, found, use_items=False)
+            tensors = program.bind(self.__signature__, args, kwargs)
+            return program.forward.function(self.module, self, *tensors)
+
+    def _check_caches(self, values: Sequence[Any], training: bool) -> None:
+        """Refuse a key/value cache that holds something: it cannot be cut by rows."""
+        for cache in filter(is_cache, values):
+            index = next(
+                (i for m in self.module.modules() if type(i := getattr(m, "layer_idx", 0)) is int),
+                0,
+            )
+            name = self.branches[0].block
+            if not training:
+                raise ValueError(
+                    f"{name} is called with a key/value cache, but with scale='eval' its branches "
+                    f"are computed one by one in evaluation; pass use_cache=False, or use "
+                    f"scale='train'"
+                )
+            if _holds_something(cache, index):
+                raise ValueError(
+                    f"{name} is called in training with a key/value cache that is filled, which "
+                    f"cannot be cut by rows; pass use_cache=False"
+                )
+            if not self.settings.warned:
+                self.settings.warned = True
+                warnings.warn(
+                    "in training the model makes a key/value cache; stochastic depth puts None in "
+                    "its place in the blocks that it acts on. Pass use_cache=False",
+                    stacklevel=2,
+                )
 
     def _read_again(
         self,
@@ -192,6 +236,7 @@ class Site:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         mismatch: MismatchError,
+        use_items: bool = True,
     ) -> Program:
         """Read the block once more, in the call that happens now."""
         name = self.branches[0].block
@@ -203,15 +248,19 @@ class Site:
         what = f"{name} was read with {mismatch.known}, but is called with {mismatch.given}"
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{what}; run the model once like this before it is compiled")
-        if len(programs) >= _READINGS:
-            raise RuntimeError(
-                f"{what}, and it was called in {_READINGS} different ways before; leave the block "
-                f"out with select=, or pass what changes as a tensor"
-            )
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
+        module = self.module
+        items = {module.get_submodule(path): found for path, found in self.items.items()}
         try:
-            block = trace_block(self.module, training=training, arguments=bound.arguments)
+            block = trace_block(
+                module,
+                training=training,
+                arguments=bound.arguments,
+                batch_dim=self.branches[0].dim,
+                look_through={module.get_submodule(path) for path in self.look_through},
+                outputs=items if use_items else None,
+            )
         except UntraceableError as error:
             raise RuntimeError(f"{what}, and so it cannot be read: {error}") from None
         known = [branch.cuts for branch in self.branches if branch.cuts is not None]
@@ -222,9 +271,57 @@ class Site:
             (entries[place].split, "mask" if branch.reason == BY_ORDER else entries[place].action)
             for place, branch in zip(self.places, self.branches, strict=True)
         ]
-        program = rewrite(block, splits, name, len(programs) * len(self.branches))
-        programs.append(program)
-        return program
+        for number, program in enumerate([*programs, None]):
+            found = rewrite(block, splits, name, number * len(self.branches))
+            if program is None and len(programs) >= _READINGS:
+                raise RuntimeError(
+                    f"{what}, and it was called in {_READINGS} different ways before; leave the "
+                    f"block out with select=, or pass what changes as a tensor"
+                )
+            if program is None:
+                programs.append(found)
+            elif program.is_like(found):
+                found = program  # as it was, for calls of one more kind
+            else:
+                continue
+            break
+        if found.seen is not None:
+            if len(found.seen) >= _KINDS_OF_CALLS:
+                found.seen.clear()
+            found.seen.add(kind_of_call(found.bind(self.__signature__, args, kwargs)))
+        return found
+
+    @staticmethod
+    def expect(found: Any, expected: Any) -> None:
+        """Refuse to go on where a child returns something else than when it was read."""
+        if found is not expected:
+            raise MismatchError("what a child of it returned", "other things that it returns")
+
+    def through(self, value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
+        """Run the forward hooks of a child whose forward is part of the block's own.
+
+        Of what the child was called with, that is None which belongs to a branch.
+        """
+        child = self.module.get_submodule(path)
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise RuntimeError(
+                f"{path} has backward hooks, but stochastic depth runs its parts separately; "
+                f"put the hooks on its children, or leave {self.branches[0].block} out with select="
+            )
+        for number, before in child._forward_pre_hooks.items():
+            named = number in child._forward_pre_hooks_with_kwargs
+            if (before(child, args, kwargs) if named else before(child, args)) is not None:
+                raise RuntimeError(
+                    f"a forward pre-hook changes what {path} is called with, but stochastic depth "
+                    f"runs its parts separately; leave {self.branches[0].block} out with select="
+                )
+        for number, after in child._forward_hooks.items():
+            named = number in child._forward_hooks_with_kwargs
+            out = (value, *rest) if rest else value
+            new = after(child, args, kwargs, out) if named else after(child, args, out)
+            if new is not None:
+                value = new[0] if rest else new
+        return value
 
     def _branch(self, k: int) -> BranchState:
         return self.branches[k % len(self.branches)]
@@ -267,15 +364,15 @@ class Site:
         whole = skip
         cut: list[Any] = []
         again: list[tuple[Tensor, Tensor]] = []
-        for value, d in zip(inputs, cuts or [dim] * len(inputs), strict=True):
-            if d is None or (cuts is not None and value.shape[d] == 1):
+        for value, how in zip(inputs, cuts or [(dim, 1)] * len(inputs), strict=True):
+            if how is None or (cuts is not None and value.shape[how[0]] == 1):
                 cut.append(value)  # a single slice is broadcast to whatever rows there are
-            elif value is skip and d == dim and not branch.writes_skip:
+            elif value is skip and how[0] == dim and not branch.writes_skip:
                 whole, some = fork(skip, on_device, dim)
                 cut.append(some)
             else:
-                cut.append(self._cut(branch, value, on_device, d, batch))
-            if d == dim and cut[-1] is not value and kept_anyway(value):
+                cut.append(self._cut(branch, value, on_device, how, batch))
+            if how == (dim, 1) and cut[-1] is not value and kept_anyway(value):
                 again.append((cut[-1], value))
         with retaking(again, on_device, dim):
             out = self._compute(self.train, k, cut)
@@ -361,19 +458,26 @@ class Site:
         other = (rows + 1 + torch.randint(batch - 1, (1,), device="cpu")) % batch
         return torch.cat([rows, other]).sort().values
 
-    def _cut(self, branch: BranchState, value: Any, rows: Tensor, dim: int, batch: int) -> Any:
+    @staticmethod
+    def _cut(
+        branch: BranchState, value: Any, rows: Tensor, how: tuple[int, int], batch: int
+    ) -> Tensor:
+        dim, entries = how
         if not isinstance(value, Tensor):
             raise RuntimeError(
                 f"the branch {branch.name} takes a {type(value).__name__}, which cannot be cut by "
                 f"rows; use compute='mask', or leave the block out with select="
             )
-        if value.dim() <= dim or value.shape[dim] != batch:
+        if value.dim() <= dim or value.shape[dim] != batch * entries:
             raise RuntimeError(
                 f"the branch {branch.name} takes a tensor of shape {tuple(value.shape)}, which "
                 f"does not have the {batch} rows of its skip on dimension {dim}; "
                 f"use compute='mask', or leave the block out with select="
             )
-        return take(value, rows, dim)
+        if entries == 1:
+            return take(value, rows, dim)
+        apart = value.reshape(*value.shape[:dim], batch, entries, *value.shape[dim + 1 :])
+        return take(apart, rows, dim).flatten(dim, dim + 1)
 
     def _dropped(
         self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
@@ -413,7 +517,7 @@ class Site:
 
     def for_copy(self, module: nn.Module) -> Site:
         """The same site, with the same state, for another instance of its block."""
-        twin = object.__new__(Site)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, module=module)
         return twin
 
@@ -448,6 +552,15 @@ class Bypass:
     def for_copy(self, module: nn.Module) -> Bypass:
         """The same for another instance of the layer."""
         return Bypass(module)
+
+
+def _holds_something(cache: Any, layer: int) -> bool:
+    try:
+        return bool(cache.get_seq_length(layer) > 0)
+    except Exception:  # that of a state-space model does not count tokens
+        layers = getattr(cache, "layers", ())
+        states = getattr(layers[layer], "has_previous_state", {}) if layer < len(layers) else {}
+        return any(states.values())
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:
@@ -506,4 +619,4 @@ def attached(module: nn.Module) -> Site | Bypass | None:
 def sites_of(model: nn.Module) -> list[Site]:
     """Every site in ``model``, in the order of its depth."""
     found = [s for m in model.modules() if isinstance(s := attached(m), Site)]
-    return sorted(found, key=lambda site: site.branches[0].index)
+    return sorted(found, key=lambda site: (site.branches[0].index, site.branches[0].place))

@@ -14,20 +14,25 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from torchdrop.facts import Facts, stand_in_for
+
 __all__ = [
     "A_TENSOR",
     "BlockGraph",
     "UntraceableError",
+    "is_cache",
     "is_shape_node",
+    "passed_through",
     "same",
     "trace_block",
     "unfold",
@@ -60,6 +65,10 @@ class BlockGraph:
         decisions: What the forward branched on that a call tells beforehand (``x.dim() == 3``): a
             graph from the same placeholders to a tuple of truth values; None if on nothing.
         decided: How those came out.
+        computed: Whether it branched on the shapes of values that it computes: the graph then
+            stands only for calls with the shapes and dtypes of this one.
+        look_through: The children whose forwards are part of the graph.
+        items: What other children returned, as far as that was used, by their paths.
     """
 
     module: nn.Module
@@ -70,19 +79,33 @@ class BlockGraph:
     attributes: dict[str, Any]
     decisions: fx.Graph | None
     decided: list[bool]
+    computed: bool
+    look_through: list[str]
+    items: dict[str, Sequence[Any]]
 
 
 def _without_values(path: str, value: Any) -> Any:
     """What stands for a tensor where only its shape, dtype and the like may be asked for."""
     if value is A_TENSOR or value.is_nested:
         return A_TENSOR
-    return value.detach().to("meta").requires_grad_(value.requires_grad)
+    return stand_in_for(value)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a key/value cache, as the decoders of transformers make them."""
+    kind = type(value)
+    return callable(getattr(kind, "get_seq_length", None)) and callable(
+        getattr(kind, "update", None)
+    )
 
 
 def unfold(
     arguments: Mapping[str, Any], tensor: Callable[[str, Any], Any] = lambda path, value: value
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Sort the arguments of a call into tensors and constants, also inside containers.
+
+    A key/value cache counts as None: it is of no use where rows are cut, and makes a call unlike
+    every other.
 
     Args:
         arguments: The arguments by name.
@@ -105,6 +128,7 @@ def unfold(
         if type(value) is dict:
             constants[path] = ("dict", tuple(value))
             return {key: go(f"{path}.{key}", item) for key, item in value.items()}
+        value = None if is_cache(value) else value
         constants[path] = value
         return value
 
@@ -124,10 +148,27 @@ def same(known: Any, given: Any) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``."""
+    """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``.
+
+    Where Python needs a number, or how many items there are, it gives what follows from the call.
+    """
+
+    tracer: _Reader
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.number(self))
 
 
 def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) -> None:
@@ -184,8 +225,20 @@ _OF_EVERY_MODULE = set(nn.Module().__dict__)
 _MUTABLE = (list, dict, set)
 
 
+def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
+    """Marks in a graph the output of a child that was looked through: its hooks belong here.
+
+    ``args``, ``kwargs`` and the ``rest`` of a tuple are what the hooks are called with besides.
+    """
+    return value
+
+
 def _stand_in(
-    module: nn.Module, training: bool, attributes: dict[str, Any], lent: dict[str, Any]
+    module: nn.Module,
+    training: bool,
+    attributes: dict[str, Any],
+    lent: dict[str, Any],
+    prefix: str = "",
 ) -> nn.Module:
     """A double of ``module`` for its forward to run on, with the same children and parameters.
 
@@ -198,9 +251,9 @@ def _stand_in(
         value = kind.__getattribute__(self, name)
         if name not in _OF_EVERY_MODULE and name in object.__getattribute__(self, "__dict__"):
             if type(value) in _MUTABLE:
-                attributes.setdefault(name, copy.copy(value))
-                return lent.setdefault(name, copy.copy(value))
-            attributes[name] = value
+                attributes.setdefault(prefix + name, copy.copy(value))
+                return lent.setdefault(prefix + name, copy.copy(value))
+            attributes[prefix + name] = value
         return value
 
     def refuse(self: nn.Module, name: str, value: Any) -> None:
@@ -221,8 +274,16 @@ class _Reader(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Mapping[str, Any] | None, training: bool) -> None:
+    def __init__(
+        self,
+        arguments: Mapping[str, Any] | None,
+        training: bool,
+        batch_dim: int,
+        look_through: Collection[nn.Module],
+    ) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=_FACTORIES)
+        self._batch_dim = batch_dim
+        self._look_through = look_through
         self._autowrap_search.append(torch)
         self._given = arguments
         self._training = training
@@ -234,22 +295,37 @@ class _Reader(fx.Tracer):
         self.attributes: dict[str, Any] = {}
         self.lent: dict[str, Any] = {}
         self.decisions: dict[fx.Node, bool] = {}
+        self.computed = False
         self._known: dict[Any, Tensor] = {}
+        self._facts: dict[bool, Facts] = {}
+        self._asking = False
+        self._within = ""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return m not in self._look_through
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # fx's patches are on nn.Module itself: other threads that run a model come by as well.
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self._asking:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if m not in self._look_through:
+            return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        double = _stand_in(m, m.training, self.attributes, self.lent, f"{path}.")
+        self._within, outside = path, self._within
+        value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
+        self._within = outside
+        first, *rest = value if isinstance(value, tuple) else (value,)
+        first = self.create_proxy(
+            "call_function", passed_through, (first, path, args, kwargs, rest), {}
+        )
+        return (first, *rest) if isinstance(value, tuple) else first
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self._asking:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -259,7 +335,10 @@ class _Reader(fx.Tracer):
                 "it runs under torch.no_grad, autocast or the like of its own, on the method or "
                 "inside"
             )
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if self._within:
+            node.meta["within"] = self._within
+        return node
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -307,9 +386,51 @@ class _Reader(fx.Tracer):
         try:
             decision = bool(self._fact(obj.node))
         except LookupError:
-            return super().to_bool(obj)
+            try:
+                known = self._computed(obj.node)
+            except LookupError:
+                return super().to_bool(obj)
+            if isinstance(known, Tensor):  # it would be asked for its data
+                return super().to_bool(obj)
+            return bool(known)
         self.decisions[obj.node] = decision
         return decision
+
+    def length(self, obj: fx.Proxy) -> int:
+        """How many items ``obj`` has, which the graph then holds fixed."""
+        try:
+            return len(self._computed(obj.node))
+        except (LookupError, TypeError):
+            raise fx.proxy.TraceError(f"the length of {obj.node.name} is not known") from None
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([obj[i] for i in range(self.length(obj))])
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """The number that ``obj`` is, which the graph then holds fixed."""
+        try:
+            value, other = self._computed(obj.node), self._computed(obj.node, larger=True)
+        except LookupError:
+            raise fx.proxy.TraceError(f"the number {obj.node.name} is not known") from None
+        if isinstance(value, Tensor) or value != other:
+            raise UntraceableError(
+                "it takes for a plain number what depends on data or on the batch size"
+            )
+        return value
+
+    def _computed(self, node: fx.Node, larger: bool = False) -> Any:
+        """What ``node`` is, where that follows from the shapes and dtypes of the call."""
+        if self._given is None:
+            raise LookupError(node)
+        if larger not in self._facts:
+            self._facts[larger] = Facts(self.root, self._known, self._batch_dim if larger else None)
+        self._asking = True
+        try:
+            value = self._facts[larger].of(node)
+        finally:
+            self._asking = False
+        self.computed = True
+        return value
 
     def _fact(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -372,7 +493,13 @@ def _nothing_drawn() -> Iterator[None]:
 
 
 def trace_block(
-    module: nn.Module, *, training: bool = True, arguments: Mapping[str, Any] | None = None
+    module: nn.Module,
+    *,
+    training: bool = True,
+    arguments: Mapping[str, Any] | None = None,
+    batch_dim: int = 0,
+    look_through: Collection[nn.Module] = (),
+    outputs: Mapping[nn.Module, Sequence[Any]] | None = None,
 ) -> BlockGraph:
     """Read ``module``'s own forward.
 
@@ -382,11 +509,15 @@ def trace_block(
         arguments: The arguments by name of a call that really happened: its tensors become
             placeholders, everything else stays what it was. None: parameters without a default
             are tensors, those with one keep it.
+        batch_dim: Which dimension of the tensors is the batch.
+        look_through: Children that are not leaves: their forwards become part of the graph.
+        outputs: What children returned in that call, as :class:`torchdrop.examples.Example` has
+            it: an item that was None is None in the graph, one that was an argument is it.
 
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
-    reader = _Reader(arguments, training)
+    reader = _Reader(arguments, training, batch_dim, look_through)
     with _LOCK:
         try:
             with _nothing_drawn(), _nothing_set(reader), _RecordFactories(reader):
@@ -402,6 +533,8 @@ def trace_block(
         # with it the text that fx writes would wrap the function for every trace to come
         node.meta.pop("is_wrapped", None)
     decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
+    if outputs:
+        _settle_outputs(graph, module, outputs)
     _drop_unused(graph)
     attributes = {
         name: value
@@ -417,7 +550,51 @@ def trace_block(
         attributes,
         decisions,
         list(reader.decisions.values()),
+        reader.computed,
+        [str(node.args[1]) for node in graph.nodes if node.target is passed_through],
+        {
+            str(node.target): items
+            for node in graph.nodes
+            if node.op == "call_module"
+            and (items := (outputs or {}).get(module.get_submodule(str(node.target))))
+        },
     )
+
+
+def _settle_outputs(
+    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
+) -> None:
+    """Put what is known about the items that children return in the place of those items.
+
+    An attention returns weights that nobody asked for as None, or the bias that it was given: the
+    branch around it is then none the less used for nothing but its sum.
+    """
+    for node in list(graph.nodes):
+        call = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(call, fx.Node) or call.op != "call_module":
+            continue
+        items = outputs.get(module.get_submodule(str(call.target)))
+        index = node.args[1]
+        if items is None or not isinstance(index, int) or index >= len(items):
+            continue
+        known: Any = None
+        if isinstance(items[index], int | str):
+            given: Any = call.args if isinstance(items[index], int) else call.kwargs
+            try:
+                known = given[items[index]]
+            except LookupError:
+                continue
+        elif items[index] is not None:
+            continue
+        for user in list(node.users):
+            swap = partial(_swapped, node, known)
+            user.args = fx.map_arg(user.args, swap)
+            user.kwargs = fx.map_arg(user.kwargs, swap)
+        node.meta["expected"] = known
+
+
+def _swapped(old: fx.Node, new: Any, node: fx.Node) -> Any:
+    return new if node is old else node
 
 
 def _decisions(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Graph:
@@ -481,6 +658,8 @@ def _drop_unused(graph: fx.Graph) -> None:
     """Remove nodes that nobody uses and that have no effect (an unpacked attention weight)."""
     for node in reversed(list(graph.nodes)):
         if node.users or node.op not in ("call_function", "call_method", "get_attr"):
+            continue
+        if "expected" in node.meta:  # it is to be compared
             continue
         if node.op == "get_attr" or node.target is operator.getitem or is_shape_node(node):
             graph.erase_node(node)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from torchdrop.diagnostics.batches import check_model
-from torchdrop.examples import Calls, record_calls
+from torchdrop.examples import Calls, record
 from torchdrop.residual import is_mask, read_splits
 from torchdrop.site import Bypass, Site, attached
 from torchdrop.tracing import (
@@ -515,7 +515,7 @@ def check_order(model: nn.Module, example_inputs: Any = None) -> OrderReport:
           0 (Dropout, 0.5) stands before 2: in the model's own forward, 2 operations on
     """
     check_model(model)
-    recorded = {} if example_inputs is None else record_calls(model, example_inputs)
+    recorded = {} if example_inputs is None else record(model, example_inputs).calls
     walk = _Walk(model, recorded)
     parameters = inspect.signature(type(model).forward.__get__(model)).parameters.values()
     empty = (_Value({}), A_TENSOR)

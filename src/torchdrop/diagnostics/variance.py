@@ -426,22 +426,22 @@ def _residual_sums(
     if set(found.unreadable) - attached:
         found = survey(model, Example(model, example()))
     for residual in found.residuals:
-        if not residual.default or residual._owner in attached:
-            continue
-        owner = model.get_submodule(residual._owner)
-        if "forward" in owner.__dict__:
-            unreadable[residual._owner] = "its forward was replaced on the instance"
-            continue
         dim = _channel_dim(residual.module, channel_dim)
-        for branch in residual.branches:
-            assert branch._split is not None
-            known = sums.setdefault(residual._owner, [])
-            known.append(_Sum(branch._split.place, branch.name, dim))
+        for branch in residual.branches if residual.default else ():
+            if branch._owner in attached:
+                continue
+            if "forward" in model.get_submodule(branch._owner).__dict__:
+                unreadable[branch._owner] = "its forward was replaced on the instance"
+            elif branch._split is None or branch._traced is None or branch._traced.look_through:
+                unreadable[branch._owner] = "its sum cannot be told from the rest of it"
+            else:
+                known = sums.setdefault(branch._owner, [])
+                known.append(_Sum(branch._split.place, branch.name, dim))
     unreadable.update({k: v for k, v in found.unreadable.items() if k not in attached})
     return sums, unreadable
 
 
-def _block(owner: nn.Module, path: str) -> nn.Module:
+def _block(owner: nn.Module, path: str | None) -> nn.Module:
     return owner.get_submodule(path) if path else owner
 
 

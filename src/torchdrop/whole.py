@@ -1,0 +1,120 @@
+"""RUN, for a block that cannot be split: its whole forward is the branch.
+
+``out = x + b / (1 - p) * (block(x) - x)``, and ``block`` is run on the rows with b = 1 only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdrop.residual import Layer
+from torchdrop.rows import add_rows, take
+from torchdrop.site import BranchState, Settings, Site
+from torchdrop.tracing import unfold
+
+__all__ = ["LayerSite"]
+
+
+class LayerSite(Site):
+    """What stands in the ``forward`` slot of a block that is dropped as a whole."""
+
+    def __init__(
+        self, module: nn.Module, settings: Settings, branch: BranchState, layer: Layer
+    ) -> None:
+        self.module = module
+        self.settings = settings
+        self.branches = [branch]
+        self.train, self.evaluate, self.places = [], [], []
+        self.active = False
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on the rows that are kept."""
+        module, settings, branch = self.module, self.settings, self.branches[0]
+        training = module.training
+        scaled = settings.scale == "eval" and not training
+        if settings.meter is not None:
+            before = settings.meter()
+            out = type(module).forward(module, *args, **kwargs)
+            branch.share = (branch.share or 0.0) + settings.meter() - before
+            return out
+        if not self.active or not (training or scaled):
+            return type(module).forward(module, *args, **kwargs)
+        self._check_caches((*args, *kwargs.values()), training)
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        tensors = unfold(bound.arguments)[1]
+        if not set(tensors) <= set(self.layer.cuts) or self.layer.x not in tensors:
+            raise RuntimeError(
+                f"{branch.name} is dropped as a whole and was read with the tensors "
+                f"{', '.join(self.layer.cuts)}, but is called with {', '.join(tensors)}; give "
+                f"example_inputs like that, or leave the block out with select="
+            )
+        x = tensors[self.layer.x]
+        dim = branch.dim
+        rows = True if scaled else self._draw(branch, x.shape[dim])
+        whole = branch.action == "mask" or self._meets_ranks(branch)
+        if rows is False and not whole:
+            dtype = branch.dtypes.get(x.dtype, x.dtype)
+            return self._returned(self._dropped(branch, x, (), dtype), self.layer.returns)
+        if rows is True or whole:
+            out = type(module).forward(module, *args, **kwargs)
+            total = self._blended(branch, x, self._sum_in(out), rows, scaled)
+        else:
+            out, total = self._run_on(rows, bound, x)
+        branch.dtypes[x.dtype] = total.dtype
+        return self._returned(total, out)
+
+    def _blended(
+        self, branch: BranchState, x: Tensor, y: Tensor, rows: Any, scaled: bool
+    ) -> Tensor:
+        """``x + gain * (y - x)`` in the kept rows; ``y`` itself where that is what it comes to."""
+        if rows is not False:
+            gain = (1.0 - branch.p) if scaled else self._gain(branch)
+            y = y if gain == 1.0 else x + gain * (y - x)
+        if rows is True:
+            return y
+        kept = torch.zeros(x.shape[branch.dim], dtype=torch.bool, device="cpu")
+        if rows is not False:
+            kept[rows] = True
+        shape = [1] * x.dim()
+        shape[branch.dim] = -1
+        return torch.where(kept.to(x.device, non_blocking=True).view(shape), y, x)
+
+    def _run_on(self, rows: Tensor, bound: Any, x: Tensor) -> tuple[Any, Tensor]:
+        """What the block returns for ``rows``, and the sum for all rows."""
+        branch, dim = self.branches[0], self.branches[0].dim
+        computed = self._rows_to_compute(branch, rows, x, dim)
+        on_device = computed.to(x.device, non_blocking=True)
+        some: dict[str, Tensor] = {}
+
+        def cut(path: str, value: Tensor) -> Tensor:
+            how = self.layer.cuts[path]
+            if how is None or value.shape[how[0]] == 1:
+                some[path] = value
+            else:
+                some[path] = self._cut(branch, value, on_device, how, x.shape[dim])
+            return some[path]
+
+        bound.arguments.update(unfold(bound.arguments, cut)[0])
+        out = type(self.module).forward(self.module, *bound.args, **bound.kwargs)
+        added = self._sum_in(out) - some[self.layer.x]
+        if computed is not rows:
+            place = (computed == rows).nonzero().flatten().to(x.device, non_blocking=True)
+            added = take(added, place, dim)
+            on_device = rows.to(x.device, non_blocking=True)
+        return out, add_rows(x, added, on_device, self._gain(branch), dim)
+
+    def _sum_in(self, out: Any) -> Tensor:
+        found: Tensor = out if self.layer.place == "" else out[int(self.layer.place)]
+        return found
+
+    def _returned(self, total: Tensor, out: Any) -> Any:
+        """What the block returns, with ``total`` in the place of the sum."""
+        if self.layer.place == "":
+            return total
+        place = int(self.layer.place)
+        return type(out)([*out[:place], total, *out[place + 1 :]])
