@@ -60,7 +60,7 @@ class LayerSite(Site):
         if rows is False and not whole:
             dtype = branch.dtypes.get(x.dtype, x.dtype)
             return self._returned(self._dropped(branch, x, (), dtype), self.layer.returns)
-        if rows is True or whole:
+        if whole or isinstance(rows, bool):
             out = type(module).forward(module, *args, **kwargs)
             total = self._blended(branch, x, self._sum_in(out), rows, scaled)
         else:
