@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import torchdrop
-from torchdrop.app import cli, compare
+from torchdrop.app import cli, compare, data
 from torchdrop.app.compare import Settings
 from torchdrop.app.errors import UserError
 from torchdrop.app.methods import METHODS
@@ -458,6 +459,24 @@ def test_version_and_help(capsys):
     assert "--resume" in capsys.readouterr().out
     assert cli.main(["comparison"]) == 2
     assert "No such command" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_that_are(capsys):
+    assert cli.main(["compare", "--help"]) == 0
+    words = re.sub(r"[^\w.:;,'()+/-]+", " ", capsys.readouterr().out)
+    recipe = compare.default_recipe()
+    assert f"Passes over the training images. default: ({recipe.epochs}, or" in words
+    assert f"default: ({recipe.learning_rate(0)}, or" in words
+    assert f"Images a step, over all devices. default: ({recipe.batch_size}, or" in words
+    assert f"default: ({recipe.augment}, or" in words
+    assert f"default: ({compare.DEFAULT_TRAIN_SIZES['digits']} of digits" in words
+    assert f"default: ({data.DEFAULT_TEST_SIZE} of digits and mnist5k" in words
+    assert f"as they are; {data.FOLDER_IMAGE_SIZE} of a folder" in words
+    assert f"default: ({compare.DEFAULT_MODEL})" in words
+    phases = [
+        (start / recipe.epochs, rate / recipe.learning_rate(0)) for start, rate in recipe.phases
+    ]
+    assert phases == [(0, 1), (1 / 2, pytest.approx(0.1)), (3 / 4, pytest.approx(0.01))]
 
 
 def test_a_missing_extra_names_its_pip_command(monkeypatch, capsys):

@@ -60,6 +60,36 @@ def test_table_without_seeds_to_spread_has_no_spread(content):
     assert "±" not in _text(content, 100).split("\n", 1)[1]
 
 
+def test_one_seed_has_no_spread_to_speak_of(content, tmp_path):
+    content["config"]["seeds"] = 1
+    assert "resnet-<20> on digits, one seed" in _text(content, WIDTH)
+    write_report(content, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "One seed, so there is no spread." in page
+    assert "1 seeds" not in page
+
+
+HOSTILE = "[red]<script>alert(1)</script>{{ 7 * 7 }}\"'&\n$\\\\frac$ \u202e[/nothing]\\[bold"
+
+
+def test_hostile_names_are_text_and_nothing_else(content, tmp_path):
+    """Of the model, the data and a method: rich's markup, HTML, jinja's, matplotlib's."""
+    content["config"].update(model=HOSTILE, data=HOSTILE)
+    entry = content["methods"].pop("cutout")
+    content["methods"][HOSTILE] = {**entry, "summary": HOSTILE}
+    shown = _text(content, 400)
+    for part in ("[red]<script>alert(1)</script>{{ 7 * 7 }}", "[/nothing]\\[bold"):
+        assert shown.count(part) == 3
+    write_report(content, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    parser = _Outside()
+    parser.feed(page)
+    assert parser.loads == parser.open == []
+    assert parser.tags.isdisjoint({"script", "red", "iframe", "object", "embed"})
+    assert "49" not in re.findall(r"<h1>.*?</h1>", page, re.DOTALL)[0]
+    assert page.count("&lt;script&gt;") >= 6
+
+
 def test_results_of_an_older_version_have_no_shift(content):
     for method in content["methods"].values():
         del method["variance_shift"]
@@ -71,12 +101,13 @@ class _Outside(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.loads, self.open = [], []
+        self.loads, self.open, self.tags = [], [], set()
 
     def handle_starttag(self, tag, attrs):
         for key, value in attrs:
             if key in {"src", "href", "xlink:href", "data", "srcset"} and value[0] != "#":
                 self.loads.append(value)
+        self.tags.add(tag)
         if tag not in {"meta", "br", "img", "link"}:
             self.open.append(tag)
 

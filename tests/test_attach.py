@@ -189,6 +189,7 @@ BAD_RATES: list[tuple[Any, type[Exception], str]] = [
     ([0.1, 0.2], ValueError, "expected 3, but got 2"),
     ([0.1, 0.2, 3.0], ValueError, r"p\[2\]"),
     ([0.1, None, 0.3], TypeError, r"p\[1\]"),
+    ({}, ValueError, "names no block, so that nothing would be dropped; .*'2': 0.2.*p=0.0"),
     ({"layer9": 0.1}, ValueError, "'layer9'.*no block.*its blocks are '0', '1'"),
     ({"1x": 0.1}, ValueError, "did you mean '1'"),
     ({"1": float("nan")}, ValueError, r"p\['1'\]"),
@@ -237,6 +238,19 @@ def test_bad_options_change_nothing(
         torchdrop.add_stochastic_depth(model, 0.2, **options)
     assert fingerprint(model) == before
     assert instance_names(model) == names
+
+
+def test_one_forward_is_counted_as_one() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).relu()  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"Saw 1 forward with 0 additions\."):
+        torchdrop.add_stochastic_depth(Plain(), 0.2)
 
 
 def test_what_is_no_module_and_what_is_attached_already() -> None:
@@ -288,8 +302,22 @@ def test_a_block_that_cannot_be_read_is_named_with_its_line() -> None:
 def test_example_inputs_that_fail_leave_the_model_as_it_was() -> None:
     model = models.resnet18()
     before, names = fingerprint(model), instance_names(model)
-    with pytest.raises(RuntimeError):
-        torchdrop.add_stochastic_depth(model, 0.2, example_inputs=torch.randn(2, 5, 32, 32))
+    for given, message in (
+        (torch.randn(2, 5, 32, 32), r"a tensor of shape \(2, 5, 32, 32\): RuntimeError"),
+        (
+            torch.randn(3, 32, 32),
+            r"a tensor of shape \(3, 32, 32\): .*the batch dimension included",
+        ),
+        ({"image": torch.randn(2, 3, 32, 32)}, r"image=a tensor of shape .*: TypeError"),
+        (
+            (torch.randn(2, 3, 32, 32), 1),
+            r"\(a tensor of shape \(2, 3, 32, 32\), a int\): TypeError",
+        ),
+        ("cat.png", r"a str: .*example_inputs is what the model is called with"),
+    ):
+        for call in (torchdrop.add_stochastic_depth, torchdrop.find_residuals):
+            with pytest.raises(ValueError, match=rf"(?s)called with example_inputs, {message}"):
+                call(model, example_inputs=given)
     assert fingerprint(model) == before
     assert instance_names(model) == names
 

@@ -92,8 +92,10 @@ def one(out: Path, moment: float, whole: dict) -> dict:
     try:
         time.sleep(moment)
         begun = (out / ".lock").exists() and process.poll() is None
-        # A process that has only made the lock's file may not hold it yet.
-        guarded = not begun or refused(out) or content_of(out) is None
+        content = content_of(out)
+        # One that has only made the lock's file may not hold it yet; one that is done let it go.
+        working = begun and content is not None and content["status"] == "partial"
+        guarded = not working or refused(out) or process.poll() is not None
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -266,8 +266,8 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool) -> str:
     text = (
         f"no residual branches found in this {name}. Looked for additions skip + branch, whose "
         f"branch has parameters and an activation, and whose skip is the identity or a "
-        f"linear projection, in blocks that repeat. Saw {found.seen} forwards with "
-        f"{found.additions} additions"
+        f"linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
+        f"with {_count(found.additions, 'addition')}"
     )
     if found.residuals:
         listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
@@ -284,6 +284,10 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool) -> str:
             "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"
         )
     return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _refuse_unreadable(model: nn.Module, found: Survey) -> None:

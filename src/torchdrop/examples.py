@@ -130,6 +130,17 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     return found
 
 
+def _described(example_inputs: Any) -> str:
+    """The shapes of an example, for an error message."""
+    if isinstance(example_inputs, Mapping):
+        return ", ".join(f"{k}={_described(v)}" for k, v in example_inputs.items()) or "none"
+    if isinstance(example_inputs, tuple | list):
+        return f"({', '.join(map(_described, example_inputs))})"
+    if isinstance(example_inputs, Tensor):
+        return f"a tensor of shape {tuple(example_inputs.shape)}"
+    return f"a {type(example_inputs).__name__}"
+
+
 def _rows(value: Tensor, dim: int) -> int | None:
     return value.shape[dim] if value.dim() > dim else None
 
@@ -143,7 +154,15 @@ class Example:
 
     def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
         self._batch_dim = batch_dim or 0
-        self.first = record(model, example_inputs)
+        try:
+            self.first = record(model, example_inputs)
+        except Exception as error:  # whatever the user's model raises
+            raise ValueError(
+                f"this {type(model).__name__} cannot be called with example_inputs, "
+                f"{_described(example_inputs)}: {type(error).__name__}: {error}. example_inputs is "
+                f"what the model is called with, the batch dimension included: a tensor, a tuple "
+                f"of arguments, or a dict of keyword arguments"
+            ) from error
         self._model = model
         self._inputs = example_inputs
 

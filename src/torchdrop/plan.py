@@ -35,6 +35,11 @@ def resolve_rates(
             )
         return [b.inherited for b in branches]
     if isinstance(p, Mapping):
+        if not p:
+            raise ValueError(
+                f"p={{}} names no block, so that nothing would be dropped; map names to rates, as "
+                f"in {{{names[-1]!r}: 0.2}}, or give p=0.0 to begin with nothing dropped"
+            )
         known = set(names) | {b.name for b in branches}
         unknown = [name for name in p if name not in known]
         if unknown:

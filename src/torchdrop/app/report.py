@@ -30,7 +30,8 @@ svg { max-width: 100%; height: auto }
 pre { overflow-x: auto; background: #f4f4f4; padding: 1rem }
 </style>
 <h1>{{ config.model }} on {{ config.data }}</h1>
-<p>Mean ± standard deviation over {{ config.seeds }} seeds.
+<p>{% if config.seeds > 1 %}Mean ± standard deviation over {{ config.seeds }} seeds.
+{%- else %}One seed, so there is no spread.{% endif %}
 {% if status != "complete" %}<strong>Not complete: runs are missing.</strong>{% endif %}</p>
 <table>
 <tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
@@ -88,7 +89,8 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
         ]
         drawn = [(epoch, values) for epoch, values in zip(epochs, at_epoch, strict=False) if values]
         x = [epoch for epoch, _ in drawn]
-        (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=name)
+        label = name.replace("$", r"\$")  # no formula
+        (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=label)
         low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
         axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xlabel("epoch")

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["COLUMNS", "WIDTH", "cells", "table"]
 
@@ -64,15 +65,17 @@ def table(content: dict[str, Any]) -> Table:
     """The table, narrow enough for WIDTH."""
     seeds = content["config"]["seeds"]
     config = content["config"]
+    over = f"mean ± std over {seeds} seeds" if seeds > 1 else "one seed"
     result = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1),
         collapse_padding=True,
         pad_edge=False,
-        title=f"{config['model']} on {config['data']}, mean ± std over {seeds} seeds",
+        # Text here and in the rows, since a name may hold what looks like markup.
+        title=Text(f"{config['model']} on {config['data']}, {over}", style="table.title"),
     )
     for index, name in enumerate(COLUMNS):
         result.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in cells(content):
-        result.add_row(*row)
+        result.add_row(*map(Text, row))
     return result

@@ -235,7 +235,7 @@ class Observer(lightning.Callback):
         self._saved_at = time.monotonic()
         if self.run.show and trainer.is_global_zero:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.percentage:>3.0f} %  left"),
                 TimeRemainingColumn(compact=True),
