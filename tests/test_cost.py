@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import doctest
+import gc
+import weakref
 
 import pytest
 import torch
@@ -104,3 +106,19 @@ def test_saved_bytes_without_gradients_are_none():
 
 def test_examples_in_the_docstrings():
     assert doctest.testmod(cost).failed == 0
+
+
+def test_what_was_counted_is_let_go_at_once():
+    x = torch.randn(10, requires_grad=True)
+    gc.disable()
+    try:
+        with cost.SavedBytes() as counted:
+            y = x.exp()
+            held = weakref.ref(y.untyped_storage())
+            del y
+            assert held() is not None
+            assert counted.total == 40
+        assert held() is None
+    finally:
+        gc.enable()
+    assert counted.total == 40

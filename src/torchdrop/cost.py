@@ -115,6 +115,7 @@ class SavedBytes:
     def __init__(self) -> None:
         # The storages themselves are held, so that an address cannot be reused while counting.
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._counted = 0
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -122,7 +123,8 @@ class SavedBytes:
         if not isinstance(owner, nn.Parameter):
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage
-        return tensor
+        # Detached, or an operation that saves its own output would refer to itself.
+        return tensor.detach()
 
     @staticmethod
     def _unpack(tensor: Tensor) -> Tensor:
@@ -134,11 +136,14 @@ class SavedBytes:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        # Let go now: the hooks refer to this object, so it is freed by the garbage collector only,
+        # and the activations of a few steps would pile up before.
+        self._counted, self._storages = self.total, {}
 
     @property
     def total(self) -> int:
         """The bytes counted so far."""
-        return sum(storage.nbytes() for storage in self._storages.values())
+        return self._counted + sum(storage.nbytes() for storage in self._storages.values())
 
 
 def saved_bytes(fn: Callable[..., object], *args: Any, **kwargs: Any) -> int:
