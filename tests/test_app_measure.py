@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchdrop.app import measure
+from torchdrop.app import measure, timing
 from torchdrop.app.data import Batches, open_source
 from torchdrop.app.measure import Cost, Subject, count_step, largest_shift, time_steps
 from torchdrop.app.methods import METHODS, Applied
@@ -89,7 +89,7 @@ def test_methods_are_timed_in_turns_and_by_the_median(monkeypatch):
             turns.append(self.name)
             now[0] += 0.1 if self.taken % 20 == 0 else self.seconds
 
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     times = time_steps({"one": Fake("one", 0.001), "two": Fake("two", 0.003)}, rounds=9, seed=0)
     assert times == pytest.approx({"one": 1.0, "two": 3.0})
     firsts = turns[:: 2 * measure.STEPS_A_ROUND]

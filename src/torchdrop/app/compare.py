@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from .methods import METHODS, Applied, rates
 from .models import Model, open_model
 from .recipe import AUGMENTATIONS, PRESETS, Recipe, default_recipe, preset
 from .results import Results, check_resumable, locked
+from .timing import threads
 from .training import Run, check_devices, evaluate, mean_observed, train
 
 __all__ = ["DEFAULT_METHODS", "Settings", "compare"]
@@ -256,23 +256,13 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
     check_devices(settings.devices, settings.accelerator, settings.precision)
     if settings.resume:
         check_resumable(settings.out)  # before the folder is made
-    with _threads(plan.threads), locked(settings.out):
+    with threads(plan.threads), locked(settings.out):
         results = Results(settings.out, _config(settings, plan), settings.resume)
         if not settings.resume:
             # Without results nobody knows what such checkpoints are of.
             shutil.rmtree(settings.out / "runs", ignore_errors=True)
         _Comparison(settings, plan, results, say).run()
         return results.content
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Comparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import fmean, median
@@ -18,6 +18,7 @@ from torchdrop.diagnostics import variance_shift
 from .data import Batches
 from .methods import Applied
 from .recipe import Recipe
+from .timing import in_turn
 from .training import loss_of, make_optimizer
 
 __all__ = ["Cost", "Subject", "count_step", "largest_shift", "time_steps"]
@@ -100,21 +101,20 @@ def time_steps(subjects: dict[str, Subject], rounds: int, seed: int) -> dict[str
     figure is the median over rounds of the mean step.
     """
     torch.manual_seed(seed)
-    names = list(subjects)
-    batches = {name: subject.steps(STEPS_A_ROUND) for name, subject in subjects.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(WARM_UP + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            subject = subjects[name]
-            _wait(subject.device)
-            start = time.perf_counter()
-            for images, labels in batches[name]:
+
+    def some_steps(subject: Subject) -> Callable[[], None]:
+        batches = subject.steps(STEPS_A_ROUND)
+
+        def run() -> None:
+            for images, labels in batches:
                 subject.step(images, labels)
-            _wait(subject.device)
-            if turn >= WARM_UP:
-                times[name].append((time.perf_counter() - start) / STEPS_A_ROUND * 1e3)
-    return {name: median(values) for name, values in times.items()}
+
+        return run
+
+    runs = {name: some_steps(subject) for name, subject in subjects.items()}
+    device = next(iter(subjects.values())).device
+    taken = list(islice(in_turn(runs, device), WARM_UP + rounds))[WARM_UP:]
+    return {name: median(times[name] for times in taken) / STEPS_A_ROUND for name in subjects}
 
 
 class _AsTrained(nn.Module):
@@ -150,8 +150,3 @@ def largest_shift(subject: Subject) -> float | None:
         return None
     known = [layer for layer in found.batch_norms if not math.isnan(layer.ratio)]
     return max(known, key=lambda layer: layer.shift).ratio if known else None
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

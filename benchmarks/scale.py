@@ -1,0 +1,178 @@
+"""How the cost of torchdrop grows: with depth, with the batch, and for blocks that do nothing.
+
+    python benchmarks/scale.py --out runs/scale.json
+    python benchmarks/scale.py --only overhead --threads 1 --clock processor
+
+overhead   Microseconds a block and step, on stacks of 9 to 600 blocks that cost next to nothing
+           (``x + w * x`` with one parameter): what Python, the draws, the rows and their backward
+           take. In a round three take a step: the dense stack, a stack of none of the blocks, and
+           torchdrop on the stack. The overhead is the time of torchdrop, less that of the empty
+           stack, less the kept share of what the blocks cost dense.
+depth      Steps of CIFAR ResNet-20, -56, -110, -302 and -1202 over dense, beside their FLOPs.
+batch      Steps of CIFAR ResNet-20 over dense, at batches of 1 to 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from steps import CPU, WARM_UP, conditions, steps_of
+from torch import Tensor, nn
+
+import torchdrop
+from torchdrop.app.models import CifarResNet
+from torchdrop.app.results import write_whole
+from torchdrop.app.timing import in_turn
+from torchdrop.cost import flops
+
+BLOCKS = (9, 27, 54, 150, 600)
+DEPTHS = (20, 56, 110, 302, 1202)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MODES = {"row": {"p": 0.5, "schedule": "uniform"}, "batch": {"p": 0.5, "schedule": "linear"}}
+
+
+class Scale(nn.Module):
+    """A branch that costs next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).relu()
+
+
+class Nothing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def stack(blocks: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), *(Nothing() for _ in range(blocks)), nn.Linear(8, 10))
+
+
+def timed(runs: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of alternating steps after a warm-up: the median; in batch mode the mean."""
+    clock = time.process_time if options.clock == "processor" else time.perf_counter
+    taken = list(islice(in_turn(runs, CPU, clock), options.steps + WARM_UP))[WARM_UP:]
+    found = {}
+    for name in runs:
+        over = fmean if name == "batch" else median
+        found[name] = over(one[name] for one in taken)
+    return found
+
+
+def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
+    x, y = torch.randn(32, 8), torch.randint(10, (32,))
+    found = []
+    for blocks in BLOCKS:
+        runs = {"dense": steps_of(stack(blocks), x, y), "empty": steps_of(stack(0), x, y)}
+        kept = {}
+        for mode, rates in MODES.items():
+            model = stack(blocks).train()
+            plan = torchdrop.add_stochastic_depth(model, mode=mode, **rates)
+            runs[mode] = steps_of(model, x, y)
+            # In row mode every branch runs, on fewer rows: what costs nothing still runs.
+            p = fmean(branch.p for block in plan.blocks for branch in block.branches)
+            kept[mode] = 1.0 if mode == "row" else 1.0 - p
+        ms = timed(runs, options)
+        per_block = {
+            mode: 1e3 * (ms[mode] - ms["empty"] - share * (ms["dense"] - ms["empty"])) / blocks
+            for mode, share in kept.items()
+        }
+        found.append({"blocks": blocks, "ms": ms, "microseconds": per_block})
+        cells = "  ".join(f"{mode} {value:7.1f} us" for mode, value in per_block.items())
+        print(f"overhead  {blocks:5} blocks  {cells}", flush=True)
+    return found
+
+
+def over_dense(depth: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Steps of a CIFAR ResNet, 32 x 32, over dense; and the FLOPs of those very steps."""
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    runs, share = {}, {}
+    for mode, rates in {"dense": None, **MODES}.items():
+        models = []
+        for device in ("cpu", "meta"):  # where nothing is computed, and counting costs little
+            model = CifarResNet(depth).train()
+            if rates is not None:
+                torchdrop.add_stochastic_depth(model, mode=mode, **rates)
+            models.append(model.to(device))
+        runs[mode] = steps_of(models[0], x, y)
+        step = steps_of(models[1], x.to("meta"), y.to("meta"), WARM_UP)
+        share[mode] = fmean(flops(step) for _ in range(options.steps if mode == "batch" else 2))
+    ms = timed(runs, options)
+    # A mean over a mean, as what batch mode leaves out varies.
+    return {
+        "depth": depth,
+        "batch": batch,
+        "ms": ms,
+        "time_over_dense": {mode: ms[mode] / ms["dense"] for mode in MODES},
+        "flops_over_dense": {mode: share[mode] / share["dense"] for mode in MODES},
+    }
+
+
+def grow(name: str, cases: list[tuple[int, int]], options: argparse.Namespace) -> list[Any]:
+    found = []
+    for case in cases:
+        entry = over_dense(*case, options)
+        found.append(entry)
+        cells = "  ".join(
+            f"{mode} {entry['time_over_dense'][mode]:.3f} (F {entry['flops_over_dense'][mode]:.3f})"
+            for mode in MODES
+        )
+        print(f"{name:9} resnet-{case[0]:<5} batch {case[1]:<4} {cells}", flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[Any]]] = {
+    "overhead": overhead,
+    "depth": lambda options: grow("depth", [(depth, 16) for depth in DEPTHS], options),
+    "batch": lambda options: grow("batch", [(20, batch) for batch in BATCHES], options),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--steps", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
+    parser.add_argument("--out", type=Path, default=Path("runs/scale.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    content: dict[str, Any] = {"schema": 1}
+    if options.out.exists():
+        content = json.loads(options.out.read_text())
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.only:
+        about = {
+            "command": " ".join(["python", *sys.argv]),
+            **conditions(options),
+            "steps": options.steps,
+            "load before": os.getloadavg(),
+        }
+        found = PARTS[name](options)
+        about["load after"] = os.getloadavg()
+        content[name] = {"conditions": about, "cases": found}
+        write_whole(options.out, json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()
