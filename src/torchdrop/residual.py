@@ -237,7 +237,7 @@ def _callee(node: fx.Node) -> str:
 def _depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     """Whether ``node`` is computed from an activation: not a parameter, not a mere shape."""
     if node not in memo:
-        if node.op in ("placeholder", "call_module"):
+        if node.op == "placeholder":
             memo[node] = True
         elif node.op == "get_attr" or is_shape_node(node):
             memo[node] = False
@@ -274,8 +274,8 @@ class _Children:
         return self._linear[module]
 
     def _is_linear(self, module: nn.Module) -> bool:
-        if is_mask(module):
-            return True
+        if is_mask(module) or type(module).__module__.startswith("torch.ao.quantization"):
+            return True  # an observer, or what rounds as quantised numbers would be
         if type(module).__name__.endswith("Norm") and next(module.children(), None) is None:
             return True  # norms that models write themselves
         if _has_forward_of(module, (nn.Sequential,)):
@@ -287,8 +287,10 @@ class _Children:
         try:
             nodes = self.read(module).graph.nodes
         except UntraceableError:
-            # a convolution that pads by the size of its input, say: its class has to be believed
-            return isinstance(module, _LINEAR_MODULES) and all(map(self.linear, module.children()))
+            # a convolution that pads by the size of its input, say: its class has to be believed,
+            # but for fused ones (ConvBnReLU2d), which subclass the convolution
+            believed = isinstance(module, _LINEAR_MODULES) and "ReLU" not in type(module).__name__
+            return believed and all(map(self.linear, module.children()))
         return self.linear_nodes(nodes, module)
 
     def linear_nodes(self, nodes: Iterable[fx.Node], owner: nn.Module) -> bool:
@@ -785,8 +787,13 @@ def _candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             continue
         if type(module).forward in {p.forward for p in _CONTAINERS}:
             continue
-        # torch's own layers with children (attention, RNNs) are leaves; its encoder layers not.
-        if isinstance(module, nn.MultiheadAttention):
+        # Torch's own layers are leaves, with children (attention) or without, also where someone
+        # gave them one (an observer); its encoder and decoder layers are not.
+        origin = type(module).__module__
+        of_torch = origin.startswith(("torch.nn.modules.", "torch.ao.nn."))
+        if isinstance(module, nn.MultiheadAttention) or (
+            of_torch and not origin.endswith(".transformer")
+        ):
             continue
         yield name, module
 

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,9 +126,9 @@ def unfold(
         if type(value) in (tuple, list):
             constants[path] = (type(value).__name__, len(value))
             return type(value)([go(f"{path}.{i}", item) for i, item in enumerate(value)])
-        if type(value) is dict:
-            constants[path] = ("dict", tuple(value))
-            return {key: go(f"{path}.{key}", item) for key, item in value.items()}
+        if type(value) in (dict, OrderedDict):
+            constants[path] = (type(value).__name__, tuple(value))
+            return type(value)((key, go(f"{path}.{key}", item)) for key, item in value.items())
         value = None if is_cache(value) else value
         constants[path] = value
         return value
