@@ -39,7 +39,7 @@ def meets_ranks(modules: Sequence[nn.Module], name: str, *, alike: bool) -> str 
     for top in modules:
         for module in top.modules():
             kind = type(module).__name__
-            if isinstance(module, nn.SyncBatchNorm) and several:
+            if (isinstance(module, nn.SyncBatchNorm) or kind == "SyncBatchNorm") and several:
                 found = found or kind
             elif is_sharded(module):
                 found = found or "fully_shard"

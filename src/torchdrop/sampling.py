@@ -234,7 +234,7 @@ class SharedNumbers:
 
     Number n since ``torch.manual_seed`` is a function of n and of the seed of rank 0. How far its
     own seed is from that one a rank is told once, with the first number of all (one broadcast); so
-    later seeds are followed without talking, as long as all ranks set theirs by the same rule.
+    later seeds are followed without talking, as long as they are as far apart as the first ones.
 
     Every number also draws a token from the global generator, and is filed under it. A token that
     comes again says that the generator was put back, and the number is the one of that time: for
@@ -295,6 +295,9 @@ class SharedNumbers:
             theirs = [mine]
             dist.broadcast_object_list(theirs, src=0)
             self._apart = mine - theirs[0]
+            if self._group is not None:  # other ranks than before, who know nothing of those
+                self._streams.clear()
+                self._filed.clear()
             self._group = weakref.ref(group)
         return self._apart
 

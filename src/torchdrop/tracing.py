@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -519,7 +520,8 @@ def trace_block(
         UntraceableError: The forward cannot be read; the message says where and why.
     """
     reader = _Reader(arguments, training, batch_dim, look_through)
-    with _LOCK:
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of functions that wonder about proxies
         try:
             with _nothing_drawn(), _nothing_set(reader), _RecordFactories(reader):
                 graph = reader.trace(module)

@@ -1,0 +1,509 @@
+"""One rank of the process groups that tests/test_distributed.py and benchmarks/soak/ranks.py start.
+
+``python ranks_worker.py RANK WORLD STORE REPORT CASES``: runs each case of the file CASES, a name
+in CHECKS with its arguments, and writes what it saw. Two ranks that wait for each other in vain end
+with an error after TIMEOUT.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import torchdrop
+
+TIMEOUT = timedelta(seconds=60)
+WIDTH = 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).tanh())
+
+
+class Net(nn.Module):
+    """Blocks between two layers, so that gradients go on where every branch is dropped."""
+
+    def __init__(self, depth: int = 4, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def masked(net: Net, x: Tensor, kept: list[list[int]], rates: list[float]) -> Tensor:
+    """The dense network with the same rows kept, by multiplication."""
+    x = net.stem(x)
+    for block, rows, p in zip(net.blocks, kept, rates, strict=True):
+        weight = torch.zeros(len(x), 1, dtype=x.dtype)
+        weight[rows] = 1 / (1 - p) if p < 1 else 0.0
+        x = x + weight * block.branch(x)
+    return net.head(x)
+
+
+def loss(out: Tensor) -> Tensor:
+    return out.square().mean() if len(out) else out.sum()
+
+
+def everyone(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def shard(net: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        fully_shard(block)
+    return fully_shard(net)
+
+
+def collectives() -> int:
+    return dist.group.WORLD._get_sequence_number_for_group()
+
+
+def train(
+    wrapper: str,
+    mode: str,
+    p: float,
+    batch: int | list[int],
+    steps: int,
+    *,
+    sync_ranks: bool | None = None,
+    seeds: str = "apart",
+    reentrant: bool | None = None,
+    static_graph: bool = False,
+    accumulate: int = 1,
+    zero: bool = False,
+    attach: bool = True,
+) -> dict[str, Any]:
+    """Training steps; each gradient against that of one process with the same rows kept."""
+    torch.manual_seed(0)
+    net = Net(reentrant=reentrant).double()
+    plain = copy.deepcopy(net)
+    plan = None
+    if attach:
+        plan = torchdrop.add_stochastic_depth(
+            net, p, schedule="uniform", mode=mode, sync_ranks=sync_ranks
+        )
+    model: Any
+    if wrapper == "ddp":
+        model = DistributedDataParallel(net, static_graph=static_graph)
+    else:
+        model = shard(net)
+    optimizer: Any
+    if zero:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    torch.manual_seed(1 if seeds == "alike" else 1 + dist.get_rank())
+    worst, decisions, missing, dropped = 0.0, [], 0, []
+    sizes = [batch] if isinstance(batch, int) else batch
+    generator = torch.Generator().manual_seed(1000 * dist.get_rank())
+    before = collectives()
+    for step in range(steps):
+        optimizer.zero_grad()
+        seen = []
+        for micro in range(accumulate):
+            # sizes go round, and differ between ranks where several are given
+            size = sizes[(step + dist.get_rank()) % len(sizes)]
+            x = torch.randn(size, WIDTH, dtype=torch.float64, generator=generator)
+            last = micro == accumulate - 1
+            waits: Any = nullcontext()
+            if wrapper == "ddp" and not last:
+                waits = model.no_sync()
+            elif wrapper == "fsdp":
+                model.set_requires_gradient_sync(last)
+            with waits:
+                (loss(model(x)) / accumulate).backward()
+            kept = plan.last_kept() if plan else {}
+            rows = [kept[f"blocks.{i}"].tolist() for i in range(len(net.blocks))] if plan else []
+            seen.append((x, rows))
+            decisions.append([[len(r), hash(tuple(r)) % 997] for r in rows])
+            dropped += [len(x) - len(r) for r in rows]
+        used = collectives()
+        gradients = [None if q.grad is None else whole(q.grad) for q in model.parameters()]
+        missing += sum(g is None for g in gradients)
+        if plan:
+            with torch.no_grad():
+                for mine, theirs in zip(plain.parameters(), net.parameters(), strict=True):
+                    mine.copy_(whole(theirs))
+            plain.zero_grad()
+            ranks = everyone(seen)
+            for micro in range(accumulate):
+                parts = [rank[micro] for rank in ranks]
+                offsets = [sum(len(x) for x, _ in parts[:r]) for r in range(len(parts))]
+                rows = [
+                    [o + i for o, (_, rows) in zip(offsets, parts, strict=True) for i in rows[b]]
+                    for b in range(len(net.blocks))
+                ]
+                out = masked(plain, torch.cat([x for x, _ in parts]), rows, [p] * len(net.blocks))
+                outs = out.split([len(x) for x, _ in parts])
+                (sum(loss(o) for o in outs) / len(outs) / accumulate).backward()
+            for mine, theirs in zip(gradients, plain.parameters(), strict=True):
+                if mine is not None:
+                    worst = max(worst, float((mine - theirs.grad).abs().max()))
+        before += collectives() - used
+        optimizer.step()
+    counted = collectives() - before
+    weights = torch.cat([whole(q).detach().flatten() for q in model.parameters()])
+    return {
+        "identical": all(torch.equal(w, weights) for w in everyone(weights)),
+        "finite": bool(weights.isfinite().all()),
+        "gradient_error": worst,
+        "missing": missing,
+        "decisions": decisions,
+        "dropped": sum(dropped) / max(len(dropped), 1),
+        "collectives": counted,
+    }
+
+
+def uneven() -> dict[str, Any]:
+    """Rank 0 has two batches more, under Join; then a new seed, and all decide alike again."""
+    torch.manual_seed(0)
+    net = Net()
+    plan = torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", mode="batch")
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    report: dict[str, Any] = {"epochs": []}
+    for epoch in range(2):
+        torch.manual_seed(epoch)
+        decisions = []
+        with Join([model]):
+            for _ in range(6 if dist.get_rank() == 0 else 4):
+                optimizer.zero_grad()
+                loss(model(torch.randn(3, WIDTH))).backward()
+                optimizer.step()
+                decisions.append([len(rows) for rows in plan.last_kept().values()])
+        report["epochs"].append(decisions)
+    weights = torch.cat([q.detach().flatten() for q in model.parameters()])
+    report["identical"] = all(torch.equal(w, weights) for w in everyone(weights))
+    return report
+
+
+def reseeded() -> dict[str, Any]:
+    """Two runs from the same seed, in the middle of a process, and one from another."""
+    torch.manual_seed(0)
+    runs: dict[str, Any] = {}
+    for mode in ("row", "batch"):
+        net = Net()
+        plan = torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", mode=mode)
+        model = DistributedDataParallel(net)
+        runs[mode] = []
+        for seed in (3, 4, 3):
+            torch.manual_seed(seed)
+            run = []
+            for _ in range(10):
+                model(torch.randn(6, WIDTH))
+                run.append([rows.tolist() for rows in plan.last_kept().values()])
+            runs[mode].append(run)
+    return runs
+
+
+def waiting_forwards() -> dict[str, Any]:
+    """Several checkpointed forwards before one backward, with a seed set before each step."""
+    torch.manual_seed(0)
+    worst = 0.0
+    for reentrant in (True, False):
+        for reseed in (True, False):
+            net, plain = Net(reentrant=reentrant).double(), Net().double()
+            plain.load_state_dict(net.state_dict())
+            plan = torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", mode="batch")
+            # DDP with reentrant checkpoints takes one backward a forward
+            for _ in range(6):
+                if reseed:
+                    torch.manual_seed(7)
+                net.zero_grad(), plain.zero_grad()
+                views = [
+                    torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(3)
+                ]
+                outs, kept = [], []
+                for x in views:
+                    outs.append(net(x))
+                    kept.append([rows.tolist() for rows in plan.last_kept().values()])
+                sum(loss(out) for out in outs).backward()
+                twins = [
+                    masked(plain, x, rows, [0.5] * 4) for x, rows in zip(views, kept, strict=True)
+                ]
+                sum(loss(out) for out in twins).backward()
+                for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+                    worst = max(worst, float((mine.grad - theirs.grad).abs().max()))
+    return {"gradient_error": worst}
+
+
+class Sum(torch.autograd.Function):
+    """The sum over all ranks, of values and of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class SyncBatchNorm(nn.Module):
+    """For the CPU, where torch's own refuses to run: one all_reduce each way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])])
+        total = Sum.apply(total)
+        mean, square = (total[:-1] / total[-1]).split(x.shape[1])
+        return (x - mean) / (square - mean.square() + 1e-5).sqrt() * self.weight + self.bias
+
+
+class Normed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = SyncBatchNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.norm(self.a(x)).tanh())
+
+
+def waits_inside(what: str, mode: str, layer: bool = False) -> dict[str, Any]:
+    """fully_shard or SyncBatchNorm inside a branch: all ranks run it, whatever they decide."""
+    torch.manual_seed(0)
+    blocks = [Normed() if what == "norm" else Block() for _ in range(4)]
+    options: dict[str, Any] = {"mode": mode}
+    if mode == "batch":
+        options["sync_ranks"] = False  # so that ranks would part, if they were let
+    net: Any = nn.Sequential(*blocks)
+    plan = None
+    if layer:
+        net = nn.Sequential(*(torchdrop.StochasticDepth(block, 0.8, **options) for block in blocks))
+    else:
+        plan = torchdrop.add_stochastic_depth(net, 0.8, schedule="uniform", **options)
+    model = net
+    if what == "norm":
+        model = DistributedDataParallel(net)
+    else:
+        for block in blocks:
+            fully_shard(block.a)
+        fully_shard(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    torch.manual_seed(dist.get_rank())
+    decisions = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss(model(torch.randn(2, WIDTH))).backward()
+        optimizer.step()
+        if plan:
+            decisions.append([len(rows) for rows in plan.last_kept().values()])
+    weights = torch.cat([whole(q).detach().flatten() for q in net.parameters()])
+    return {
+        "identical": all(torch.equal(w, weights) for w in everyone(weights)),
+        "decisions": decisions,
+        "actions": [[r.action, r.reason] for r in plan.blocks] if plan else [],
+    }
+
+
+def layers_alike() -> dict[str, Any]:
+    """StochasticDepth and PathDrop: alike in batch mode, apart in row mode or by order."""
+    report = {}
+    ran: list[Tensor] = []
+    for name, layer in {
+        "batch": torchdrop.StochasticDepth(Block(), 0.5),
+        "alone": torchdrop.StochasticDepth(Block(), 0.5, sync_ranks=False),
+        "row": torchdrop.StochasticDepth(Block(), 0.5, mode="row"),
+        "path": torchdrop.PathDrop(0.5, [Block(), Block()], "batch"),
+        "path row": torchdrop.PathDrop(0.5, [Block(), Block()], "row"),
+    }.items():
+        blocks = [layer.module] if hasattr(layer, "module") else list(layer.branches)
+        for block in blocks:
+            # which rows: they hold their own numbers
+            block.register_forward_pre_hook(lambda m, args: ran.append(args[0][:, 0].long()))
+        torch.manual_seed(0 if "row" in name else dist.get_rank())
+        runs = []
+        for _ in range(30):
+            ran.clear()
+            layer(torch.arange(6.0).view(6, 1).expand(6, WIDTH))
+            runs.append([rows.tolist() for rows in ran])
+        report[name] = runs
+    return report
+
+
+def gathered() -> dict[str, Any]:
+    """A sharded model's weights, gathered, in a plain model that never heard of all this."""
+    torch.manual_seed(0)
+    net = Net()
+    keys = list(net.state_dict())
+    torchdrop.add_stochastic_depth(net, 0.5)
+    model = shard(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss(model(torch.randn(4, WIDTH))).backward()
+        optimizer.step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() > 0:
+        model.eval()(torch.ones(2, WIDTH))
+        return {}
+    plain = Net()
+    plain.load_state_dict(state)
+    x = torch.ones(2, WIDTH)
+    return {
+        "keys": list(state) == keys,
+        "same": torch.equal(plain.eval()(x), model.eval()(x)),
+        "differ_from_start": not torch.equal(plain.stem.weight, Net().stem.weight),
+    }
+
+
+def without_zeros() -> dict[str, Any]:
+    """The twin: what DDP does where a dropped branch leaves no gradient."""
+    torch.manual_seed(0)
+    net = Net()
+    torchdrop.add_stochastic_depth(net, 1.0, schedule="uniform", zero_grad=False)
+    model = DistributedDataParallel(net)
+    try:
+        for _ in range(2):
+            loss(model(torch.randn(2, WIDTH))).backward()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """Ranks that split one block work on the same samples: alike in batch mode, else refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    report: dict[str, Any] = {}
+    for mode in ("row", "batch"):
+        torch.manual_seed(0)
+        net = Net().double()
+        plan = torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", mode=mode)
+        for block in net.blocks:
+            parallelize_module(block, mesh, {"a": ColwiseParallel(), "b": RowwiseParallel()})
+        x = torch.ones(4, WIDTH, dtype=torch.float64)
+        try:
+            for _ in range(8):
+                net.zero_grad()
+                out = net(x)
+                loss(out).backward()
+            report[mode] = {
+                "outs": everyone(out.tolist()),
+                "kept": everyone([len(rows) for rows in plan.last_kept().values()]),
+                "missing": [n for n, q in net.named_parameters() if q.grad is None],
+            }
+        except RuntimeError as error:
+            report[mode] = str(error)
+    return report
+
+
+CHECKS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        train,
+        uneven,
+        reseeded,
+        waiting_forwards,
+        waits_inside,
+        layers_alike,
+        gathered,
+        without_zeros,
+        tensor_parallel,
+    )
+}
+
+
+def main(rank: int, world: int, store: str, report: str, cases: str) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    for number, (name, (check, options)) in enumerate(json.loads(Path(cases).read_text()).items()):
+        print(name, flush=True)
+        # a group of its own for each, as in a run of its own
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}{number}",
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
+        )
+        results[name] = CHECKS[check](**options)
+        dist.barrier()
+        dist.destroy_process_group()
+    Path(report).write_text(json.dumps(results))
+
+
+def start(world: int, cases: dict[str, Any], folder: Path, timeout: float) -> list[dict[str, Any]]:
+    """The reports of ``world`` ranks that ran ``cases``, each a process of its own."""
+    spec = folder / "cases.json"
+    spec.write_text(json.dumps(cases))
+    files = [folder / f"rank{rank}.json" for rank in range(world)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(world), str(folder / "store"), file, spec],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, file in enumerate(files)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=timeout)
+            if process.returncode:
+                raise RuntimeError(errors)
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads(file.read_text()) for file in files]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
