@@ -408,7 +408,11 @@ class Site:
         """Whether every rank has to run ``branch`` each time, since others wait for it there."""
         if not dist.is_available() or not dist.is_initialized():
             return False
-        modules = [self.module.get_submodule(path) for path in branch.inner]
+        modules = [
+            module  # of a block that is dropped whole, what is inside: it may be sharded itself
+            for path in branch.inner
+            for module in ([self.module.get_submodule(path)] if path else self.module.children())
+        ]
         alike = self.settings.mode == "batch" and self.settings.sync_ranks is not False
         waits = meets_ranks(modules, branch.name, alike=alike)
         if waits is None:

@@ -29,6 +29,7 @@ class LayerSite(Site):
         self.branches = [branch]
         self.train, self.evaluate, self.places = [], [], []
         self.active = False
+        self.paused = 0
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
