@@ -19,12 +19,13 @@ from torchdrop import cost, sampling, schedules
 from torchdrop.examples import Example, run_once
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
-from torchdrop.residual import Branch, Residual, Split, Survey, adds, read_splits, survey
+from torchdrop.residual import Branch, Residual, Split, Survey, adds, is_mask, read_splits, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import (
     BY_ORDER,
     BranchState,
     Bypass,
+    LoopBypass,
     Settings,
     Site,
     attach_to,
@@ -138,7 +139,7 @@ def add_stochastic_depth(
     masks = {path for branch in branches for path in branch.masks}
     for path in masks:
         mask = model.get_submodule(path)
-        attach_to(mask, Bypass(mask))
+        attach_to(mask, Bypass(mask) if is_mask(mask) else LoopBypass(mask))
     if example_inputs is not None:
         try:
             _measure_shares(model, sites, example_inputs)
@@ -299,7 +300,9 @@ def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
         above = any(r.name.startswith(prefix) for r in taken)
         inside = any(path == c or path.startswith(f"{c}.") for c in children)
         module = model.get_submodule(path)
-        if not above and not inside and adds(module):
+        alike = sum(type(m) is type(module) for m in model.modules())
+        loops = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for m in module.children())
+        if not above and not inside and (alike > 1 or loops) and adds(module):
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
                 f"cannot be read: {reason}. Give example_inputs; or leave it out with "

@@ -97,7 +97,8 @@ class Branch:
         p: The drop probability. Before anything is attached: the rate of the masking layers that
             the branch already has, 0 without any.
         children: The paths, from the model, of the modules that the branch calls.
-        masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch.
+        masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch, and of
+            a module around it that leaves out whole layers itself (``layerdrop``).
         share: The branch's share of the FLOPs of a forward pass; None where it was not measured,
             which takes ``example_inputs``.
     """
@@ -187,6 +188,21 @@ def mask_rate(module: nn.Module) -> float | None:
             return 0.0  # timm and transformers take None for 0
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
+    return None
+
+
+def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
+    """Who holds the rate at which ``module`` leaves out whole layers in its loop, and the rate."""
+    for holder, name in ((module, "self"), (getattr(module, "config", None), "self.config")):
+        rate = getattr(holder, "layerdrop", None)
+        if not isinstance(rate, float) or not 0.0 < rate <= 1.0:
+            continue
+        try:
+            source = inspect.getsource(type(module).forward)
+        except (OSError, TypeError):
+            continue
+        if f"{name}.layerdrop" in source:
+            return holder, rate
     return None
 
 
@@ -428,6 +444,7 @@ class Entry:
     reason: str
     skip: str
     why_not: str
+    leak: fx.Node | None = None
 
 
 def read_splits(
@@ -546,7 +563,7 @@ class _Finder:
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"
         split, action, reason = self._closed(split)
-        return Entry(split, action, reason, kind, why_not)
+        return Entry(split, action, reason, kind, why_not, self._leak)
 
     def _dimension(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
         """The dimension of ``skip`` that carries the batch; and what layers say, if they must."""
@@ -604,8 +621,10 @@ class _Finder:
                 kept_out |= outside
                 inside -= outside
         reason = ""
+        self._leak = None
         if kept_out:
             first = max(kept_out, key=self.order.__getitem__)
+            self._leak = first if first.op == "call_module" else None
             reason = f"{first.name} is used outside the branch, too"
             if split.branch in kept_out or not self.has_parameters(inside):
                 return split, "mask", reason
@@ -911,6 +930,7 @@ class _BlockReader:
             try:
                 deeper = self._finder(name, self._read(module, joining))
             except UntraceableError:
+                joining = set()
                 break
             used = {
                 module.get_submodule(entry.split.add.meta["within"])
@@ -918,9 +938,23 @@ class _BlockReader:
                 if "within" in entry.split.add.meta
             }
             if used == joining:
-                self._inlined |= joining
-                return deeper
+                plain = deeper
+                break
             joining = used
+        # A child of which a part is used outside the branch too (a bias that is handed on, besides
+        # the attention that it is for): only that part has to be computed for every row.
+        leaking = {
+            module.get_submodule(str(entry.leak.target)) for entry in plain.entries if entry.leak
+        }
+        if leaking:
+            try:
+                deeper = self._finder(name, self._read(module, joining | leaking))
+            except UntraceableError:
+                deeper = plain
+            masked = [[e.action for e in f.entries].count("mask") for f in (deeper, plain)]
+            if len(deeper.entries) == len(plain.entries) and masked[0] < masked[1]:
+                plain, joining = deeper, joining | leaking
+        self._inlined |= joining
         return plain
 
     def _finder(self, name: str, block: BlockGraph) -> _Finder:
@@ -1099,8 +1133,14 @@ def _settle_masks(model: nn.Module, residuals: list[Residual]) -> None:
                     }
                     if not between & owners:
                         masks.append(path)
-            branch.masks = tuple(masks)
             rates = [mask_rate(model.get_submodule(m)) or 0.0 for m in masks]
+            atoms = branch._owner.split(".")
+            for above in [".".join(atoms[:i]) for i in range(len(atoms))]:
+                loop = drops_layers(model.get_submodule(above))
+                if loop is not None:
+                    masks.append(above)
+                    rates.append(loop[1])
+            branch.masks = tuple(masks)
             # several masks on one branch: it survives only if each lets it
             kept = 1.0
             for rate in rates:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 
 from torchdrop.ranks import meets_ranks
-from torchdrop.residual import Cuts, read_splits
+from torchdrop.residual import Cuts, drops_layers, read_splits
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows
@@ -28,6 +28,7 @@ __all__ = [
     "BY_ORDER",
     "BranchState",
     "Bypass",
+    "LoopBypass",
     "Settings",
     "Site",
     "attach_to",
@@ -556,6 +557,30 @@ class Bypass:
     def for_copy(self, module: nn.Module) -> Bypass:
         """The same for another instance of the layer."""
         return Bypass(module)
+
+
+class LoopBypass(Bypass):
+    """Stands in the ``forward`` slot of a module that leaves out whole layers in its loop.
+
+    While it runs, its own rate is 0: what it left out is decided elsewhere now.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module without its own drop."""
+        module = self.module
+        found = drops_layers(module)
+        if found is None:
+            return type(module).forward(module, *args, **kwargs)
+        holder, rate = found
+        holder.layerdrop = 0.0
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            holder.layerdrop = rate
+
+    def for_copy(self, module: nn.Module) -> LoopBypass:
+        """The same for another instance of the module."""
+        return LoopBypass(module)
 
 
 def _holds_something(cache: Any, layer: int) -> bool:

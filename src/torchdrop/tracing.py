@@ -251,6 +251,8 @@ def _stand_in(
 
     def read(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
+        if prefix and name == "training":
+            attributes[prefix + name] = value
         if name not in _OF_EVERY_MODULE and name in object.__getattribute__(self, "__dict__"):
             if type(value) in _MUTABLE:
                 attributes.setdefault(prefix + name, copy.copy(value))
@@ -283,7 +285,8 @@ class _Reader(fx.Tracer):
         batch_dim: int,
         look_through: Collection[nn.Module],
     ) -> None:
-        super().__init__(autowrap_modules=(math,), autowrap_functions=_FACTORIES)
+        wrapped = (*_FACTORIES, torch.finfo, torch.iinfo)
+        super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
         self._batch_dim = batch_dim
         self._look_through = look_through
         self._autowrap_search.append(torch)
@@ -316,7 +319,9 @@ class _Reader(fx.Tracer):
         if m not in self._look_through:
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
-        double = _stand_in(m, m.training, self.attributes, self.lent, f"{path}.")
+        # Before a call happens the flags of the children need not be those of that call.
+        training = m.training if self.root.training == self._training else self._training
+        double = _stand_in(m, training, self.attributes, self.lent, f"{path}.")
         self._within, outside = path, self._within
         value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
         self._within = outside
@@ -640,6 +645,7 @@ _ARITHMETIC = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
     operator.truediv, operator.mod, operator.neg, operator.eq, operator.ne, operator.lt,
     operator.le, operator.gt, operator.ge, operator.pow, int, float, bool, len, min, max, slice,
+    torch.finfo, torch.iinfo,
 }  # fmt: skip
 
 
@@ -650,7 +656,8 @@ def is_shape_node(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is getattr:
-        return node.args[1] in _FACTS
+        of = node.args[0]
+        return node.args[1] in _FACTS or (isinstance(of, fx.Node) and is_shape_node(of))
     if node.target in _ARITHMETIC or getattr(node.target, "__module__", None) == "math":
         inputs = node.all_input_nodes
         return bool(inputs) and all(is_shape_node(i) for i in inputs)
