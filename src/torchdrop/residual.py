@@ -620,10 +620,17 @@ class _Finder:
                 outside = self._set(self.ancestors[node]) & inside
                 kept_out |= outside
                 inside -= outside
+        for node in sorted(inside, key=self.order.__getitem__):
+            if node.target is operator.getitem and node.args[0] in kept_out:
+                kept_out.add(node)  # of a tuple, the item is what can be cut
+                inside.remove(node)
         reason = ""
         self._leak = None
         if kept_out:
-            first = max(kept_out, key=self.order.__getitem__)
+            first = max(
+                (n for n in kept_out if n.target is not operator.getitem),
+                key=self.order.__getitem__,
+            )
             self._leak = first if first.op == "call_module" else None
             reason = f"{first.name} is used outside the branch, too"
             if split.branch in kept_out or not self.has_parameters(inside):
@@ -1100,15 +1107,16 @@ def _residuals_of(name: str, finder: _Finder, why_not: dict[Entry, str]) -> list
     return result
 
 
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def _branch_names(block: str, splits: list[Split], owner: nn.Module) -> list[str]:
     if len(splits) == 1:
         return [block]
     names: list[str] = []
     for split in splits:
-        sizes = {
-            path: sum(p.numel() for p in owner.get_submodule(path).parameters())
-            for path in _called(split)
-        }
+        sizes = {path: _size(owner.get_submodule(path)) for path in _called(split)}
         largest = max(sizes, key=sizes.__getitem__).rpartition(".")[2] if sizes else "sum"
         name = f"{block}:{largest}"
         while name in names:
@@ -1182,8 +1190,10 @@ def _joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
         names = [branch.name for branch in residual.branches]
         if residual.name in names and len(names) > 1:
             # it was the only one before
-            last = residual.branches[names.index(residual.name)]
-            last.name = f"{residual.name}:{last.children[-1].rpartition('.')[2]}"
+            alone = residual.branches[names.index(residual.name)]
+            size = {c: _size(model.get_submodule(c)) for c in alone.children}
+            largest = max(size, key=size.__getitem__).removeprefix(f"{residual.name}.")
+            alone.name = f"{residual.name}:{largest.partition('.')[0]}"
     return joined
 
 

@@ -238,7 +238,8 @@ class _Rewriter:
         graph = _graph()
         env = {_SITE: graph.placeholder("site")}
         for node in inputs:
-            env[node] = graph.placeholder(node.name)
+            taken = node.name in ("self", "site")
+            env[node] = graph.placeholder(f"{node.name}_" if taken else node.name)
         known = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         self.emit(graph, [n for n in self.nodes if n in split.inside | known], env)
         graph.output(env[split.branch])

@@ -116,9 +116,9 @@ class Site:
         module: nn.Module,
         settings: Settings,
         branches: list[BranchState],
-        train: Program,
-        evaluate: Program | None,
-        places: Sequence[int],
+        train: Program | None,
+        evaluate: Program | None = None,
+        places: Sequence[int] = (),
         look_through: Sequence[str] = (),
         items: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
@@ -127,7 +127,7 @@ class Site:
         self.branches = branches
         # The block as it was read first, and with other attributes or constants than then. Branch
         # number k of all of them together is branch k modulo the number of branches.
-        self.train = [train]
+        self.train = [] if train is None else [train]
         self.evaluate = [] if evaluate is None else [evaluate]
         # Which of the additions of the forward the branches are.
         self.places = list(places)
@@ -136,8 +136,9 @@ class Site:
         self.items = dict(items or {})
         self.active = False
         self.paused = 0  # how many pauses the model is in
-        leading = list(self.__signature__.parameters)[: len(train.tensors)] == train.tensors
-        self._plain = train.tensors if leading else None
+        tensors = [] if train is None else train.tensors
+        leading = list(self.__signature__.parameters)[: len(tensors)] == tensors
+        self._plain = tensors if leading else None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy made during a pause has nobody who would end it
@@ -179,7 +180,8 @@ class Site:
         self, programs: list[Program], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the program that stands for this call; read the block again where none does."""
-        self._check_caches((*args, *kwargs.values()), training)
+        if self.settings.meter is None:
+            self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
         for program in programs:
             try:
@@ -206,10 +208,8 @@ class Site:
     def _check_caches(self, values: Sequence[Any], training: bool) -> None:
         """Refuse a key/value cache that holds something: it cannot be cut by rows."""
         for cache in filter(is_cache, values):
-            index = next(
-                (i for m in self.module.modules() if type(i := getattr(m, "layer_idx", 0)) is int),
-                0,
-            )
+            indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
+            index = next((i for i in indices if isinstance(i, int)), 0)
             name = self.branches[0].block
             if not training:
                 raise ValueError(

@@ -24,12 +24,7 @@ class LayerSite(Site):
     def __init__(
         self, module: nn.Module, settings: Settings, branch: BranchState, layer: Layer
     ) -> None:
-        self.module = module
-        self.settings = settings
-        self.branches = [branch]
-        self.train, self.evaluate, self.places = [], [], []
-        self.active = False
-        self.paused = 0
+        super().__init__(module, settings, [branch], None)
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,151 @@
+"""What a call tells beforehand: numbers, lengths and decisions on shapes in a block's forward."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import torchdrop
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+
+class Root(Base):
+    """A window of int(sqrt(N)) tokens a side."""
+
+    def forward(self, x):
+        side = int(math.sqrt(x.shape[1]))
+        grid = self.fc(x).relu().reshape(-1, side, side, 8).transpose(1, 2)
+        return x + grid.reshape(-1, side * side, 8)
+
+
+class Starred(Base):
+    def forward(self, x):
+        hidden = (*x.shape[:-1], 2, -1)
+        return x + self.fc(x).view(hidden).relu().flatten(-2)
+
+
+class Rest(Base):
+    def forward(self, x):
+        batch, *rest = x.shape
+        return x + self.fc(x).relu().view(batch, *rest)
+
+
+class Looped(Base):
+    def forward(self, x):
+        y = self.fc(x)
+        parts = [y[:, i].relu() for i in range(y.shape[1])]
+        return x + torch.stack(parts, 1)
+
+
+class Computed(Base):
+    """Branches on the shape and the dtype of what a child returned."""
+
+    def forward(self, x):
+        y = self.fc(x)
+        if y.shape[1] > 6:
+            y = y * 2
+        if y.dtype == torch.float16 and not torch.isfinite(y).all():
+            y = y.clamp(-1e4, 1e4)
+        return x + y.relu()
+
+
+class Finfo(Base):
+    def forward(self, x):
+        y = self.fc(x)
+        return x + y.masked_fill(y < 0, torch.finfo(y.dtype).min).relu()
+
+
+class OnData(Base):
+    def forward(self, x):
+        y = self.fc(x)
+        if y.sum() > 0:
+            y = y * 2
+        return x + y.relu()
+
+
+class CountsTheBatch(Base):
+    def forward(self, x):
+        windows = int(x.shape[0] * x.shape[1] / 4)
+        return x + self.fc(x.reshape(windows, 4, 8)).relu().reshape(x.shape)
+
+
+READ = (Root, Starred, Rest, Looped, Computed, Finfo)
+
+
+def two(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(kind(), kind()).double()
+
+
+def masked(model, x, kept, p, shift=0):
+    for i, block in enumerate(model):
+        rows = torch.zeros(x.shape[0], 1, 1, dtype=x.dtype)
+        rows[kept[str(i)]] = 1 / (1 - p)
+        x = x + rows.roll(shift, 0) * (type(block).forward(block, x) - x)
+    return x
+
+
+def check(model, plan, x, p=0.5):
+    out = model(x)
+    kept = plan.last_kept()
+    assert {len(rows) for rows in kept.values()} == {x.shape[0] // 2}
+    torch.testing.assert_close(out, masked(model, x, kept, p), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(out, masked(model, x, kept, p, shift=1))
+
+
+@pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.__name__)
+def test_what_follows_from_shapes_is_known(kind):
+    model = two(kind)
+    x = torch.randn(8, 4, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    assert [block.action for block in plan.blocks] == ["skip", "skip"]
+    check(model, plan, x)
+
+
+@pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.__name__)
+def test_other_lengths_and_batches_are_read_as_they_are(kind):
+    model = two(kind)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", example_inputs=torch.randn(8, 4, 8).double()
+    )
+    for batch, length in ((8, 9), (6, 4), (8, 9), (4, 16), (2, 4)):
+        check(model, plan, torch.randn(batch, length, 8, dtype=torch.float64))
+    programs = model[0].__dict__["forward"].train
+    for batch in range(2, 12, 2):
+        model(torch.randn(batch, 4, 8, dtype=torch.float64))
+    assert model[0].__dict__["forward"].train == programs
+    assert len(programs) <= 3
+
+
+def test_more_kinds_of_calls_than_are_remembered(monkeypatch):
+    monkeypatch.setattr("torchdrop.site._KINDS_OF_CALLS", 2)
+    model = two(Computed)
+    x = torch.randn(8, 4, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    for length in (3, 4, 5, 6, 3, 4, 5):
+        check(model, plan, torch.randn(4, length, 8, dtype=torch.float64))
+    (program,) = model[0].__dict__["forward"].train
+    assert len(program.seen) <= 2
+
+
+def test_a_plain_number_from_the_batch_size_is_no_constant():
+    model, x = two(CountsTheBatch), torch.randn(8, 4, 8, dtype=torch.float64)
+    found = torchdrop.find_residuals(model, x)
+    assert [r.action for r in found] == ["layer", "layer"]
+    assert "plain number what depends on data or on the batch size" in found[0].reason
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    check(model, plan, x)
+
+
+def test_data_are_not_known():
+    model, x = two(OnData), torch.randn(8, 4, 8, dtype=torch.float64)
+    (first, _) = torchdrop.find_residuals(model, x)
+    assert first.action == "layer"
+    assert "test_facts.py" in first.reason
+    assert "if y.sum() > 0" in first.reason

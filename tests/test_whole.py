@@ -1,0 +1,235 @@
+"""Blocks that cannot be split are dropped as a whole."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torchdrop
+
+
+class Block(nn.Module):
+    """Branches on data in its own forward; returns a tensor, or a tuple."""
+
+    def __init__(self, width=8, as_tuple=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, width)
+        self.as_tuple = as_tuple
+
+    def forward(self, x, bias=None, scale=1.0):
+        y = self.fc(self.norm(x))
+        if y.sum() > 1e9:
+            y = y * 0
+        if bias is not None:
+            y = y + bias
+        out = x + scale * y.tanh()
+        return (out, None) if self.as_tuple else out
+
+
+class Plain(Block):
+    """The same without a residual."""
+
+    def forward(self, x):
+        y = self.fc(self.norm(x))
+        if y.sum() > 1e9:
+            y = y * 0
+        return y.tanh()
+
+
+class Weighing(Block):
+    def forward(self, x):
+        out = super().forward(x)
+        return out, out.mean(-1)
+
+
+class Stack(nn.Module):
+    def __init__(self, kind=Block, depth=3, **settings):
+        super().__init__()
+        self.layers = nn.ModuleList(kind(**settings) for _ in range(depth))
+
+    def forward(self, x, bias=None):
+        for layer in self.layers:
+            x = layer(x) if bias is None else layer(x, bias=bias)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def stack(p=0.5, *, add=True, kind=Block, example=None, as_tuple=False, **settings):
+    torch.manual_seed(0)
+    model = Stack(kind, as_tuple=as_tuple).double()
+    x = torch.randn(6, 5, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(
+        model, p, schedule="uniform", example_inputs=(x, *(example or ())), **settings
+    )
+    return model, x, plan
+
+
+def by_hand(model, x, kept, p, bias=None, shift=0):
+    for i, layer in enumerate(model.layers):
+        rows = torch.zeros(x.shape[0], 1, 1, dtype=x.dtype)
+        rows[kept[f"layers.{i}"]] = 1 / (1 - p)
+        y = layer.fc(layer.norm(x))
+        x = x + rows.roll(shift, 0) * (y if bias is None else y + bias).tanh()
+    return x
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_plan_says_so_and_only_kept_rows_are_computed(as_tuple):
+    model, x, plan = stack(as_tuple=as_tuple)
+    assert [b.action for block in plan.blocks for b in block.branches] == ["layer"] * 3
+    assert "dropped as a whole, since it cannot be read" in plan.blocks[0].reason
+    assert "if y.sum() > 1e9" in plan.blocks[0].reason
+    assert "layer [1]" in repr(plan)
+    seen = []
+    model.layers[1].fc.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
+    model(x)
+    assert seen == [3]
+
+
+def test_it_is_the_dense_model_with_the_same_rows_masked():
+    model, x, plan = stack()
+    other = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    model(x).square().sum().backward()
+    kept = plan.last_kept()
+    by_hand(other, x, kept, 0.5).square().sum().backward()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(by_hand(other, x, kept, 0.5, shift=1), by_hand(other, x, kept, 0.5))
+
+
+def test_other_inputs_are_cut_where_they_carry_the_batch():
+    for shape in ((6, 1, 8), (1, 5, 8)):
+        bias = torch.randn(shape, dtype=torch.float64)
+        model, x, plan = stack(example=(bias,))
+        out = model(x, bias)
+        expected = by_hand(model, x, plan.last_kept(), 0.5, bias)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_mode_and_both_scales():
+    model, x, plan = stack(mode="batch")
+    for _ in range(5):
+        out = model(x)
+        expected = by_hand(model, x, plan.last_kept(), 0.5)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    model, x, plan = stack(scale="eval")
+    expected = x
+    for layer in model.layers:
+        expected = expected + 0.5 * layer.fc(layer.norm(expected)).tanh()
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-10, atol=1e-10)
+    with torchdrop.paused(model):
+        dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+        assert torch.equal(model(x), dense(x))
+
+
+def test_nothing_and_everything_dropped():
+    model, x, plan = stack(p=1.0)
+    model(x).sum().backward()
+    assert torch.equal(model(x), x)
+    assert all(not p.grad.any() for p in model.parameters())
+    plan.set_p(0.0)
+    dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    assert torch.equal(model(x), dense(x))
+    plan.set_p(0.5)
+    assert torch.equal(model.eval()(x), dense.eval()(x))
+    again = pickle.loads(pickle.dumps(model))
+    assert torchdrop.get_plan(again).blocks[0].action == "layer"
+    torchdrop.remove_stochastic_depth(model)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_as_a_mask():
+    model, x, plan = stack(compute="mask")
+    seen = []
+    model.layers[1].fc.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
+    out = model(x)
+    assert seen == [6]
+    expected = by_hand(model, x, plan.last_kept(), 0.5)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    plan.set_p(1.0)
+    assert torch.equal(model(x), x)
+
+
+def test_a_call_with_other_tensors_is_refused():
+    model, x, _ = stack()
+    with pytest.raises(RuntimeError, match=r"read with the tensors x, but is called with x, bias"):
+        model(x, torch.randn(6, 1, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [Plain, Weighing], ids=lambda kind: kind.__name__)
+def test_what_is_no_residual_or_returns_more_is_not_taken(kind):
+    model = Stack(kind)
+    x = torch.randn(6, 5, 8)
+    assert torchdrop.find_residuals(model, x) == []
+    with pytest.raises(ValueError, match=r"no residual branches found|cannot be read"):
+        torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x)
+
+
+def test_without_an_example_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match=r"test_whole\.py:\d+ \(if y\.sum\(\).*example_in"):
+        torchdrop.add_stochastic_depth(Stack(), 0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tensors of (batch * heads, ...), beside tensors of (batch, ...)
+
+
+class Heads(nn.Module):
+    """Attention with a bias for each head of each sample, in one dimension."""
+
+    def __init__(self, heads=2, batch_outermost=True):
+        super().__init__()
+        self.q, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.heads = heads
+        self.batch_outermost = batch_outermost
+
+    def forward(self, x, bias):
+        def apart(t):
+            t = t.unflatten(-1, (self.heads, -1))
+            t = t.permute((0, 2, 1, 3) if self.batch_outermost else (2, 0, 1, 3))
+            return t.flatten(0, 1)
+
+        q, v = apart(self.q(x)), apart(self.v(x))
+        out = (q @ q.transpose(1, 2) + bias).softmax(-1) @ v
+        sizes = (-1, self.heads) if self.batch_outermost else (self.heads, -1)
+        out = out.unflatten(0, sizes)
+        out = out.permute((0, 2, 1, 3) if self.batch_outermost else (1, 2, 0, 3))
+        return x + out.flatten(2)
+
+
+class HeadsStack(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.layers = nn.ModuleList(Heads(**settings) for _ in range(2))
+        self.batch_outermost = self.layers[0].batch_outermost
+
+    def forward(self, x):
+        slopes = torch.tensor([1.0, 0.5], dtype=x.dtype)
+        batch = x.shape[0]
+        slopes = slopes.repeat(batch) if self.batch_outermost else slopes.repeat_interleave(batch)
+        for layer in self.layers:
+            x = layer(x, slopes.view(-1, 1, 1) * torch.arange(5, dtype=x.dtype))
+        return x
+
+
+@pytest.mark.parametrize("batch_outermost", [True, False])
+def test_entries_of_a_row_are_cut_together_or_not_at_all(batch_outermost):
+    torch.manual_seed(0)
+    model = HeadsStack(batch_outermost=batch_outermost).double()
+    x = torch.randn(6, 5, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    assert {block.action for block in plan.blocks} == {"skip" if batch_outermost else "mask"}
+    out, kept = model(x), plan.last_kept()
+    dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    expected = x
+    slopes = torch.tensor([1.0, 0.5], dtype=x.dtype)
+    slopes = slopes.repeat(6) if batch_outermost else slopes.repeat_interleave(6)
+    for i, layer in enumerate(dense.layers):
+        rows = torch.zeros(6, 1, 1, dtype=x.dtype)
+        rows[kept[f"layers.{i}"]] = 2.0
+        bias = slopes.view(-1, 1, 1) * torch.arange(5, dtype=x.dtype)
+        expected = expected + rows * (layer(expected, bias) - expected)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
