@@ -182,10 +182,10 @@ BOTH_MASKS = {
     },
 }
 LAYERS = [
-    ("encoder", "none"),
+    *(("encoder", masks) for masks in ENCODER_MASKS),
     *(("decoder", masks) for masks in DECODER_MASKS),
-    ("nn.Transformer", "none"),
-    ("encoder layers alone", "none"),
+    *(("nn.Transformer", masks) for masks in BOTH_MASKS),
+    *(("encoder layers alone", masks) for masks in ("none", "causal, padding")),
     *(("decoder layers alone", masks) for masks in ("none", "all")),
 ]
 

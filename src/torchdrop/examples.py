@@ -193,11 +193,21 @@ class Example:
                 continue
             # Those that have as many rows as the first one; it alone; or any mixture: a mask of
             # (batch, time) beside tokens of (time, batch, features).
+            batch = first.shape[dim]
             fits = [
-                [*(d for d in dict.fromkeys((dim, 0, 1)) if _rows(t, d) == _rows(first, dim)), None]
+                [
+                    *(d for d in dict.fromkeys((dim, 0, 1)) if _rows(t, d) == batch),
+                    # (batch * heads, time, time)
+                    *(
+                        d
+                        for d in (0,)
+                        if (_rows(t, d) or 1) > batch > 1 and t.shape[d] % batch == 0
+                    ),
+                    None,
+                ]
                 for t in others
             ]
-            alike = [dim if _rows(t, dim) == _rows(first, dim) else None for t in others]
+            alike = [dim if _rows(t, dim) == batch else None for t in others]
             mixtures = ([dim, *rest] for rest in itertools.product(*fits))
             for guess in ([dim, *alike], [dim, *[None] * len(others)], *mixtures):
                 if guess not in seen:

@@ -157,6 +157,13 @@ class _Proxy(fx.Proxy):
 
     tracer: _Reader
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # so that isinstance(x, Tensor) is true of the arguments that are tensors
+        return Tensor if self.node.op == "placeholder" else _Proxy
+
+    _is_param = False  # what isinstance(x, nn.Parameter) asks for
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -451,6 +458,8 @@ class _Reader(fx.Tracer):
         return node.target(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in self.tensor_attrs or any(a is b for b in self.root.buffers())
             if not known:
