@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from torchdrop.facts import Facts, stand_in_for
@@ -489,6 +490,21 @@ def _nothing_set(reader: _Reader) -> Iterator[None]:
 
 
 @contextmanager
+def _masks_are_tensors() -> Iterator[None]:
+    """Let torch's encoder layer ask for the dtype of a mask, which it takes only of a Tensor."""
+    plain = functional._none_or_dtype
+
+    def dtype(mask: Any) -> Any:
+        return mask.dtype if isinstance(mask, fx.Proxy) else plain(mask)
+
+    setattr(functional, "_none_or_dtype", dtype)  # noqa: B010 (mypy: a function)
+    try:
+        yield
+    finally:
+        setattr(functional, "_none_or_dtype", plain)  # noqa: B010
+
+
+@contextmanager
 def _nothing_drawn() -> Iterator[None]:
     """Refuse random numbers that decide in Python: the graph would hold one decision for ever."""
     numpy = sys.modules.get("numpy")
@@ -537,7 +553,12 @@ def trace_block(
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functions that wonder about proxies
         try:
-            with _nothing_drawn(), _nothing_set(reader), _RecordFactories(reader):
+            with (
+                _nothing_drawn(),
+                _nothing_set(reader),
+                _masks_are_tensors(),
+                _RecordFactories(reader),
+            ):
                 graph = reader.trace(module)
         except UntraceableError as error:
             raise UntraceableError(f"{_where(module, error)}: {error}") from None
