@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.main import get_command
 
 import torchdrop
@@ -231,3 +232,80 @@ def compare(
         write_report(content, out / "report.html")
     written = "results.json and report.html" if reporting else "results.json"
     console.print(f"{written} are in {out}", markup=False, highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name of torchvision or timm, resnet-N, or package.module:factory.",
+            show_default=False,
+        ),
+    ],
+    p: Annotated[float, typer.Option(help="Drop probability of the deepest block.")] = 0.2,
+    schedule: Annotated[
+        str, typer.Option(help="Over depth: linear, linear_from_zero or uniform.")
+    ] = "linear",
+    mode: Annotated[str, typer.Option(help="row or batch.")] = "row",
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    size: Annotated[
+        int | None, typer.Option(help="Side of an image.", show_default="the model's own")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Model and images in this memory format.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Run all by torch.compile.")] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Timed steps of each.", show_default="21, in batch mode 60"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or mps.", show_default="the fastest there is")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's choice")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the JSON file goes.")] = Path("runs/bench"),
+) -> None:
+    """Time training steps of a model here: dense, masked, and skipping what is dropped."""
+    from .bench import Settings
+    from .bench import bench as run
+    from .table import WIDTH, bench_table
+
+    console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("step {task.completed} of {task.total}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        bar = progress.add_task("getting ready", total=None)
+
+        def tick(done: int, total: int) -> None:
+            counting = "counting" if done == total else "timing"
+            progress.update(bar, completed=done, total=total, description=counting)
+
+        content = run(
+            Settings(
+                model=model,
+                out=out,
+                p=p,
+                schedule=schedule,
+                mode=mode,
+                batch=batch,
+                size=size,
+                channels_last=channels_last,
+                compile=compile,
+                steps=steps,
+                device=device,
+                threads=threads,
+            ),
+            tick,
+        )
+    console.print(bench_table(content))
+    console.print(content["finding"], markup=False, highlight=False)
+    console.print(f"All figures are in {content['path']}", markup=False, highlight=False)

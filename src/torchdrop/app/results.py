@@ -46,7 +46,16 @@ import torchdrop
 
 from .errors import UserError, one_line
 
-__all__ = ["FIGURES", "FILE", "Results", "check_resumable", "locked", "write_whole"]
+__all__ = [
+    "FIGURES",
+    "FILE",
+    "Results",
+    "check_resumable",
+    "locked",
+    "machine",
+    "versions",
+    "write_whole",
+]
 
 SCHEMA = 1
 FILE = "results.json"
@@ -120,8 +129,8 @@ class Results:
                 "schema": SCHEMA,
                 "status": "partial",
                 "config": config,
-                "versions": _versions(),
-                "machine": _machine(),
+                "versions": versions(),
+                "machine": machine(),
                 "costs": {},
                 "methods": {},
             }
@@ -354,9 +363,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Of python, torchdrop and what else figures depend on; of ``more`` packages too."""
     found = {"python": platform.python_version(), "torchdrop": torchdrop.__version__}
-    for package in ("torch", "torchvision", "lightning", "numpy", "scikit-learn"):
+    for package in ("torch", "torchvision", "lightning", "numpy", "scikit-learn", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -364,7 +374,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What figures were taken on."""
     return {
         "system": platform.platform(),
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""The table at the end of a comparison, for the terminal."""
+"""The tables at the end of a comparison and of a benchmark, for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["COLUMNS", "WIDTH", "cells", "table"]
+__all__ = ["COLUMNS", "WIDTH", "bench_table", "cells", "table"]
 
 WIDTH = 104
 """The columns of a terminal that the table needs."""
@@ -78,4 +78,32 @@ def table(content: dict[str, Any]) -> Table:
         result.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in cells(content):
         result.add_row(*map(Text, row))
+    return result
+
+
+def bench_table(content: dict[str, Any]) -> Table:
+    """The table of ``torchdrop bench``."""
+    config = content["config"]
+    result = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+        title=f"{config['model']}, {config['batch']} x {config['size']} px, {config['mode']} mode, "
+        f"p={config['p']:g} {config['schedule']}, {config['device']}",
+    )
+    columns = ("", "step ms", "quartiles", "time\n/ dense", "FLOPs\n/ dense", "bytes\n/ dense")
+    for index, name in enumerate((*columns, "peak\nMiB", "dropped %")):
+        result.add_column(name, justify="right" if index else "left", no_wrap=True)
+    typical = "mean" if config["mode"] == "batch" else "median"
+    for name, figures in content["contestants"].items():
+        ms, peak = figures["ms"], figures["peak_bytes"]
+        result.add_row(
+            name,
+            f"{ms[typical]:.1f}",
+            f"{ms['low']:.1f} - {ms['high']:.1f}",
+            *(_number(figures[f"{key}_over_dense"], 2) for key in ("time", "flops", "bytes")),
+            _number(None if peak is None else peak / 2**20, 0),
+            _percent(figures["observed_p"], 1),
+        )
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,7 +71,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     allocation. None where the allocator keeps no record (MPS).
     """
     if device.type == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             run()
         now = most = 0
         events = seen.profiler.kineto_results.events()
@@ -86,3 +88,18 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     run()
     wait(device)
     return int(torch.accelerator.max_memory_allocated(device) - before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep away what the profiler's library writes to standard error on its own account."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)

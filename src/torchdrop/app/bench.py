@@ -1,0 +1,402 @@
+"""What stochastic depth saves on this machine: dense, masked and skipping, side by side.
+
+The schema of the file, version 1::
+
+    schema       1
+    config       what was asked for
+    versions     of torchdrop, torch and what else the figures depend on
+    machine      where they were taken; ``load`` before and after, where the system tells
+    branches     how many were found and are skipped, and the mean of their rates
+    contestants  {dense, masked, skipping: {ms, time_over_dense, flops, flops_over_dense,
+                 saved_bytes, bytes_over_dense, peak_bytes, observed_p}}
+    finding      a sentence
+
+``ms`` has n, mean, median and quartiles of a training step (forward, cross entropy, backward).
+``time_over_dense`` is of medians, in batch mode of means, since the cost of a step varies there.
+``flops``, ``saved_bytes`` and ``observed_p``, the mean rate that was delivered, are means over
+steps, without torch.compile: over those that were timed in batch mode, else over four of them.
+``peak_bytes`` is the most that a step has allocated at a time on top of what was there before it,
+null where the device does not tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from statistics import fmean, median, quantiles
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import torchdrop
+from torchdrop.cost import FlopCounter, SavedBytes
+from torchdrop.sampling import MODES
+from torchdrop.schedules import DEPTH_RULES, check_rate
+
+from .errors import UserError, one_line
+from .models import open_model
+from .results import locked, machine, versions, write_whole
+from .timing import in_turn, peak_bytes, threads
+from .training import loss_of
+
+__all__ = ["Settings", "bench"]
+
+CONTESTANTS = {"dense": "auto", "masked": "mask", "skipping": "auto"}
+"""And how torchdrop computes branches in each; nothing is dropped in dense."""
+
+WARM_UP = 3
+ROW_STEPS, BATCH_STEPS = 21, 60
+COUNTED = 4
+"""Steps that FLOPs and bytes are the mean of in row mode, where they hardly vary."""
+
+MEASURED = 4
+"""Steps whose peak of memory is taken."""
+
+SMALL, USUAL = 32, 224
+"""The default side of an image: of the networks of this command line, of all others."""
+
+NOISE = 0.02
+"""Times closer than this are called equal."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. None means: the default of the model, the mode or the machine."""
+
+    model: str
+    out: Path
+    p: float = 0.2
+    schedule: str = "linear"
+    mode: str = "row"
+    batch: int = 32
+    size: int | None = None
+    channels_last: bool = False
+    compile: bool = False
+    steps: int | None = None
+    device: str | None = None
+    threads: int | None = None
+
+
+def bench(settings: Settings, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Measure, write the file, and return its content and where it is, under ``path``.
+
+    Args:
+        settings: What to measure.
+        tick: Called with the number of rounds that are done, and of all.
+
+    Raises:
+        UserError: Bad input, with one line on what to do. Nothing is written then.
+    """
+    _check(settings)
+    device = _device(settings.device)
+    steps = settings.steps or (BATCH_STEPS if settings.mode == "batch" else ROW_STEPS)
+    with threads(settings.threads):
+        subjects = _subjects(settings, device)
+        for name, subject in subjects.items():
+            _try(settings, name, subject)
+        with locked(settings.out):
+            load = _load()
+            contestants = _measure(settings, subjects, steps, tick)
+            side = subjects["dense"].images.shape[-1]
+            content = {
+                "schema": 1,
+                "config": {
+                    **asdict(settings),
+                    "out": str(settings.out),
+                    "size": side,
+                    "steps": steps,
+                    "device": str(device),
+                },
+                "versions": versions("timm"),
+                "machine": {**machine(), "load": {"before": load, "after": _load()}},
+                "branches": _branches(subjects["skipping"].model),
+                "contestants": contestants,
+            }
+            content["finding"] = _finding(content)
+            path = settings.out / f"{_file_name(settings, side)}.json"
+            write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return {**content, "path": str(path)}
+
+
+def _check(settings: Settings) -> None:
+    for name in ("batch", "size", "steps", "threads"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} has to be 1 or more, but got {value}")
+    try:
+        check_rate(settings.p, "--p")
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    for name, choices in (("mode", MODES), ("schedule", tuple(DEPTH_RULES))):
+        value = getattr(settings, name)
+        if value not in choices:
+            raise UserError(f"--{name} has to be one of {', '.join(choices)}, but got {value!r}")
+
+
+def _device(name: str | None) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is none that torch knows: cpu, cuda, mps") from error
+    if device.type != "cpu":
+        here = ["cpu", *([found.type] if found else [])]
+        if device.type not in here:
+            raise UserError(f"--device {name}: there is none here; there is {', '.join(here)}")
+        number = torch.accelerator.device_count()
+        if device.index is not None and device.index >= number:
+            raise UserError(f"--device {name}: devices here are numbered 0 to {number - 1}")
+    return device
+
+
+# The networks
+
+
+def _network(name: str, size: int | None) -> tuple[nn.Module, int]:
+    """The network of a name, and the side of its images."""
+    if ":" in name or name == "fractalnet" or re.fullmatch(r"resnet-\d+", name):
+        model = open_model(name)
+        small = not name.startswith("torchvision:")
+        side = size or (SMALL if small else USUAL)
+        return model.build(10 if small else 1000, model.channels or 3), side
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in known:
+        return open_model(f"torchvision:{name}").build(1000, 3), size or USUAL
+    if find_spec("timm") is None:
+        raise UserError(
+            f"torchvision has no classifier {name!r}{_alike(name, known)}; "
+            f"for those of timm: pip install 'torchdrop[timm]'"
+        )
+    import timm
+
+    if not timm.is_model(name):
+        known = [*known, *timm.list_models(), "fractalnet"]
+        raise UserError(
+            f"neither torchvision nor timm has a model {name!r}{_alike(name, known)}; resnet-N, "
+            f"fractalnet and package.module:factory are possible, too"
+        )
+    about = timm.get_pretrained_cfg(name)
+    side = size or (about.input_size[-1] if about else USUAL)
+    fixed = about is not None and about.fixed_input_size
+    options: dict[str, Any] = {"img_size": side} if fixed and size else {}
+    return timm.create_model(name, **options), side
+
+
+def _alike(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(set(known)), 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@dataclass
+class _Subject:
+    """A network, as one of the contestants, and its batch."""
+
+    model: nn.Module
+    run: Any
+    images: Tensor
+    labels: Tensor
+
+    def forward(self) -> Tensor:
+        """The loss, without torch.compile."""
+        return loss_of(self.model, self.images, self.labels)
+
+    def steps(self, begin: int = 0) -> Callable[[], None]:
+        """A training step, which draws from the seed of its number."""
+        numbers = count(begin)
+
+        def step() -> None:
+            torch.manual_seed(next(numbers))
+            self.model.zero_grad(set_to_none=True)
+            loss_of(self.run, self.images, self.labels).backward()  # type: ignore[no-untyped-call]
+
+        return step
+
+
+def _subjects(settings: Settings, device: torch.device) -> dict[str, _Subject]:
+    """The contestants: the same network with the same weights, on the same batch."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    try:
+        network, side = _network(settings.model, settings.size)
+        network = network.to(memory_format=layout)
+        images = torch.randn(max(settings.batch, 2), 3, side, side)
+        with torch.no_grad():
+            logits = network.eval()(images[:2])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network raises is the user's to see
+        given = f"{settings.size} px" if settings.size else "its own size"
+        raise UserError(
+            f"{settings.model} does not run on images of {given}: {one_line(error)}; "
+            f"try another --size"
+        ) from error
+    classes = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() == 2 else 2
+    labels = torch.randint(classes, (settings.batch,)).to(device)
+    batch = images[: settings.batch].to(device).contiguous(memory_format=layout)
+    subjects = {}
+    for name, compute in CONTESTANTS.items():
+        model = copy.deepcopy(network)
+        try:
+            torchdrop.add_stochastic_depth(
+                model,
+                # Nothing is dropped in dense: neither by us, nor by masks that the network has.
+                0.0 if name == "dense" else settings.p,
+                schedule=settings.schedule,
+                mode=settings.mode,
+                compute=compute,
+                example_inputs=images[:2],
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{settings.model}: {one_line(error)}") from error
+        model = model.to(device).train()
+        run = torch.compile(model) if settings.compile else model
+        subjects[name] = _Subject(model, run, batch, labels)
+    return subjects
+
+
+def _try(settings: Settings, name: str, subject: _Subject) -> None:
+    """Take a first step, compiled where that was asked for."""
+    try:
+        subject.steps()()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network raises is the user's to see
+        shape = " x ".join(map(str, subject.images.shape))
+        raise UserError(
+            f"a training step of {settings.model}, {name}, fails on a batch of {shape}: "
+            f"{one_line(error)}; try another --size or --batch"
+            + (", or leave out --compile" if settings.compile else "")
+        ) from error
+
+
+# The measurement
+
+
+def _measure(
+    settings: Settings,
+    subjects: dict[str, _Subject],
+    steps: int,
+    tick: Callable[[int, int], None] | None,
+) -> dict[str, dict[str, Any]]:
+    device = subjects["dense"].images.device
+    # Steps 0, 1, ... are timed, and in batch mode all of them counted; others warm up.
+    warm_up = in_turn({name: s.steps(steps) for name, s in subjects.items()}, device)
+    timed = in_turn({name: s.steps() for name, s in subjects.items()}, device)
+    taken: list[dict[str, float]] = []
+    for turn in range(WARM_UP + steps):
+        if turn < WARM_UP:
+            next(warm_up)
+        else:
+            taken.append(next(timed))
+        if tick is not None:
+            tick(turn + 1, WARM_UP + steps)
+    batch_mode = settings.mode == "batch"
+    found: dict[str, dict[str, Any]] = {}
+    for name, subject in subjects.items():
+        ms = [one[name] for one in taken]
+        low, _, high = quantiles(ms, n=4) if steps > 1 else ms * 3
+        plan = torchdrop.get_plan(subject.model)
+        plan.observed()
+        flops, kept = _count(subject, steps if batch_mode else min(COUNTED, steps))
+        rates = [rate for rate in plan.observed().values() if not math.isnan(rate)]
+        run = subject.steps()
+        peaks = [peak_bytes(run, device) for _ in range(MEASURED)]
+        found[name] = {
+            "ms": {"n": steps, "mean": fmean(ms), "median": median(ms), "low": low, "high": high},
+            "flops": flops,
+            "saved_bytes": kept,
+            "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
+            "observed_p": fmean(rates) if rates else None,
+        }
+    dense = found["dense"]
+    typical = "mean" if batch_mode else "median"
+    for figures in found.values():
+        figures["time_over_dense"] = figures["ms"][typical] / dense["ms"][typical]
+        figures["flops_over_dense"] = _ratio(figures["flops"], dense["flops"])
+        figures["bytes_over_dense"] = _ratio(figures["saved_bytes"], dense["saved_bytes"])
+    return found
+
+
+def _ratio(value: float, dense: float) -> float | None:
+    return value / dense if dense else None
+
+
+def _count(subject: _Subject, steps: int) -> tuple[float, float]:
+    """FLOPs of a step, and the bytes it keeps for backward: the means of steps 0, 1, ..."""
+    flops, kept = [], []
+    for number in range(steps):
+        torch.manual_seed(number)
+        subject.model.zero_grad(set_to_none=True)
+        with FlopCounter() as counter:
+            with SavedBytes() as saved:
+                loss = subject.forward()
+            loss.backward()  # type: ignore[no-untyped-call]
+        flops.append(counter.total)
+        kept.append(saved.total)
+    return fmean(flops), fmean(kept)
+
+
+def _branches(model: nn.Module) -> dict[str, Any]:
+    branches = [branch for block in torchdrop.get_plan(model).blocks for branch in block.branches]
+    return {
+        "found": len(branches),
+        "skipped": sum(branch.action == "skip" for branch in branches),
+        "mean_p": fmean(branch.p for branch in branches),
+    }
+
+
+def _load() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _file_name(settings: Settings, side: int) -> str:
+    """One file for each configuration, written anew when it is measured again."""
+    words = [
+        settings.model,
+        settings.mode,
+        f"p{settings.p:g}",
+        settings.schedule,
+        f"{settings.batch}x{side}",
+        *(["channels-last"] if settings.channels_last else []),
+        *(["compile"] if settings.compile else []),
+    ]
+    return re.sub(r"[^\w.-]+", "-", "-".join(words))
+
+
+def _finding(content: dict[str, Any]) -> str:
+    """What was found, in one or two sentences."""
+    skipping, masked = content["contestants"]["skipping"], content["contestants"]["masked"]
+    branches = content["branches"]
+    time, flops = skipping["time_over_dense"], skipping["flops_over_dense"] or 1.0
+    found = (
+        f"Skipping takes {time:.2f} of the time of dense steps for {flops:.2f} of their FLOPs; "
+        f"masking takes {masked['time_over_dense']:.2f}."
+    )
+    if branches["skipped"] < branches["found"]:
+        found += (
+            f" Of {branches['found']} branches {branches['skipped']} are skipped, the others "
+            f"masked; print(plan) says why."
+        )
+    if time > 1 - NOISE and flops < 1 - NOISE:
+        found += (
+            " It does not pay here: the branches are too small for what taking and adding rows "
+            "costs. Try a larger --batch"
+            + (", or --mode batch." if content["config"]["mode"] == "row" else ".")
+        )
+    ms = content["contestants"]["dense"]["ms"]
+    if ms["high"] - ms["low"] > 0.1 * ms["median"]:
+        found += " The times vary a lot: other work on the machine makes them worth little."
+    return found
