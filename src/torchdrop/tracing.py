@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from torchdrop.facts import Facts, stand_in_for
@@ -490,21 +489,6 @@ def _nothing_set(reader: _Reader) -> Iterator[None]:
 
 
 @contextmanager
-def _masks_are_tensors() -> Iterator[None]:
-    """Let torch's encoder layer ask for the dtype of a mask, which it takes only of a Tensor."""
-    plain = functional._none_or_dtype
-
-    def dtype(mask: Any) -> Any:
-        return mask.dtype if isinstance(mask, fx.Proxy) else plain(mask)
-
-    setattr(functional, "_none_or_dtype", dtype)  # noqa: B010 (mypy: a function)
-    try:
-        yield
-    finally:
-        setattr(functional, "_none_or_dtype", plain)  # noqa: B010
-
-
-@contextmanager
 def _nothing_drawn() -> Iterator[None]:
     """Refuse random numbers that decide in Python: the graph would hold one decision for ever."""
     numpy = sys.modules.get("numpy")
@@ -556,7 +540,6 @@ def trace_block(
             with (
                 _nothing_drawn(),
                 _nothing_set(reader),
-                _masks_are_tensors(),
                 _RecordFactories(reader),
             ):
                 graph = reader.trace(module)
