@@ -61,6 +61,14 @@ class Finfo(Base):
         return x + y.masked_fill(y < 0, torch.finfo(y.dtype).min).relu()
 
 
+class OnDevice(Base):
+    def forward(self, x):
+        y = self.fc(x)
+        if x.device.type == "cpu" and not x.is_cuda:
+            y = y * 2
+        return x + y.relu()
+
+
 class OnData(Base):
     def forward(self, x):
         y = self.fc(x)
@@ -75,7 +83,7 @@ class CountsTheBatch(Base):
         return x + self.fc(x.reshape(windows, 4, 8)).relu().reshape(x.shape)
 
 
-READ = (Root, Starred, Rest, Looped, Computed, Finfo)
+READ = (Root, Starred, Rest, Looped, Computed, Finfo, OnDevice)
 
 
 def two(kind):

@@ -449,8 +449,9 @@ class _Reader(fx.Tracer):
     def _fact(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self._known[node]
-        if not is_shape_node(node):
-            raise LookupError(node)
+        asked = node.args[1] if node.target is getattr else node.target
+        if not is_shape_node(node) or (isinstance(asked, str) and asked in _DEVICES):
+            raise LookupError(node)  # what stands for a tensor here lies on no device
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._fact)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -654,6 +655,7 @@ _READERS = {
 _FACTS = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_nested", "layout", "requires_grad",
 }  # fmt: skip
+_DEVICES = {"device", "is_cuda", "is_cpu", "get_device", "type"}
 _ARITHMETIC = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
     operator.truediv, operator.mod, operator.neg, operator.eq, operator.ne, operator.lt,
