@@ -31,8 +31,8 @@ docs: .venv/.with-docs
 	$(BIN)/mkdocs build --strict
 
 bench: .venv/.with-test
-	mkdir -p runs
 	$(BIN)/python benchmarks/steps.py --out runs/steps.json
+	$(BIN)/python benchmarks/scale.py --out runs/scale.json
 
 clean:
 	rm -rf .venv runs site

@@ -1,8 +1,15 @@
-"""Pictures of masks for docs/methods, drawn by the code itself whenever the pages are built."""
+"""What is made whenever the pages are built: pictures of masks, and tables of measurements.
+
+Pictures for docs/methods are drawn by the code itself; tables for docs/speed.md come from the files
+in benchmarks/results.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +18,9 @@ from torch import Tensor
 from torchdrop import functional
 from torchdrop.schedules import linear
 
-__all__ = ["PICTURES", "on_files", "picture"]
+__all__ = ["PICTURES", "TABLES", "on_files", "on_page_markdown", "picture", "with_tables"]
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 CELL = 6
 GAP = 12
@@ -178,3 +187,106 @@ def on_files(files: Any, config: Any) -> Any:
     for name in PICTURES:
         files.append(File.generated(config, f"methods/{name}.svg", content=picture(name)))
     return files
+
+
+# Tables
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _conditions(entry: dict[str, Any], load: Sequence[float]) -> str:
+    versions = ", ".join(f"{n} {v}" for n, v in entry["versions"].items() if v is not None)
+    clock = "processor time" if entry["clock"] == "processor" else "wall time"
+    threads = "one thread" if entry["threads"] == 1 else f"{entry['threads']} threads"
+    return (
+        f"{entry['machine']['processor']}, {threads}, {clock}, load {load[0]:.1f} when it began; "
+        f"{versions}."
+    )
+
+
+def _steps(results: dict[str, Any]) -> str:
+    rows, conditions = [], {}
+    for entry in results["rows"].values():
+        if not entry["complete"]:
+            continue
+        row, over = entry["row"], entry["time_over_dense"]
+        what = f"{row['network']}, {row['batch']} x {row['size']}"
+        what += ", channels last" if row["channels_last"] else ""
+        kept, mib = entry["bytes_over_dense"], entry["process_mib"]
+        reached = over["torchdrop"] <= entry["bar"]
+        bound = f" ({entry['bytes_bar']:.2f})" if "bytes_bar" in entry else ""
+        rows.append(
+            [
+                what,
+                f"{row['mode']}, {row['p']:g} {row['schedule']}",
+                str(entry["n"]),
+                f"{over['masked']:.2f}",
+                f"{over['subset']:.2f}",
+                f"**{over['torchdrop']:.2f}**",
+                f"{entry['flops_over_dense']['torchdrop']:.2f}",
+                f"{entry['bar']:.2f} {'yes' if reached else 'no'}",
+                f"{kept['subset']:.2f}",
+                f"{kept['torchdrop']:.2f}{bound}",
+                " / ".join(f"{mib[name]['peak']:.0f}" for name in ("dense", "subset", "torchdrop")),
+            ]
+        )
+        load = entry["pieces"][0]["load before"]
+        conditions[_conditions(entry["conditions"], load)] = None
+    head = [
+        *("network, batch", "mode, p", "n", "masked", "subset", "torchdrop", "F", "aim"),
+        *("bytes, subset", "bytes (aim)", "MiB"),
+    ]
+    return _table(head, rows) + "\n\n" + "  \n".join(conditions)
+
+
+def _overhead(results: dict[str, Any]) -> str:
+    part = results["overhead"]
+    rows = [
+        [str(case["blocks"]), *(f"{case['microseconds'][m]:.0f}" for m in ("row", "batch"))]
+        for case in part["cases"]
+    ]
+    about = _conditions(part["conditions"], part["conditions"]["load before"])
+    return _table(["blocks", "row, µs", "batch, µs"], rows) + f"\n\n{about}"
+
+
+def _growth(results: dict[str, Any], part: str, first: str) -> str:
+    rows = []
+    for case in results[part]["cases"]:
+        cells = [
+            f"{case['time_over_dense'][mode]:.2f} ({case['flops_over_dense'][mode]:.2f})"
+            for mode in ("row", "batch")
+        ]
+        rows.append([str(case[first]), f"{case['ms']['dense']:.1f}", *cells])
+    about = _conditions(results[part]["conditions"], results[part]["conditions"]["load before"])
+    head = [first, "dense, ms", "row, .5 uniform", "batch, .5 linear"]
+    return _table(head, rows) + f"\n\n{about}"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "steps": ("steps.json", _steps),
+    "overhead": ("scale.json", _overhead),
+    "depth": ("scale.json", lambda results: _growth(results, "depth", "depth")),
+    "batch": ("scale.json", lambda results: _growth(results, "batch", "batch")),
+}
+
+
+def with_tables(markdown: str, results: Path = RESULTS) -> str:
+    """The page with a table for each of its ``<!-- table: NAME -->``."""
+
+    def made(match: re.Match[str]) -> str:
+        file, make = TABLES[match[1]]
+        try:
+            found = json.loads((results / file).read_text(encoding="utf-8"))
+            return make(found)
+        except (FileNotFoundError, KeyError):  # there is no file, or not this part of it
+            return f"Not measured yet: there are no such figures in benchmarks/results/{file}."
+
+    return re.sub(r"<!-- table: (\w+) -->", made, markdown)
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """What mkdocs calls with each page: puts the tables in."""
+    return with_tables(markdown)

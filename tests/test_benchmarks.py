@@ -1,8 +1,10 @@
-"""The peers that torchdrop is measured against do what they are said to do."""
+"""The peers do what they are said to do, the benchmarks go on where they ended, tables are made."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -11,8 +13,15 @@ import torch
 from torch import nn
 from torchvision.models import ResNet
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 peers = pytest.importorskip("peers", reason="timm")
+scale = pytest.importorskip("scale")
+steps = pytest.importorskip("steps")
+
+SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+hooks = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(hooks)
 
 from torchdrop.app.models import CifarResNet  # noqa: E402
 from torchdrop.cost import flops  # noqa: E402
@@ -65,10 +74,102 @@ def test_a_subset_has_the_mean_of_the_rows_that_were_asked_for():
 
 
 def test_every_row_names_blocks_that_its_network_has():
-    steps = pytest.importorskip("steps")
     for row in steps.ROWS:
         assert len(row.rates) == {"vit": 12, "conv": 12, "resnet50": 16, "resnet110": 54}.get(
             row.name.partition("-")[0].removesuffix("next"), 24
         )
         assert max(row.rates) == pytest.approx(row.p)
     assert isinstance(steps.ROWS[0].model("dense"), nn.Module)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The benchmark with two rows of a network that takes milliseconds."""
+    monkeypatch.setitem(steps.NETWORKS, "tiny", lambda: CifarResNet(8))
+    rows = [
+        steps.Row("tiny", "tiny", 4, 8, "row", 0.5, "uniform", 0.1),
+        steps.Row("tiny-batch", "tiny", 4, 8, "batch", 0.5, "linear", 1.0, above_flops=False),
+    ]
+    monkeypatch.setattr(steps, "ROWS", rows)
+    peak = {name: {"before": 1.0, "peak": 2.0} for name in steps.CONTESTANTS}
+    monkeypatch.setattr(steps, "measure_memory", lambda row, threads: peak)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    return rows
+
+
+def _run(monkeypatch, out, *arguments):
+    command = ["steps.py", "--steps", "3", "--batch-steps", "4", "--out", str(out), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    steps.main()
+    return json.loads(out.read_text())["rows"]
+
+
+def test_a_row_goes_on_where_the_budget_ended_and_becomes_a_line_of_the_table(
+    tiny, monkeypatch, tmp_path
+):
+    out = tmp_path / "steps.json"
+    begun = _run(monkeypatch, out, "--budget", "0")
+    assert list(begun) == ["tiny"]
+    assert not begun["tiny"]["complete"]
+    assert begun["tiny"]["n"] == 1
+    rows = _run(monkeypatch, out)
+    assert [entry["n"] for entry in rows.values()] == [3, 4]
+    assert rows["tiny"]["ms"]["dense"][0] == begun["tiny"]["ms"]["dense"][0]
+    assert [piece["from"] for piece in rows["tiny"]["pieces"]] == [0, 1]
+    for entry in rows.values():
+        assert entry["complete"]
+        assert entry["time_over_dense"]["dense"] == 1
+        assert entry["bytes_over_dense"]["masked"] == pytest.approx(1, abs=0.01)
+    flops_, kept = rows["tiny"]["flops_over_dense"], rows["tiny"]["bytes_over_dense"]
+    assert flops_["subset"] == flops_["torchdrop"] < 0.56
+    assert rows["tiny"]["bar"] == flops_["torchdrop"] + 0.1
+    assert 0 < kept["every branch dropped"] < kept["torchdrop"] < 1
+    assert rows["tiny-batch"]["bar"] == 1
+    assert rows["tiny-batch"]["flops_over_dense"]["subset"] == pytest.approx(
+        rows["tiny-batch"]["flops_over_dense"]["torchdrop"]  # the same draws
+    )
+    page = hooks.with_tables("a\n<!-- table: steps -->\nb", tmp_path)
+    lines = page.splitlines()
+    assert lines[3].startswith("| tiny, 4 x 8 | row, 0.5 uniform | 3 |")
+    assert lines[4].startswith("| tiny, 4 x 8 | batch, 0.5 linear | 4 |")
+    assert f"| **{rows['tiny']['time_over_dense']['torchdrop']:.2f}** |" in lines[3]
+    assert f"torch {torch.__version__.partition('+')[0]}" in page
+
+
+def test_a_row_of_other_code_begins_anew(tiny, monkeypatch, tmp_path):
+    out = tmp_path / "steps.json"
+    before = _run(monkeypatch, out, "--only", "tiny")
+    assert _run(monkeypatch, out, "--only", "tiny") == before
+    monkeypatch.setattr(steps, "digest", lambda: "other")
+    after = _run(monkeypatch, out, "--only", "tiny")
+    assert after["tiny"]["ms"] != before["tiny"]["ms"]
+    assert len(after["tiny"]["pieces"]) == 1
+
+
+def test_the_growth_is_measured_and_becomes_tables(monkeypatch, tmp_path):
+    monkeypatch.setattr(scale, "BLOCKS", (2, 4))
+    monkeypatch.setattr(scale, "DEPTHS", (8,))
+    monkeypatch.setattr(scale, "BATCHES", (2,))
+    monkeypatch.setitem(
+        scale.PARTS, "batch", lambda options: scale.grow("batch", [(8, 2)], options)
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    out = tmp_path / "scale.json"
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--steps", "2", "--out", str(out)])
+    scale.main()
+    content = json.loads(out.read_text())
+    (depth,) = content["depth"]["cases"]
+    assert depth["flops_over_dense"]["row"] < 0.6
+    assert set(content["overhead"]["cases"][1]["microseconds"]) == {"row", "batch"}
+    page = hooks.with_tables(
+        "".join(f"<!-- table: {name} -->\n\n" for name in ("overhead", "depth", "batch")), tmp_path
+    )
+    assert "| blocks | row, µs | batch, µs |" in page
+    assert "\n| 8 | " in page
+
+
+def test_the_page_of_speed_shows_every_table_and_says_what_is_missing(tmp_path):
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert all(f"<!-- table: {name} -->" in text for name in hooks.TABLES)
+    assert hooks.with_tables(text, tmp_path).count("Not measured yet") == len(hooks.TABLES)
+    assert "<!-- table" not in hooks.with_tables(text)

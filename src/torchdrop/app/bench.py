@@ -183,10 +183,10 @@ def _network(name: str, size: int | None) -> tuple[nn.Module, int]:
     import timm
 
     if not timm.is_model(name):
-        known = [*known, *timm.list_models(), "fractalnet"]
+        near = _alike(name, [*known, *timm.list_models()])
         raise UserError(
-            f"neither torchvision nor timm has a model {name!r}{_alike(name, known)}; resnet-N, "
-            f"fractalnet and package.module:factory are possible, too"
+            f"neither torchvision nor timm has a model {name!r}{near}; a CIFAR ResNet is resnet-N, "
+            f"your own package.module:factory"
         )
     about = timm.get_pretrained_cfg(name)
     side = size or (about.input_size[-1] if about else USUAL)
