@@ -168,6 +168,8 @@ class Plan:
                 seen, rows = branch.last
                 if isinstance(rows, Tensor):
                     kept[branch.name] = rows.clone()
+                elif isinstance(rows, list):
+                    kept[branch.name] = torch.tensor(rows)
                 else:
                     kept[branch.name] = torch.arange(seen if rows else 0)
         return kept

@@ -216,7 +216,23 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
     * ``"independent"``: one Bernoulli draw a row, as in timm and torchvision.
     * ``"window"``: a cyclic run of rows with a uniformly random start, as many as ``"exact"``.
     """
+    _refuse_draws_of_their_own()
     return ROW_SAMPLERS[sampling](batch, p, host_generator())
+
+
+def _refuse_draws_of_their_own() -> None:
+    """Refuse vmap(randomness="different"): what runs can be decided only once for all it maps."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    functorch = torch._C._functorch
+    for level in functorch.get_interpreter_stack() or ():
+        if level.key() == functorch.TransformType.Vmap and (
+            functorch.CVmapInterpreterPtr(level).randomness() == functorch.RandomnessType.Different
+        ):
+            raise RuntimeError(
+                "stochastic depth decides on the host what is computed, once for everything that "
+                "vmap maps over; pass randomness='same' to vmap"
+            )
 
 
 def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
@@ -224,6 +240,7 @@ def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
 
     In a process group all ranks get the same answer, unless ``sync_ranks`` is False.
     """
+    _refuse_draws_of_their_own()
     if sync_ranks is not False and shared_numbers.shared():
         return shared_numbers.draw() / 2**53 >= p
     return float(torch.rand((), dtype=torch.float64, device="cpu")) >= p

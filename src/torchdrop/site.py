@@ -105,6 +105,8 @@ class BranchState:
         if torch._C._current_graph_task_id() == -1:
             self.rows_seen += seen
             self.rows_dropped += seen - kept_count
+            if isinstance(kept, Tensor) and torch._C._are_functorch_transforms_active():
+                kept = kept.tolist()  # a tensor of torch.func must not outlive it
             self.last = (seen, kept)
 
 

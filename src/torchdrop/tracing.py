@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdrop.facts import Facts, stand_in_for
 
@@ -45,6 +46,9 @@ A_TENSOR = object()
 
 # torch.fx patches nn.Module for the whole process while it traces.
 _LOCK = threading.RLock()
+
+# How often a block is read while other threads draw numbers of Python or numpy.
+_READINGS_IN_COMPANY = 5
 
 
 class UntraceableError(Exception):
@@ -489,24 +493,43 @@ def _nothing_set(reader: _Reader) -> Iterator[None]:
             raise UntraceableError(f"it changes self.{name}")
 
 
-@contextmanager
-def _nothing_drawn() -> Iterator[None]:
-    """Refuse random numbers that decide in Python: the graph would hold one decision for ever."""
-    numpy = sys.modules.get("numpy")
-    before = random.getstate(), torch.get_rng_state()
-    arrays = numpy.random.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        drawn = random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1])
-        random.setstate(before[0])
-        torch.set_rng_state(before[1])
-        if numpy is not None and arrays is not None:
-            after = numpy.random.get_state()
-            drawn = drawn or after[2] != arrays[2] or bool((after[1] != arrays[1]).any())
-            numpy.random.set_state(arrays)
-    if drawn:
-        raise UntraceableError("it draws random numbers in Python")
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whether this thread draws random numbers of torch."""
+
+    drawn = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _RandomStates:
+    """The global random numbers of Python, numpy and torch, as they are now."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+
+    def changed(self, *, alone: bool) -> bool:
+        """Whether any was drawn; of those of torch that is known here of one thread ``alone``."""
+        now = _RandomStates()
+        arrays = False
+        if self._numpy is not None and now._numpy is not None:
+            arrays = self._numpy[2] != now._numpy[2]
+            arrays = arrays or bool((self._numpy[1] != now._numpy[1]).any())
+        if alone and not torch.equal(self._torch, now._torch):
+            return True
+        return arrays or self._python != now._python
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
 
 
 def trace_block(
@@ -534,23 +557,37 @@ def trace_block(
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
-    reader = _Reader(arguments, training, batch_dim, look_through)
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functions that wonder about proxies
-        try:
-            with (
-                _nothing_drawn(),
-                _nothing_set(reader),
-                _RecordFactories(reader),
-            ):
-                graph = reader.trace(module)
-        except UntraceableError as error:
-            raise UntraceableError(f"{_where(module, error)}: {error}") from None
-        except Exception as error:
-            # A user's forward may raise anything when it is handed proxies.
-            first = str(error).splitlines()[0] if str(error) else ""
-            what = f"{type(error).__name__}: {first}"
-            raise UntraceableError(f"{_where(module, error)}: {what}") from None
+        before = _RandomStates()
+        # Random numbers that decide in Python are refused: the graph would hold one decision for
+        # ever. Other threads may draw meanwhile: those of torch are told apart from this one's,
+        # and where they draw others, the block is read again.
+        alone = threading.active_count() == 1
+        for left in reversed(range(1 if alone else _READINGS_IN_COMPANY)):
+            reader = _Reader(arguments, training, batch_dim, look_through)
+            draws = _Draws()  # type: ignore[no-untyped-call]
+            states = _RandomStates()
+            try:
+                with (
+                    _nothing_set(reader),
+                    _RecordFactories(reader),
+                    nullcontext() if alone else draws,
+                ):
+                    graph = reader.trace(module)
+                if not draws.drawn and not states.changed(alone=alone):
+                    break
+                if draws.drawn or not left:
+                    raise UntraceableError("it draws random numbers in Python")
+            except UntraceableError as error:
+                before.restore()
+                raise UntraceableError(f"{_where(module, error)}: {error}") from None
+            except Exception as error:
+                # A user's forward may raise anything when it is handed proxies.
+                before.restore()
+                first = str(error).splitlines()[0] if str(error) else ""
+                what = f"{type(error).__name__}: {first}"
+                raise UntraceableError(f"{_where(module, error)}: {what}") from None
     for node in graph.nodes:
         # with it the text that fx writes would wrap the function for every trace to come
         node.meta.pop("is_wrapped", None)
