@@ -379,3 +379,54 @@ def test_a_rate_that_nothing_reads_is_no_layer_drop():
     model = Cached()
     model.layerdrop = 0.5
     assert drops_layers(model) is None
+
+
+class Sized(nn.Module):
+    """Attention on a map that is handed around as a sequence and its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, size):
+        return self.proj(x).tanh(), [size[0], size[1]]
+
+
+class SizedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), Sized()
+
+    def forward(self, x, size):
+        y, size = self.attention(self.norm(x), size)
+        return x + y, size
+
+
+class SizedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(SizedBlock() for _ in range(2))
+
+    def forward(self, x):
+        size = [2, x.shape[1] // 2]
+        for block in self.blocks:
+            x, size = block(x, size)
+        return x * size[1]
+
+
+def test_a_size_that_a_child_returns_does_not_keep_its_branch_from_being_skipped():
+    torch.manual_seed(0)
+    model, x = SizedNet().double(), torch.randn(6, 4, 8, dtype=torch.double)
+    dense = copy.deepcopy(model)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    assert [block.action for block in plan.blocks] == ["skip", "skip"]
+    for length in (4, 6, 4):  # another size, and the first again
+        x = torch.randn(6, length, 8, dtype=torch.double)
+        out = model(x)
+        kept = plan.last_kept()
+        expected, size = x, length // 2
+        for name, block in zip(kept, dense.blocks, strict=True):
+            mask = torch.zeros(6, 1, 1, dtype=torch.double)
+            mask[kept[name]] = 2.0
+            expected = expected + mask * block.attention(block.norm(expected), [2, size])[0]
+        torch.testing.assert_close(out, expected * size, rtol=0, atol=1e-12)

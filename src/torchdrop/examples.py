@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.tracing import BlockGraph, same, unfold
+from torchdrop.tracing import BlockGraph, Fixed, same, unfold
 
 __all__ = [
     "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",
@@ -78,7 +78,8 @@ class Recording:
             for the first of a tuple), by its path.
         forms: What it returned, with None for each tensor, by its path.
         items: For modules that return a tuple, what each item was: None; the place of the argument
-            (a number, or a name) that it was; or ``...`` for anything else.
+            (a number, or a name) that it was; :class:`torchdrop.tracing.Fixed` where it was a
+            number or a list of them; or ``...`` for anything else.
         times: How often each module was called.
     """
 
@@ -111,7 +112,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
         if isinstance(output, tuple | list) and module not in found.items:
             given = [*enumerate(args), *kwargs.items()]
             found.items[module] = [
-                None if item is None else next((k for k, v in given if v is item), ...)
+                None if item is None else next((k for k, v in given if v is item), _fixed(item))
                 for item in output
             ]
         name = names[module]
@@ -128,6 +129,12 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
         for hook in handles:
             hook.remove()
     return found
+
+
+def _fixed(item: Any) -> Any:
+    """``item`` where it is a plain value, not to be told from another of the same size."""
+    plain = item if isinstance(item, tuple | list) else [item]
+    return Fixed(item) if all(type(i) in (bool, int, float, str) for i in plain) else ...
 
 
 def _described(example_inputs: Any) -> str:

@@ -32,6 +32,7 @@ from torchdrop.facts import Facts, stand_in_for
 __all__ = [
     "A_TENSOR",
     "BlockGraph",
+    "Fixed",
     "UntraceableError",
     "is_cache",
     "is_shape_node",
@@ -236,6 +237,13 @@ _OF_EVERY_MODULE = set(nn.Module().__dict__)
 
 
 _MUTABLE = (list, dict, set)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What a child returned that is no tensor: the size of a feature map, say."""
+
+    value: Any
 
 
 def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
@@ -626,7 +634,8 @@ def _settle_outputs(
     """Put what is known about the items that children return in the place of those items.
 
     An attention returns weights that nobody asked for as None, or the bias that it was given: the
-    branch around it is then none the less used for nothing but its sum.
+    branch around it is then none the less used for nothing but its sum. Or it returns the size of
+    its feature map, which is what it was as long as the input has one size.
     """
     for node in list(graph.nodes):
         call = node.args[0] if node.target is operator.getitem else None
@@ -643,6 +652,8 @@ def _settle_outputs(
                 known = given[items[index]]
             except LookupError:
                 continue
+        elif isinstance(items[index], Fixed):
+            known = items[index].value
         elif items[index] is not None:
             continue
         for user in list(node.users):
