@@ -639,6 +639,49 @@ def test_a_lone_residual_is_listed_with_what_to_do() -> None:
     assert [r.name for r in plan.blocks] == ["blocks.1"]
 
 
+class Strided(nn.Module):
+    """Adds its input where it neither strides nor widens."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.same = conv(width, out), width == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.conv(x)) if self.same else F.relu(self.conv(x))
+
+
+class Pooled(nn.Module):
+    """Its skip is pooled by a maximum over a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.f = nn.LayerNorm(W), nn.Linear(W, W), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        pooled = self.up(x).unflatten(1, (2, -1)).max(dim=1).values
+        return pooled + self.f(x).unflatten(1, (2, -1)).amax(1)
+
+
+def test_a_stack_may_be_of_blocks_of_several_classes() -> None:
+    class Other(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x) + x
+
+    model = Stack(Plain(), Other())
+    assert [r.name for r in torchdrop.find_residuals(model)] == ["blocks.0", "blocks.1"]
+
+
+def test_the_one_block_that_does_not_stride_is_a_block() -> None:
+    model = Stack(Strided(4, 6), Strided(6, 8), Strided(8, 8))
+    assert [r.name for r in torchdrop.find_residuals(model)] == ["blocks.2"]
+
+
+def test_a_maximum_over_a_dimension_pools_the_skip() -> None:
+    (first, _) = torchdrop.find_residuals(Stack(Pooled(), Pooled()))
+    assert (first.skip, first.action) == ("projection", "skip")
+
+
 # --- several inputs --------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -326,6 +327,10 @@ class _Children:
                 # a square: one activation, taken twice
                 sum(a in factors for a in node.args if isinstance(a, fx.Node)) > 1
             )
+        if name in ("max", "amax"):  # over a dimension, it pools; of two activations, it does not
+            return len(node.all_input_nodes) == 1
+        if name == "getattr":
+            return node.args[1] == "values"
         return name in _LINEAR_NAMES
 
     def writes_input(self, module: nn.Module) -> bool:
@@ -1032,16 +1037,25 @@ def _uses(model: nn.Module, finders: Iterable[_Finder]) -> Counter[nn.Module]:
 def _choose(finders: dict[str, _Finder], uses: Counter[nn.Module]) -> dict[Entry, str]:
     """For each residual addition why it is not taken by default, or an empty text.
 
-    A residual stack repeats, as modules of one class, or one after the other in one forward. A
-    lone addition is something else. Where additions of one forward are nested, the outermost that
-    repeat are taken.
+    A residual stack repeats: as modules of one class, as modules of several classes in one place
+    ("layer1.0" and "layer2.0"), or one after the other in one forward. A lone addition is something
+    else, unless its block stands in a list and its class is there more than once: of blocks that
+    stride, those that do not are residual. Where additions of one forward are nested, the outermost
+    that repeat are taken.
     """
     why_not = {entry: entry.why_not for finder in finders.values() for entry in finder.entries}
-    family: dict[Entry, tuple[object, ...]] = {}
+    families: dict[Entry, list[object]] = {}
+    alone: set[Entry] = set()
+    kinds = Counter(type(finder.owner) for finder in finders.values())
     for name, finder in finders.items():
         for entry in finder.entries:
             module, element = _module_of(finder, entry)
-            family[entry] = (name, type(module)) if element else (type(module),)
+            families[entry] = [(name, type(module)) if element else type(module)]
+            place = re.sub(r"\d+", "#", name)
+            if element is None and "#" in place:
+                families[entry].append(place)
+                if kinds[type(finder.owner)] > 1 and entry.skip == "identity":
+                    alone.add(entry)
     while True:
         outermost = {
             entry: finder
@@ -1054,10 +1068,14 @@ def _choose(finders: dict[str, _Finder], uses: Counter[nn.Module]) -> dict[Entry
                 if not why_not[other]
             )
         }
-        sizes: Counter[tuple[object, ...]] = Counter()
+        sizes: Counter[object] = Counter()
         for entry, finder in outermost.items():
-            sizes[family[entry]] += uses[finder.owner]
-        lone = [entry for entry in outermost if sizes[family[entry]] < 2]
+            sizes.update(dict.fromkeys(families[entry], uses[finder.owner]))
+        lone = [
+            entry
+            for entry in outermost
+            if entry not in alone and all(sizes[f] < 2 for f in families[entry])
+        ]
         for entry in lone:
             module, _ = _module_of(outermost[entry], entry)
             why_not[entry] = f"no other {type(module).__name__} has a residual"
