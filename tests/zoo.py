@@ -1,34 +1,109 @@
-"""What must hold for every model: the harness that the zoo tests run each of them through."""
+"""What must hold for every model: the harness that the zoo tests and the table run them through.
+
+Each check takes a model without stochastic depth and gives it back as it was. It raises
+AssertionError with what was violated.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 import torchdrop
+from torchdrop import cost
+from torchdrop.site import BranchState
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
 BARELY = 1e-30
 
 
+# ---------------------------------------------------------------------------------------------
+# Models and what they return
+
+
 def without_randomness(model: nn.Module) -> nn.Module:
     """Switch off every other random layer: dropout, and the masks that the model brings along."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-        if type(module).__name__ in ("StochasticDepth", "DropPath"):
+        if type(module).__name__ == "StochasticDepth":
             module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on ``inputs`` as ``example_inputs`` takes them: a tensor, a tuple or a dict."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Every tensor of floating point in what a model returned, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    return []
+
+
+def to_double(inputs: Any) -> Any:
+    """``inputs`` with every tensor of floating point in float64."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: to_double(value) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(to_double(value) for value in inputs)
+    return inputs
+
+
+class InDouble(TorchFunctionMode):
+    """Turns conversions to float32 into float64: norms and softmaxes often compute in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
+
+
+def loss_of(output: Any) -> Tensor:
+    """A scalar to which every element of the output contributes with a weight of its own."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors_of(output):
+        weights = torch.arange(1, tensor.numel() + 1, dtype=tensor.dtype).sin().view(tensor.shape)
+        total = total + (tensor * weights).sum() / tensor.numel()
+    return total
+
+
+def gradients(model: nn.Module, inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a step, the same as those of a mask where none was computed."""
+    model.zero_grad(set_to_none=True)
+    output = call(model, inputs)
+    loss_of(output).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return [t.detach() for t in tensors_of(output)], found
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -56,65 +131,536 @@ def same_randomness(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype
-    assert torch.equal(a, b), f"largest difference {(a - b).abs().max().item():.3g}"
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def attached(model: nn.Module, p: Any = 0.5, **options: Any) -> Iterator[torchdrop.plan.Plan]:
+    plan = torchdrop.add_stochastic_depth(model, p, schedule="uniform", **options)
+    try:
+        yield plan
+    finally:
+        torchdrop.remove_stochastic_depth(model)
+
+
+def assert_same(a: Any, b: Any, tolerance: float = 0.0) -> None:
+    """That the outputs ``a`` and ``b`` are equal; to ``tolerance`` of the largest element of b."""
+    mine, theirs = tensors_of(a), tensors_of(b)
+    assert [(t.shape, t.dtype) for t in mine] == [(t.shape, t.dtype) for t in theirs]
+    assert mine, "there is nothing to compare"
+    for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+        off = distance(x, y)
+        assert off <= tolerance, f"output {i}: largest difference {off:.3g} of the largest element"
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest element of ``b``; infinite where one is NaN."""
+    if torch.equal(a, b):
+        return 0.0
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    finite = b.isfinite()
+    if not torch.equal(a[~finite], b[~finite]):  # -inf in a mask that is returned, say
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    off = (a[finite] - b[finite]).abs().max() / b[finite].abs().max().clamp_min(1e-300)
+    return float("inf") if off.isnan() else off.item()
+
+
+# ---------------------------------------------------------------------------------------------
+# The dense model, and the checks of what is attached against it
+
+
+@dataclass
+class Dense:
+    """What a model does without stochastic depth, recorded once for all checks."""
+
+    fingerprint: dict[str, Any]
+    names: list[list[str]]
+    evaluation: Any
+    training: Any
+    buffers: list[Tensor]
+    fired: Counter[str]
+    flops: int
+
+
+def record(model: nn.Module, inputs: Any) -> Dense:
+    """Run the dense model once in evaluation and once in training; its buffers are restored."""
+    before, names = fingerprint(model), instance_names(model)
+    fired: Counter[str] = Counter()
+    with torch.no_grad():
+        evaluation = call(model.eval(), inputs)
+        with buffers_restored(model), same_randomness(), _counting(model, fired):
+            training = None
+            with cost.FlopCounter() as counter:
+                training = call(model.train(), inputs)
+            buffers = [b.clone() for b in model.buffers()]
+    for module, mode in zip(model.modules(), before["training"], strict=True):
+        module.training = mode
+    return Dense(before, names, evaluation, training, buffers, fired, counter.total)
+
+
+@contextmanager
+def _counting(model: nn.Module, fired: Counter[str]) -> Iterator[None]:
+    """Count the calls of each module, by a hook on it."""
+
+    def fire(name: str) -> Callable[..., None]:
+        return lambda *_: fired.update([name])
+
+    handles = [m.register_forward_hook(fire(name)) for name, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_untouched(model: nn.Module, dense: Dense) -> None:
+    """The same keys, classes, parameters, hooks; without stochastic depth the same attributes."""
+    now = fingerprint(model)
+    for module, mode in zip(model.modules(), dense.fingerprint["training"], strict=True):
+        module.training = mode
+    now["training"] = [m.training for m in model.modules()]
+    changed = [key for key, value in dense.fingerprint.items() if now[key] != value]
+    assert not changed, f"changed: {', '.join(changed)}"
+    if not torchdrop.has_stochastic_depth(model):
+        assert instance_names(model) == dense.names, "attributes were left behind"
+
+
+def check_evaluation(model: nn.Module, inputs: Any, dense: Dense) -> None:
+    """Evaluation is the original forward, bit for bit."""
+    with torch.no_grad():
+        assert_same(call(model.eval(), inputs), dense.evaluation)
+
+
+def check_nothing_dropped(
+    model: nn.Module, inputs: Any, dense: Dense, tolerance: float = 0.0
+) -> float:
+    """Training with nothing dropped, through the generated forward, is dense training.
+
+    Also its batch statistics and the hooks that fire.
+
+    Returns:
+        The largest difference of an output.
+    """
+    plan = torchdrop.get_plan(model)
+    rates = plan.state_dict()
+    plan.set_p([BARELY] * len(plan.blocks))
+    plan.observed()
+    fired: Counter[str] = Counter()
+    with torch.no_grad(), buffers_restored(model), same_randomness(), _counting(model, fired):
+        ours = call(model.train(), inputs)
+        assert set(plan.observed().values()) == {0.0}
+        assert_same(ours, dense.training, tolerance)
+        for buffer, theirs in zip(model.buffers(), dense.buffers, strict=True):
+            assert distance(buffer, theirs) <= tolerance, "batch statistics differ"
+    more, less = fired - dense.fired, dense.fired - fired
+    assert not more, f"hooks fired more often: {dict(more)}"
+    assert not less, f"hooks fired less often: {dict(less)}"
+    plan.load_state_dict(rates)
+    pairs = zip(tensors_of(ours), tensors_of(dense.training), strict=True)
+    return max(distance(a, b) for a, b in pairs)
+
+
+def check_work(model: nn.Module, inputs: Any, dense: Dense) -> tuple[float, float]:
+    """A training pass takes the FLOPs that the plan's shares and the kept rows amount to.
+
+    Returns:
+        The FLOPs of the pass as a part of those of a dense one; the part that all branches have.
+    """
+    plan = torchdrop.get_plan(model)
+    with torch.no_grad(), buffers_restored(model), same_randomness(), _decisions() as decisions:
+        ours = cost.flops(call, model.train(), inputs) / dense.flops
+    expected, droppable = 1.0, 0.0
+    for state in _states(plan):
+        calls = decisions[state.name]
+        assert calls, f"{state.name} did not run"
+        if state.action == "mask":
+            continue
+        assert state.share is not None, f"{state.name} was not measured"
+        droppable += state.share
+        dropped = [1.0 - _rows(rows, kept).double().mean().item() for rows, kept in calls]
+        expected -= state.share * sum(dropped) / len(dropped)
+    # what does not depend on the batch, as a network for position biases, is computed all the same
+    fixed = 0.0 if ours <= expected + 0.01 else _fixed_part(model, inputs, dense)
+    assert expected - 0.01 <= ours <= expected + fixed + 0.01, (
+        f"{ours:.1%} of the dense FLOPs, expected {expected:.1%}"
+    )
+    return ours, droppable
+
+
+def check_all_gradients(model: nn.Module, inputs: Any) -> None:
+    """Every parameter has the gradient that masks would leave it: zeros where no row was kept."""
+    plan = torchdrop.get_plan(model)
+    rates = plan.state_dict()
+    model.train()
+    found = {}
+    for p in (BARELY, 0.5, 1.0):
+        plan.set_p([p] * len(plan.blocks))
+        with buffers_restored(model), same_randomness():
+            found[p] = gradients(model, inputs)[1]
+        missing = set(found[BARELY]) ^ set(found[p])
+        assert not missing, f"p={p}: no gradient for {sorted(missing)[:4]}"
+        assert all(bool(g.isfinite().all()) for g in found[p].values()), f"p={p}: not finite"
+    unused = {n for n, p in model.named_parameters() if p.requires_grad} - set(found[BARELY])
+    whole = {n for n, g in found[BARELY].items() if bool(g.any())}
+    assert len(unused) < len(whole), "nearly nothing has a gradient"
+    plan.load_state_dict(rates)
+
+
+def check_copies(model: nn.Module, inputs: Any, dense: Dense) -> None:
+    """A saved and loaded model and a deepcopy have a plan of their own and the same output."""
+    model.eval()
+    plan = torchdrop.get_plan(model)
+    file = io.BytesIO()
+    torch.save(model, file)  # which pickles it
+    file.seek(0)
+    copies: list[Callable[[], nn.Module]] = [
+        lambda: torch.load(file, weights_only=False),
+        lambda: copy.deepcopy(model),
+    ]
+    for make in copies:
+        twin = make()
+        theirs = torchdrop.get_plan(twin)
+        assert theirs.state_dict() == plan.state_dict()
+        mine = dict(model.named_modules())
+        names = {module: name for name, module in twin.named_modules()}
+        for ours, other in zip(plan.blocks, theirs.blocks, strict=True):
+            assert mine.get(names.get(other.module)) is ours.module
+        with torch.no_grad():
+            assert_same(call(twin, inputs), dense.evaluation)
+        theirs.set_p(0.75)
+        assert theirs.state_dict() != plan.state_dict()
+        del twin, theirs
+
+
+def _fixed_part(model: nn.Module, inputs: Any, dense: Dense) -> float:
+    """The part of the dense FLOPs that is the same for every size of the batch."""
+    one = {k: v[:1] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[:1]
+    batch = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+    with torch.no_grad(), torchdrop.paused(model):
+        small = cost.flops(call, model.eval(), one)
+        whole = cost.flops(call, model.eval(), inputs)
+    return (batch * small - whole) / (batch - 1) / whole
+
+
+def _states(plan: torchdrop.plan.Plan) -> list[Any]:
+    return [state for site in plan._sites for state in site.branches]
+
+
+# ---------------------------------------------------------------------------------------------
+# The reference: masks on the dense model
+
+
+def check_masked_gradients(
+    model: nn.Module,
+    inputs: Any,
+    tolerance: float = 1e-10,
+    *,
+    training_scale: bool = True,
+    **options: Any,
+) -> float:
+    """Rows dropped: outputs and gradients equal those of masks on the dense model, in float64.
+
+    The masks are hooks on the modules that a branch calls, so nothing of what is generated takes
+    part. BatchNorm is in evaluation: else the statistics of the kept rows are not those of all.
+
+    Returns:
+        The largest difference.
+    """
+    parameters = [(p, p.dtype) for p in model.parameters()]
+    buffers = [(m, dict(m._buffers)) for m in model.modules()]
+    default = torch.get_default_dtype()
+    model.double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        inputs = to_double(inputs)
+        if options.get("example_inputs") is not None:
+            options["example_inputs"] = to_double(options["example_inputs"])
+        with InDouble():
+            return _compare_with_masks(model, inputs, tolerance, training_scale, options)
+    finally:
+        torch.set_default_dtype(default)
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for module, original in buffers:
+            module._buffers.update(original)
+
+
+def _compare_with_masks(
+    model: nn.Module, inputs: Any, tolerance: float, training_scale: bool, options: dict[str, Any]
+) -> float:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    scale, gain = ("train", 2.0) if training_scale else ("eval", 1.0)
+    with attached(model, scale=scale, **options) as plan:
+        with same_randomness(), _decisions() as decisions:
+            mine, my_gradients = gradients(model, inputs)
+        masked = [(block, branch) for block in plan.blocks for branch in block.branches]
+    kept = {name: [_rows(*decision) for decision in found] for name, found in decisions.items()}
+    assert any(0 < k.sum() < k.numel() for each in kept.values() for k in each), "none was cut"
+    dim = options.get("batch_dim", 0)
+    last, calls = _calls(model, inputs)
+    shared = Counter(child for _, branch in masked for child in branch.children)
+    with ExitStack() as stack:
+        for block, branch in masked:
+            times = len(kept[branch.name])
+            if branch.action == "layer":
+                hook = _mask_layer(kept[branch.name], gain, dim)
+                handle = block.module.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+                continue
+            # every module that only this branch calls, and once; the last one scales as well
+            own = [c for c in branch.children if shared[c] == 1 and calls[c] == times]
+            own.sort(key=last.__getitem__)
+            assert own, f"{branch.name}: no module of its own to mask"
+            for path in own:
+                hook = _mask(kept[branch.name], gain if path == own[-1] else 1.0, dim)
+                stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        with same_randomness():
+            theirs, their_gradients = gradients(model, inputs)
+    assert_same(mine, theirs, tolerance)
+    assert set(my_gradients) == set(their_gradients)
+    # on the scale of all gradients: some are zero but for rounding, as that of a key's bias
+    size = max(g.abs().max().item() for g in their_gradients.values())
+    worst, where = 0.0, ""
+    for name, gradient in their_gradients.items():
+        off = (my_gradients[name] - gradient).abs().max().item() / size
+        if not off <= worst:
+            worst, where = off, name
+    assert worst <= tolerance, f"the gradient of {where} is off by {worst:.3g} of the largest"
+    return worst
+
+
+@contextmanager
+def _decisions() -> Iterator[dict[str, list[Any]]]:
+    """Collects what each branch decides in each of its calls: how many rows, and which of them."""
+    taken: dict[str, list[Any]] = defaultdict(list)
+    book = BranchState.count
+
+    def count(self: BranchState, seen: int, kept: Any, kept_count: int) -> None:
+        taken[self.name].append((seen, kept))
+        book(self, seen, kept, kept_count)
+
+    BranchState.count = count  # type: ignore[method-assign]
+    try:
+        yield taken
+    finally:
+        BranchState.count = book  # type: ignore[method-assign]
+
+
+def _rows(batch: int, kept: Any) -> Tensor:
+    """A decision as a mask: every row, none, or those that are listed."""
+    mask = torch.zeros(batch, dtype=torch.bool)
+    mask[kept if isinstance(kept, Tensor) else slice(batch if kept else 0)] = True
+    return mask
+
+
+def _calls(model: nn.Module, inputs: Any) -> tuple[dict[str, int], Counter[str]]:
+    """In which order the last calls of the modules end; how often each is called."""
+    last: dict[str, int] = {}
+    calls: Counter[str] = Counter()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+            last[name] = calls.total()
+
+        return hook
+
+    handles = [m.register_forward_hook(note(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad(), same_randomness(), buffers_restored(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return last, calls
+
+
+def _where_kept(x: Tensor, keep: Tensor, gain: float, dim: int) -> Tensor:
+    """``gain * x`` in the kept rows and 0 in the others, where ``x`` carries the batch."""
+    if not x.is_floating_point() or x.dim() <= dim or x.shape[dim] % keep.numel():
+        return x
+    # windows, heads or positions folded into the batch: the batch varies slowest
+    keep = keep.repeat_interleave(x.shape[dim] // keep.numel())
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.where(keep.view(shape), x * gain if gain != 1.0 else x, x.new_zeros(()))
+
+
+def _mask(masks: list[Tensor], gain: float, dim: int) -> Callable[..., Any]:
+    """A hook that masks what its module returns, call by call."""
+    masks = list(masks)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        keep = masks.pop(0)
+        if isinstance(output, tuple | list):
+            return type(output)(
+                _where_kept(o, keep, gain, dim) if isinstance(o, Tensor) else o for o in output
+            )
+        return _where_kept(output, keep, gain, dim) if isinstance(output, Tensor) else output
+
+    return hook
+
+
+def _mask_layer(masks: list[Tensor], gain: float, dim: int) -> Callable[..., Any]:
+    """A hook that masks what its module adds to its first argument, call by call."""
+    masks = list(masks)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        first = output[0] if isinstance(output, tuple | list) else output
+        first = x + _where_kept(first - x, masks.pop(0), gain, dim)
+        return (first, *output[1:]) if isinstance(output, tuple | list) else first
+
+    return hook
+
+
+# ---------------------------------------------------------------------------------------------
+# An independent count
+
+
+_VIEW_NODES = re.compile(
+    r"View|Permute|Transpose|Clone|Reshape|Squeeze|Unsqueeze|Alias|Expand|ToCopy|TBackward"
+)
+_LINEAR_NODES = re.compile(
+    r"View|Permute|Transpose|Clone|Reshape|Squeeze|Alias|Expand|ToCopy|TBackward|Add|Sub|Mm|Bmm"
+    r"|Addmm|Conv|Mul|Div|Norm|Pool|Pad|Split|Slice|Select|Cat|Stack|Unbind|AccumulateGrad|Embed"
+    r"|Mean|Sum|Neg|Upsample|Roll|Index|Flip|Repeat|Copy|Unfold|Unsafe|MaxPool|Linear|Tril"
+)
+
+
+def identity_additions(model: nn.Module, inputs: Any) -> int:
+    """How many outermost additions x + f(x), f with parameters and not linear, autograd recorded.
+
+    Read off the graph of one evaluation pass, which knows nothing of modules or forwards.
+    """
+    model.eval()
+    with same_randomness(), torch.enable_grad():
+        outputs = tensors_of(call(model, _with_gradient(inputs)))
+        roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    nodes = _topological(roots)
+    index = {node: i for i, node in enumerate(nodes)}
+    ancestors: list[int] = []
+    for i, node in enumerate(nodes):
+        bits = 1 << i
+        for source, _ in node.next_functions:
+            if source is not None:
+                bits |= ancestors[index[source]]
+        ancestors.append(bits)
+    parameters = sum(1 << i for i, n in enumerate(nodes) if "AccumulateGrad" in n.name())
+    curved = sum(1 << i for i, n in enumerate(nodes) if not _LINEAR_NODES.search(n.name()))
+    found: list[tuple[int, int]] = []
+    for i, node in enumerate(nodes):
+        sources = [s for s, _ in node.next_functions if s is not None]
+        if not node.name().startswith("AddBackward") or len(sources) != 2:
+            continue
+        a, b = (_through_views(s) for s in sources)
+        for skip, branch in ((a, b), (b, a)):
+            if skip is branch or not ancestors[index[branch]] >> index[skip] & 1:
+                continue
+            inside = ancestors[index[branch]] & ~ancestors[index[skip]]
+            if inside & parameters and inside & curved:
+                found.append((i, inside))
+    return sum(not any(inside >> i & 1 for _, inside in found) for i, _ in found)
+
+
+def _with_gradient(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.clone().requires_grad_() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _with_gradient(value) for key, value in inputs.items()}
+    return type(inputs)(_with_gradient(value) for value in inputs)
+
+
+def _topological(roots: list[Any]) -> list[Any]:
+    """The nodes of an autograd graph, sources before what uses them."""
+    done: dict[Any, None] = {}
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, ready = stack.pop()
+        if node in done:
+            continue
+        if ready:
+            done[node] = None
+            continue
+        stack.append((node, True))
+        stack.extend((s, False) for s, _ in node.next_functions if s is not None and s not in done)
+    return list(done)
+
+
+def _through_views(node: Any) -> Any:
+    while _VIEW_NODES.search(node.name()):
+        sources = [s for s, _ in node.next_functions if s is not None]
+        if len(sources) != 1:
+            break
+        node = sources[0]
+    return node
+
+
+# ---------------------------------------------------------------------------------------------
+# Several at once
+
+
+def checks(
+    model: nn.Module, inputs: Any, *, large: bool = False
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every check but that of masked gradients, by name, to be called one after the other.
+
+    Stochastic depth is attached when the first one is handed out, with ``inputs`` as example.
+
+    Args:
+        model: The model, without other randomness.
+        inputs: What it is called with.
+        large: Leave out what takes more memory than the model itself.
+    """
+    dense = record(model, inputs)
+    state = model.state_dict()
+    with attached(model, example_inputs=inputs):
+        yield "attached", lambda: check_untouched(model, dense)
+        yield "evaluation", lambda: check_evaluation(model, inputs, dense)
+        yield "nothing dropped", lambda: check_nothing_dropped(model, inputs, dense) or None
+        yield "FLOPs", lambda: "{:.3f} of {:.3f}".format(*check_work(model, inputs, dense))
+        if not large:
+            yield "all gradients", lambda: check_all_gradients(model, inputs)
+            yield "copies", lambda: check_copies(model, inputs, dense)
+        yield "checkpoints", lambda: model.load_state_dict(state) and None
+    yield "removed", lambda: check_untouched(model, dense)
 
 
 def check_surgery(model: nn.Module, x: Tensor, *, blocks: int, branches: int) -> None:
     """Run ``model`` through every identity; it comes back as it was."""
     without_randomness(model)
-    dense = copy.deepcopy(model)
-    before, names = fingerprint(model), instance_names(model)
-
+    dense = record(model, x)
     found = torchdrop.find_residuals(model)
     assert (len(found), sum(len(r.branches) for r in found)) == (blocks, branches)
     assert all(b.action == "skip" for r in found for b in r.branches)
-    assert fingerprint(model) == before
-    assert instance_names(model) == names
-
-    plan = torchdrop.add_stochastic_depth(model, p=0.5)
-    assert len(plan.blocks) == blocks
-    assert fingerprint(model) == before
-    assert [r.module for r in plan.blocks] == [r.module for r in found]
-
-    with torch.no_grad():
-        # evaluation: the original forward
-        model.eval(), dense.eval()
-        assert_same(model(x), dense(x))
-
-        # training with nothing dropped, through the generated forward
-        model.train(), dense.train()
-        plan.set_p([BARELY] * blocks)
-        assert_same(model(x), dense(x))
-        assert list(plan.observed().values()) == [0.0] * branches
-        for (key, mine), theirs in zip(
-            model.state_dict().items(), dense.state_dict().values(), strict=True
-        ):
-            assert torch.equal(mine, theirs), key
-
-        # checkpoints move both ways
-        dense.load_state_dict(model.state_dict())
-        model.load_state_dict(dense.state_dict())
-
-    torchdrop.remove_stochastic_depth(model)
-    assert not torchdrop.has_stochastic_depth(model)
-    assert fingerprint(model) == before
-    assert instance_names(model) == names
+    check_untouched(model, dense)
+    state = model.state_dict()
+    with attached(model) as plan:
+        assert [r.module for r in plan.blocks] == [r.module for r in found]
+        check_untouched(model, dense)
+        check_evaluation(model, x, dense)
+        check_nothing_dropped(model, x, dense)
+        model.load_state_dict(state)
+    check_untouched(model, dense)
+    model.load_state_dict(state)
 
 
 def check_training(model: nn.Module, x: Tensor) -> None:
     """A step with rows dropped: every parameter gets the gradient that a mask would leave it."""
-    plan = torchdrop.add_stochastic_depth(model, p=0.5)
-    model.train()
-    for mode_p in (0.5, 1.0):
-        plan.set_p(mode_p)
-        model.zero_grad()
-        model(x).square().mean().backward()
-        missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert missing == []
-        assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-    rates = plan.observed()
-    assert max(rates.values()) > 0.0
-    torchdrop.remove_stochastic_depth(model)
+    with attached(model):
+        check_all_gradients(model, x)

@@ -1,0 +1,489 @@
+"""Runs the invariants of tests/zoo.py over timm, torchvision and transformers; writes a table.
+
+    python benchmarks/zoo.py --jobs 2 --results runs/zoo.jsonl --table docs/coverage.md
+
+Every model runs in a process of its own, with one thread and a limit on time and memory, so that a
+crash is a row. Results are kept as JSON lines, one a model: what is there already is not run again
+(``--again REGEX`` does). No weights are downloaded; every model is small or gets a small input.
+
+Of every module of timm the three models with the fewest parameters are taken, at the smallest
+square input that they accept; of torchvision every model that has a builder; of transformers the
+families below, with a configuration of two or three layers of width 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import re
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import torchdrop
+import zoo
+import zoo_transformers
+from torchdrop.examples import Example
+from torchdrop.residual import survey
+
+BATCH = 5  # no model has five heads, windows or experts
+# Models with more parameters are not run in float64, trained or copied: they do not fit.
+LARGE = 110e6
+TIMM_SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512, 640, 768, 1024)
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass
+class Subject:
+    """One model to try: how to make it, and what to call it with."""
+
+    model: nn.Module
+    inputs: Any
+    size: str
+    expected: tuple[int, int] | None = None  # blocks and branches, where they are known
+    always_example: bool = False
+
+
+def timm_names() -> list[str]:
+    """The three smallest models of every module, as "timm/module/model"."""
+    import timm
+    from timm.models import _registry
+
+    names = []
+    for module in sorted(_registry._module_to_models):
+        sizes = []
+        listed = timm.list_models(module=module)
+        real = [name for name in listed if not name.startswith("test_")]  # made for tests
+        for name in real or listed:
+            with torch.device("meta"), contextlib.suppress(Exception):
+                model = timm.create_model(name, pretrained=False)
+                sizes.append((sum(p.numel() for p in model.parameters()), name))
+        names += [f"timm/{module}/{name}" for _, name in sorted(sizes)[:3]]
+    return names
+
+
+def _timm(name: str) -> Subject:
+    import timm
+
+    def build(size: int, **options: Any) -> nn.Module:
+        tries = [
+            {"img_size": size, "drop_path_rate": 0.1}, {"drop_path_rate": 0.1},
+            {"img_size": size}, {},
+        ]  # fmt: skip
+        for attempt in tries:
+            try:
+                model = timm.create_model(name, pretrained=False, **attempt, **options)
+            except (TypeError, ValueError, AssertionError) as error:
+                failure = error
+            else:
+                return model
+        raise failure
+
+    config = timm.get_pretrained_cfg(name)
+    channels, full = config.input_size[0], config.input_size[-1]
+    for size in [s for s in TIMM_SIZES if s < full]:
+        try:
+            with torch.device("meta"), torch.no_grad():
+                build(size).train()(torch.empty(BATCH, channels, size, size))
+        except Exception:  # too small, or fixed
+            continue
+        break
+    else:
+        size = full
+    torch.manual_seed(0)
+    return Subject(build(size), torch.randn(BATCH, channels, size, size), f"{size}px")
+
+
+def torchvision_names() -> list[str]:
+    from torchvision import models
+
+    kinds = (
+        ("classification", models), ("segmentation", models.segmentation),
+        ("detection", models.detection), ("video", models.video),
+    )  # fmt: skip
+    return [f"torchvision/{kind}/{n}" for kind, m in kinds for n in models.list_models(module=m)]
+
+
+def _torchvision(kind: str, name: str) -> Subject:
+    from torchvision import models
+
+    options: dict[str, Any] = {"weights": None}
+    size: tuple[int, ...] = (64, 64)
+    if kind in ("detection", "segmentation"):
+        options["weights_backbone"] = None
+    if name.startswith("vit_"):
+        options["image_size"] = edge = 2 * int(name.rpartition("_")[2])
+        size = (edge, edge)
+    elif name == "maxvit_t":
+        options["input_size"] = size = (224, 224)
+    elif name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+        size = (299, 299)
+    elif kind == "video":
+        size = (8, 64, 64)
+        if name.startswith(("mvit", "s3d")):
+            size = (16, 224, 224)
+    elif kind == "segmentation":
+        size = (96, 96)
+    elif kind == "detection":
+        size = (128, 128)
+    torch.manual_seed(0)
+    model = models.get_model(name, **options)
+    if kind == "detection":
+        # what comes after takes lists of pictures; add_stochastic_depth takes a part as well
+        model = model.backbone
+    pixels = torch.randn(BATCH if size[-1] < 200 else 2, 3, *size)
+    return Subject(model, pixels, "x".join(map(str, size)) + "px")
+
+
+def _transformers(name: str) -> Subject:
+    family = zoo_transformers.FAMILIES[name]
+    torch.manual_seed(0)
+    model, inputs = family.build(BATCH)
+    size = f"layers={family.blocks}, width={zoo_transformers.WIDTH}"
+    return Subject(model, inputs, size, (family.blocks, family.branches), always_example=True)
+
+
+def build(key: str) -> Subject:
+    library, _, rest = key.partition("/")
+    if library == "timm":
+        return _timm(rest.partition("/")[2])
+    if library == "torchvision":
+        return _torchvision(*rest.split("/"))
+    return _transformers(rest)
+
+
+def all_names() -> list[str]:
+    names = [f"transformers/{name}" for name in zoo_transformers.FAMILIES]
+    return names + torchvision_names() + timm_names()
+
+
+# ---------------------------------------------------------------------------------------------
+# One model
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+def _summary(plan: torchdrop.plan.Plan) -> dict[str, Any]:
+    """What is attached."""
+    branches = [b for block in plan.blocks for b in block.branches]
+    return {
+        "blocks": len(plan.blocks),
+        "branches": len(branches),
+        **Counter(b.action for b in branches),
+        "identity": sum(b.skip == "identity" for b in branches),
+        "masks": sum(len(b.masks) for b in branches),
+        "reasons": sorted({b.reason for b in branches if b.reason}),
+    }
+
+
+def _masks_named(model: nn.Module) -> int:
+    """How many places for a masking layer a model has by the names of its modules."""
+    pattern = re.compile(r"(^|\.)(drop_?path\w*|stochastic_depth\w*)$")
+    return sum(
+        bool(pattern.search(name)) and next(module.children(), None) is None
+        for name, module in model.named_modules()
+    )
+
+
+def run_one(key: str) -> dict[str, Any]:
+    """The row of one model."""
+    started = time.process_time()
+    subject = build(key)
+    model, inputs = zoo.without_randomness(subject.model), subject.inputs
+    parameters = sum(p.numel() for p in model.parameters())
+    large = parameters > LARGE
+    row: dict[str, Any] = {
+        "input": subject.size, "parameters": parameters, "expected": subject.expected,
+        "kind": type(model).__name__, "drop_paths": _masks_named(model),
+    }  # fmt: skip
+    if not large:
+        with contextlib.suppress(Exception):
+            row["additions"] = zoo.identity_additions(model, inputs)
+    checks: dict[str, str] = {}
+    row["checks"] = checks
+    before = time.process_time()
+    try:
+        for name, check in zoo.checks(model, inputs, large=large):
+            if name == "attached":
+                row["seconds to attach"] = round(time.process_time() - before, 2)
+                row["found"] = _summary(torchdrop.get_plan(model))
+            _note(checks, name, check)
+    except Exception as error:  # nothing could be attached
+        row["found"] = {"error": _first_line(error), "blocks": 0, "branches": 0}
+        with contextlib.suppress(Exception):
+            row["unreadable"] = survey(model, Example(model, inputs)).unreadable
+    example: dict[str, Any] = {"example_inputs": inputs}
+    if not subject.always_example:
+        try:
+            with zoo.attached(model) as plan:
+                row["without"] = _summary(plan)
+            if "mask" not in row["without"]:
+                example = {}
+        except Exception as error:
+            row["without"] = {"error": _first_line(error), "blocks": 0, "branches": 0}
+    if "error" not in row["found"] and not large:
+        _note(checks, "masked gradients", lambda: _masked(model, inputs, example))
+    row["example"] = bool(example)
+    row["seconds"] = round(time.process_time() - started, 1)
+    return row
+
+
+def _note(checks: dict[str, str], name: str, check: Callable[[], Any]) -> None:
+    try:
+        result = check()
+        checks[name] = "ok" if result is None else f"ok {result}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        checks[name] = f"{_first_line(error)} [{Path(where.filename).name}:{where.lineno}]"
+
+
+def _masked(model: nn.Module, inputs: Any, options: dict[str, Any]) -> str:
+    """With kept branches scaled up; where what follows a branch's last module is not linear, not.
+
+    A mask of zeros passes through what follows a module, a scale may not.
+    """
+    try:
+        return f"{zoo.check_masked_gradients(model, inputs, **options):.0e}"
+    except AssertionError:
+        off = zoo.check_masked_gradients(model, inputs, training_scale=False, **options)
+        return f"{off:.0e} with scale='eval'"
+
+
+# ---------------------------------------------------------------------------------------------
+# All models
+
+
+def _limited(key: str, gigabytes: float, pipe: multiprocessing.connection.Connection) -> None:
+    """The body of a worker: a row into ``pipe``, whatever happens."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+    warnings.simplefilter("ignore")
+    try:
+        row = run_one(key)
+    except BaseException as error:
+        row = {"failed": _first_line(error), "trace": traceback.format_exc()[-1500:]}
+    pipe.send(row)
+    pipe.close()
+
+
+def run_all(keys: list[str], args: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(keys))
+    running: dict[str, tuple[Any, Any, float]] = {}
+    done = 0
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            key = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_limited, args=(key, args.memory, sender))
+            process.start()
+            sender.close()
+            running[key] = process, receiver, time.monotonic()
+        multiprocessing.connection.wait([r for _, r, _ in running.values()], timeout=1.0)
+        for key, (process, receiver, since) in list(running.items()):
+            row: dict[str, Any] | None = None
+            if receiver.poll():
+                try:
+                    row = receiver.recv()
+                except EOFError:
+                    process.join()
+                    row = {"failed": f"the process ended with {process.exitcode}"}
+            elif time.monotonic() - since > args.seconds:
+                row = {"failed": f"took more than {args.seconds} s"}
+            if row is None:
+                continue
+            process.kill()
+            process.join()
+            receiver.close()
+            del running[key]
+            done += 1
+            with args.results.open("a") as file:
+                file.write(json.dumps({"model": key, **row}) + "\n")
+            print(f"{done}/{len(keys)} {key}: {verdict(row)}", flush=True)
+
+
+def load(path: Path) -> dict[str, dict[str, Any]]:
+    """The latest row of each model."""
+    rows: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut short
+                row = json.loads(line)
+                rows[row["model"]] = row
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """ "rows": only kept rows are computed and every check holds; else what is not so."""
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    found = row["found"]
+    if "error" in found:
+        none = "no residual branches found" in found["error"]
+        unread = "could not be read" in found["error"]
+        if none and not unread and not row.get("additions"):
+            return "none"
+        return f"refused: {found['error']}"
+    wrong = {k: v for k, v in row["checks"].items() if not v.startswith("ok")}
+    if wrong:
+        return "; ".join(f"{k}: {v}" for k, v in wrong.items())
+    if row["expected"] and tuple(row["expected"]) != (found["blocks"], found["branches"]):
+        return f"count: expected {row['expected']}, found {found['blocks']}, {found['branches']}"
+    if found.get("mask"):
+        return f"mask: {'; '.join(found['reasons'])}"
+    return "rows"
+
+
+def _versions() -> str:
+    names = ("torchdrop", "torch", "timm", "torchvision", "transformers")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    return ", ".join(found) + f", Python {platform.python_version()}"
+
+
+def write_table(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    head = __doc__.splitlines()
+    out = [
+        "# Coverage",
+        "",
+        "What `add_stochastic_depth` finds in the models of three libraries, and which of its "
+        "promises hold for each. Written by `benchmarks/zoo.py`, whose docstring says which models "
+        f"are taken. Versions: {_versions()}.",
+        "",
+        _totals(rows),
+        "",
+    ]
+    del head
+    titles = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers"}
+    for library, title in titles.items():
+        mine = {k: r for k, r in rows.items() if k.startswith(f"{library}/")}
+        if not mine:
+            continue
+        out += [
+            f"## {title}",
+            "",
+            "| model | input | blocks | branches | skip / mask / layer | holds | reason |",
+            "|---|---|--:|--:|---|---|---|",
+        ]
+        plain = [k for k, r in mine.items() if verdict(r) == "none"]
+        out += [_line(key, row) for key, row in mine.items() if key not in plain]
+        if plain:
+            names = ", ".join(sorted(key.rpartition("/")[2] for key in plain))
+            out += [
+                "",
+                f"No residual connection ({len(plain)}), refused with what was seen: {names}.",
+            ]
+        out.append("")
+    path.write_text("\n".join(out))
+
+
+def _line(key: str, row: dict[str, Any]) -> str:
+    name = key.partition("/")[2]
+    found = row.get("found", {})
+    said = verdict(row)
+    holds = "all" if said == "rows" or said.startswith("mask") else "no"
+    reason = "; ".join(found.get("reasons", [])) if holds == "all" else said
+    if row.get("example") and not key.startswith("transformers"):
+        reason = "; ".join(filter(None, ["with example_inputs", reason]))
+    actions = " / ".join(str(found.get(action, 0)) for action in ("skip", "mask", "layer"))
+    reason = re.sub(r"\s+", " ", reason).replace("|", "\\|")
+    reason = re.sub(r"\S*/site-packages/", "", reason)[:300]
+    return (
+        f"| {name} | {row.get('input', '')} | {found.get('blocks', '')} "
+        f"| {found.get('branches', '')} | {actions} | {holds} | {reason} |"
+    )
+
+
+def _totals(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| | models | no residual | residual | only kept rows are computed | some branches masked "
+        "| not yet |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for library in ("torchvision", "timm", "transformers"):
+        said = [verdict(r) for k, r in rows.items() if k.startswith(f"{library}/")]
+        if not said:
+            continue
+        none, full = said.count("none"), said.count("rows")
+        masked = sum(v.startswith("mask: ") for v in said)
+        residual = len(said) - none
+        share = f"{full} ({full / max(residual, 1):.1%})"
+        rest = residual - full - masked
+        lines.append(
+            f"| {library} | {len(said)} | {none} | {residual} | {share} | {masked} | {rest} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("runs/zoo.jsonl"))
+    parser.add_argument("--table", type=Path, help="write the table here, from all results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=600.0, help="a model's limit")
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB of addresses a model")
+    parser.add_argument("--only", default="", help="models whose name matches this expression")
+    parser.add_argument("--again", help="run these again, although there is a result")
+    parser.add_argument("--failed", action="store_true", help="run what did not hold again")
+    parser.add_argument("--one", help="run this model here, in this process, and print its row")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.one:
+        warnings.simplefilter("ignore")
+        print(json.dumps(run_one(args.one), indent=1))
+        return
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    rows = load(args.results)
+    listed = args.results.with_suffix(".models.json")
+    if not listed.exists():
+        listed.write_text(json.dumps(all_names(), indent=0))
+    names = json.loads(listed.read_text())
+    names = [f"transformers/{n}" for n in zoo_transformers.FAMILIES] + [
+        n for n in names if not n.startswith("transformers/")
+    ]
+    wanted = [
+        n for n in names
+        if re.search(args.only, n) and (
+            n not in rows
+            or (args.again is not None and re.search(args.again, n))
+            or (args.failed and verdict(rows[n]) not in ("rows", "none"))
+        )
+    ]  # fmt: skip
+    for library in ("torchvision", "timm", "transformers"):
+        with contextlib.suppress(ImportError):  # once, before the processes fork
+            importlib.import_module(library)
+    run_all(wanted, args)
+    if args.table:
+        rows = load(args.results)
+        write_table({name: rows[name] for name in names if name in rows}, args.table)
+
+
+if __name__ == "__main__":
+    main()

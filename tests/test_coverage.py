@@ -1,0 +1,177 @@
+"""Small models of timm and transformers through the whole harness; benchmarks/zoo.py has the rest.
+
+And that the harness can fail: each check against an implementation with one thing wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import torchdrop
+import zoo
+from torchdrop import rows, site
+from zoo_transformers import FAMILIES
+
+BATCH = 5
+
+# name: (blocks, branches, those of an identity that autograd records)
+TIMM = {
+    "test_vit": (6, 12, 12),
+    "test_mambaout": (6, 6, 6),
+    "test_resnet": (4, 4, 1),  # of two classes
+}
+
+TRANSFORMERS = ["bert", "llama", "t5", "swin"]
+
+
+def _through_all(model: nn.Module, inputs: Any, blocks: int, branches: int) -> None:
+    zoo.without_randomness(model)
+    for name, check in zoo.checks(model, inputs):
+        if name == "attached":
+            plan = torchdrop.get_plan(model)
+            attached = [b for block in plan.blocks for b in block.branches]
+            assert (len(plan.blocks), len(attached)) == (blocks, branches)
+            assert {b.action for b in attached} <= {"skip", "layer"}, plan
+        check()
+    zoo.check_masked_gradients(model, inputs, example_inputs=inputs)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    blocks, branches, additions = TIMM[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    x = torch.randn(BATCH, 3, *model.default_cfg["input_size"][1:])
+    assert zoo.identity_additions(model, x) == additions
+    _through_all(model, x, blocks, branches)
+
+
+@pytest.mark.filterwarnings("ignore:in training the model makes a key/value cache")
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name: str) -> None:
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model, inputs = family.build(BATCH)
+    _through_all(model, inputs, family.blocks, family.branches)
+
+
+# ---------------------------------------------------------------------------------------------
+# The harness can fail
+
+
+class _Net(nn.Module):
+    """Two blocks; every branch is half of the work."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.outer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.outer(self.inner(x).tanh())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(x))
+        return out
+
+
+def _run(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Net(), torch.randn(BATCH, 8)
+    if name == "masked gradients":
+        zoo.check_masked_gradients(model, x)
+        return
+    for found, check in zoo.checks(model, x):
+        if found == name:
+            check()
+
+
+NAMES = [
+    "attached", "evaluation", "nothing dropped", "FLOPs", "all gradients", "copies",
+    "masked gradients", "removed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_harness_passes_what_is_right(name: str) -> None:
+    _run(name)
+
+
+def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Break one thing."""
+    call, join, add_rows = site.Site.__call__, site.Site.join, rows.add_rows
+    if name == "attached":
+        attach = site.attach_to
+
+        def leave_a_hook(module: nn.Module, what: Any) -> None:
+            attach(module, what)
+            module.register_forward_hook(lambda *_: None)
+
+        monkeypatch.setattr("torchdrop.attach.attach_to", leave_a_hook)
+    elif name == "evaluation":
+        monkeypatch.setattr(
+            site.Site, "__call__", lambda self, *a, **k: call(self, *a, **k) * (1 + 1e-6)
+        )
+    elif name == "nothing dropped":
+        # the branch is computed twice: the same sum, but its hooks fire twice
+        monkeypatch.setattr(site.Site, "join", lambda self, *a: (join(self, *a), join(self, *a))[1])
+    elif name == "FLOPs":
+
+        def compute_all(self: site.Site, k: int, skip: Tensor, inputs: Any, kept: Tensor) -> Tensor:
+            return self.mask(k, skip, self._compute(self.train, k, inputs))
+
+        monkeypatch.setattr(site.Site, "_on_rows", compute_all)
+    elif name == "all gradients":
+        monkeypatch.setattr(site.Site, "_dropped", lambda self, branch, skip, *_: skip.clone())
+    elif name == "copies":
+        monkeypatch.setattr(site.Site, "__deepcopy__", lambda self, memo: self, raising=False)
+    elif name == "masked gradients":
+
+        def unscaled(
+            skip: Tensor, out: Tensor, kept: Tensor, gain: float, *a: Any, **k: Any
+        ) -> Any:
+            return add_rows(skip, out, kept, gain * (1 + 1e-8), *a, **k)
+
+        monkeypatch.setattr(site, "add_rows", unscaled)
+    else:
+
+        def leave_an_attribute(module: nn.Module) -> None:
+            site.detach(module)
+            module.__dict__["left"] = None
+
+        monkeypatch.setattr("torchdrop.attach.detach", leave_an_attribute)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_harness_catches_what_is_wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _wrong(monkeypatch, name)
+    with pytest.raises(AssertionError):
+        _run(name)
+
+
+def test_the_count_of_additions_follows_autograd() -> None:
+    assert zoo.identity_additions(_Net(), torch.randn(2, 8)) == 2
+
+    class Linear(nn.Module):
+        """A branch without a curve, and a sum of two branches, are none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x)
+            return self.a(x).relu() + self.b(x).relu()
+
+    assert zoo.identity_additions(Linear(), torch.randn(2, 8)) == 0
