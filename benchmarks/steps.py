@@ -2,16 +2,17 @@
 
     python benchmarks/steps.py                        # all rows: about 40 minutes on two cores
     python benchmarks/steps.py --list
-    python benchmarks/steps.py --only resnet50-batch --budget 420 --out runs/steps.json
+    python benchmarks/steps.py --only resnet50-batch --budget 300 --out runs/steps.json
 
 A step is forward, cross entropy and backward. In each round all four take one, another one first
 each time. Reported are medians, in batch mode means (what is left out varies from step to step),
 over dense; F, the FLOPs of those very steps of torchdrop over dense; the bytes kept for backward;
 and the peak memory of a process that does nothing but take steps of one of them.
 
-The file is written after every row, and when the --budget of seconds is spent; run again, it goes
-on where it ended. A row that was begun with another package, other versions or other options begins
-anew. On a machine that does other work times are worth little, and the load is recorded; there,
+The file is written after every part of a row, and when the --budget of seconds is spent (after
+the part at work; counting the FLOPs of batch mode takes some minutes); run again, it goes on where
+it ended. A row that was begun with another package, other versions or other options begins anew.
+On a machine that does other work times are worth little, and the load is recorded; there,
 --threads 1 --clock processor gives ratios of processor time.
 """
 
@@ -249,8 +250,15 @@ def summary(row: Row, entry: dict[str, Any]) -> None:
         entry["bytes_bar"] = least + (1 - row.p) * (1 - least) + 0.03
 
 
-def run(row: Row, entry: dict[str, Any], steps: int, until: float, options: Any) -> bool:
-    """Measure what is missing of a row; whether nothing is."""
+def run(
+    row: Row,
+    entry: dict[str, Any],
+    steps: int,
+    until: float,
+    options: Any,
+    save: Callable[[], None],
+) -> bool:
+    """Measure what is missing of a row, and save each part; whether nothing is missing."""
     clock = time.process_time if options.clock == "processor" else time.perf_counter
     ms = entry.setdefault("ms", {name: [] for name in CONTESTANTS})
     done = len(ms["dense"])
@@ -275,6 +283,7 @@ def run(row: Row, entry: dict[str, Any], steps: int, until: float, options: Any)
                 break
         piece["load after"] = os.getloadavg()
         del models, runs
+        save()
     if len(ms["dense"]) < steps or time.monotonic() > until:
         return False
     for name, measure in (
@@ -286,6 +295,7 @@ def run(row: Row, entry: dict[str, Any], steps: int, until: float, options: Any)
             if time.monotonic() > until:
                 return False
             entry[name] = measure()
+            save()
     return True
 
 
@@ -342,13 +352,18 @@ def main() -> None:
         fresh = {"row": asdict(row), "conditions": about}
         if entry is None or {key: entry[key] for key in fresh} != fresh:
             entry = content["rows"][row.name] = fresh
-        steps = options.batch_steps if row.mode == "batch" else options.steps
-        whole = run(row, entry, steps, until, options)
-        summary(row, entry)
-        entry["complete"] = whole
         content["rows"] = {n: content["rows"][n] for n in by_name if n in content["rows"]}
-        write_whole(options.out, json.dumps(content) + "\n")
-        print(line(row, entry) + ("" if whole else "  (run again to go on)"), flush=True)
+        entry["complete"] = False
+
+        def save(row: Row = row, entry: dict[str, Any] = entry) -> None:
+            summary(row, entry)
+            write_whole(options.out, json.dumps(content) + "\n")
+
+        steps = options.batch_steps if row.mode == "batch" else options.steps
+        entry["complete"] = run(row, entry, steps, until, options, save)
+        save()
+        more = "" if entry["complete"] else "  (run again to go on)"
+        print(line(row, entry) + more, flush=True)
         if time.monotonic() > until:
             break
 
