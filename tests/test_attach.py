@@ -290,7 +290,7 @@ class Branching(Block):
 
 
 def test_a_block_that_cannot_be_read_is_named_with_its_line() -> None:
-    model = nn.Sequential(Block(6), Block(6), Branching(6))
+    model = nn.Sequential(Block(6), Block(6), Branching(6), Branching(6))
     names = instance_names(model)
     with pytest.raises(ValueError, match=r"'2' \(Branching\).*cannot be read.*if x\.sum\(\) > 0"):
         torchdrop.add_stochastic_depth(model, 0.2)

@@ -20,7 +20,7 @@ ORDER = [
     {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
-    {"facts", "tracing", "examples", "layout", "residual", "rewrite"},
+    {"facts", "tracing", "examples", "layout", "inlined", "residual", "rewrite"},
     {"site", "whole", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},

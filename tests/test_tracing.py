@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,9 +182,8 @@ class DrawnFromNothing(Base):
         return x + self.f(x) * torch.rand(W)
 
 
-@pytest.mark.parametrize("kind", [InlinedDropPath, DrawnFromNothing])
-def test_random_tensors_are_drawn_in_every_call(kind: type[Base]) -> None:
-    model, x = two(kind)(), flat()
+def test_random_tensors_are_drawn_in_every_call() -> None:
+    model, x = two(DrawnFromNothing)(), flat()
     dense = copy.deepcopy(model)
     torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], mode="batch", compute="mask")
     outs = []
@@ -193,6 +193,47 @@ def test_random_tensors_are_drawn_in_every_call(kind: type[Base]) -> None:
     assert not torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[1], outs[2])
     assert_same(model.eval()(x)[:0], dense.eval()(x)[:0])
+
+
+def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
+    """As timm has it."""
+    if p == 0.0 or not training:
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    random_tensor = x.new_empty(shape).bernoulli_(1 - p)
+    random_tensor.div_(1 - p)
+    return x * random_tensor
+
+
+class CallingDropPath(Base):
+    p = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + drop_path(self.f(x), self.p, self.training)
+
+
+class CallingStochasticDepth(CallingDropPath):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torchvision.ops.stochastic_depth(self.f(x), self.p, "batch", self.training)
+
+
+@pytest.mark.parametrize("kind", [InlinedDropPath, CallingDropPath, CallingStochasticDepth])
+@pytest.mark.parametrize("p", [0.2, None])
+def test_a_drop_path_in_the_forward_itself_is_refused(kind: type[Base], p: float | None) -> None:
+    model = two(kind)()
+    names = instance_names(model)
+    with pytest.raises(
+        ValueError,
+        match=r"'blocks\.0' \(.*drops the branch blocks\.0 by itself.*"
+        r"add to p; set it to 0, make it a layer like torchdrop\.DropPath",
+    ):
+        torchdrop.add_stochastic_depth(model, p)
+    assert instance_names(model) == names
+    if isinstance(model.blocks[0], CallingDropPath):
+        for block in model.blocks:
+            block.p = 0.0
+        plan = torchdrop.add_stochastic_depth(model, 0.2)
+        assert [r.action for r in plan.blocks] == ["skip", "skip"]
 
 
 class CoinInPython(Base):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop import cost, sampling, schedules
 from torchdrop.examples import Example, run_once
+from torchdrop.inlined import inlined_drop
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
 from torchdrop.residual import Branch, Residual, Split, Survey, adds, is_mask, read_splits, survey
@@ -124,9 +125,9 @@ def add_stochastic_depth(
     found = survey(model, example, batch_dim)
     chosen = [r for r in found.residuals if (select(r) if select else r.default)]
     if not chosen:
-        raise ValueError(_nothing_found(model, found, select is not None))
+        raise ValueError(_nothing_found(model, found, select is not None, example is not None))
     if select is None:
-        _refuse_unreadable(model, found)
+        _refuse_unreadable(model, found, example is not None)
     _check_layout(chosen)
     sites = _prepare(model, chosen, settings, compute)
     branches = [branch for site in sites for branch in site.branches]
@@ -257,7 +258,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _nothing_found(model: nn.Module, found: Survey, selected: bool) -> str:
+def _nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool) -> str:
     name = type(model).__name__
     if selected:
         return (
@@ -276,9 +277,9 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool) -> str:
     if found.unreadable:
         path, reason = next(iter(found.unreadable.items()))
         text += (
-            f"; {len(found.unreadable)} could not be read, the first {path or name!r}, "
-            f"{reason}: give example_inputs"
+            f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}: "
         )
+        text += "wrap its branch in torchdrop.StochasticDepth" if example else "give example_inputs"
     if not found.residuals and not found.unreadable:
         text += (
             ". Such a network has nothing that can be dropped whole; wrap a part of it in "
@@ -291,7 +292,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
+def _refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
     """Raise where a block that may hold a residual could not be read."""
     taken = [r for r in found.residuals if r.default]
     children = [child for r in taken for b in r.branches for child in b.children]
@@ -303,10 +304,11 @@ def _refuse_unreadable(model: nn.Module, found: Survey) -> None:
         alike = sum(type(m) is type(module) for m in model.modules())
         loops = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for m in module.children())
         if not above and not inside and (alike > 1 or loops) and adds(module):
+            way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
-                f"cannot be read: {reason}. Give example_inputs; or leave it out with "
-                f"select=lambda r: r.default; or wrap its branch in torchdrop.StochasticDepth"
+                f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or wrap "
+                f"its branch in torchdrop.StochasticDepth"
             )
 
 
@@ -388,6 +390,15 @@ def _prepare_site(
         entries.append((residual, branch, branch._split))
     position = {node: i for i, node in enumerate(block.graph.nodes)}
     entries.sort(key=lambda entry: position[entry[2].add])
+    for _, branch, split in entries:
+        drawn = inlined_drop(block.graph, split.branch, split.skip)
+        if drawn is not None:
+            raise ValueError(
+                f"the forward of {owner or 'the model'!r} ({type(module).__name__}) drops the "
+                f"branch {branch.name} by itself ({drawn.name}, one number for each row), and that "
+                f"rate would add to p; set it to 0, make it a layer like torchdrop.DropPath, which "
+                f"is taken over, or leave the block out with select="
+            )
     splits: list[tuple[Split, str]] = []
     states: list[BranchState] = []
     for residual, branch, split in entries:

@@ -245,7 +245,7 @@ class Plan:
         lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)]
         known = [b for block in blocks for b in block.branches if b.share is not None]
         if known:
-            saved = sum(b.share * b.p for b in known if b.share and b.action == "skip")
+            saved = sum(b.share * b.p for b in known if b.share and b.action != "mask")
             lines.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
         else:
             lines.append("give example_inputs to see the share of each branch in the FLOPs")

@@ -1,0 +1,103 @@
+"""INLINED: a drop path that a forward has written into itself, instead of a layer.
+
+``x + drop_path(f(x), p, training)``, or what such a function does: the branch is multiplied by
+random numbers, one for each row or one for the batch. Its rate would add to ours.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchdrop.tracing import is_shape_node
+
+__all__ = ["inlined_drop"]
+
+_DRAWN = {"rand", "bernoulli", "bernoulli_", "uniform_", "empty", "new_empty", "ones", "new_ones"}
+_RANDOM = {"rand", "bernoulli", "bernoulli_", "uniform_"}
+_PRODUCTS = {"mul", "imul", "mul_", "truediv", "div", "div_", "multiply", "where"}
+
+
+def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
+    """The random numbers that the way from ``skip`` to ``branch`` is multiplied by, if any.
+
+    Numbers of any other shape (noise, dropout) are something else.
+    """
+    before = _ancestors(skip)
+    inside = _ancestors(branch) - before - {skip}
+    for node in graph.nodes:
+        if node not in inside or _name(node) not in _PRODUCTS:
+            continue
+        for factor in node.all_input_nodes:
+            drawn = _drawn_by_row(factor, inside)
+            if drawn is not None:
+                return drawn
+    return None
+
+
+def _name(node: fx.Node) -> str:
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
+
+
+def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+    """The node that draws what ``factor`` is made of, if that is one number for each row."""
+    random = None
+    pending, seen = [factor], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or is_shape_node(node) or node.op == "get_attr":
+            continue
+        seen.add(node)
+        if node.op in ("placeholder", "call_module"):
+            return None  # an activation is in it
+        name = _name(node)
+        random = node if random is None and name in _RANDOM else random
+        if name in _DRAWN and not name.endswith("_") and name != "bernoulli":
+            sizes = node.args[1:] if name.startswith("new_") else node.args
+            if not _is_row_shape(_sizes(sizes, node)):
+                return None
+            continue  # its other inputs give their dtype and device only
+        pending.extend(node.all_input_nodes)
+    return random
+
+
+def _sizes(args: Iterable[Any], node: fx.Node) -> Any:
+    given = list(args) or [node.kwargs.get("size", ())]
+    return given[0] if len(given) == 1 else given
+
+
+def _is_row_shape(sizes: Any) -> bool:
+    """Whether all sizes are 1, but for the first, which may be anything."""
+    if isinstance(sizes, fx.Node) and sizes.target is operator.add:
+        first, rest = sizes.args
+        return _is_row_shape(first) and _are_ones(rest)
+    if isinstance(sizes, list | tuple):
+        return len(sizes) > 0 and all(_are_ones(size) for size in sizes[1:])
+    return _are_ones(sizes)
+
+
+def _are_ones(sizes: Any) -> bool:
+    if isinstance(sizes, list | tuple | torch.Size):
+        return all(size == 1 for size in sizes)
+    if isinstance(sizes, fx.Node):
+        # (1,) * (x.ndim - 1)
+        many = sizes.target is operator.mul
+        return many and any(isinstance(a, list | tuple) and _are_ones(a) for a in sizes.args)
+    return bool(sizes == 1)
