@@ -157,3 +157,14 @@ def test_data_are_not_known():
     assert first.action == "layer"
     assert "test_facts.py" in first.reason
     assert "if y.sum() > 0" in first.reason
+
+
+def test_working_out_facts_counts_as_no_work_and_draws_nothing():
+    model = two(Computed)
+    x = torch.randn(8, 4, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    with torchdrop.cost.FlopCounter() as counter:
+        model(x)
+    assert counter.total == 2 * 4 * 4 * 8 * 8 * 2  # two blocks, four rows of four tokens
+    shares = [branch.share for block in plan.blocks for branch in block.branches]
+    assert shares == [0.5, 0.5]

@@ -7,16 +7,22 @@ but its data; what depends on the data stays unknown.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Facts", "stand_in_for"]
 
 
-# Past the mode that records factories while a forward is read.
-_UNRECORDED = torch._C.DisableTorchFunction
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Past the modes that record factories and draws while a forward is read, and the user's."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 def stand_in_for(value: Tensor) -> Tensor:
@@ -51,7 +57,7 @@ class Facts:
             if larger is not None and len(shape) > larger:
                 batch = shape[larger] if batch is None else batch
                 shape[larger] *= 2 if shape[larger] == batch else 1
-            with _UNRECORDED(), self._mode:
+            with _unobserved(), self._mode:
                 self._values[node] = torch.empty(
                     shape,
                     dtype=value.dtype,
@@ -71,7 +77,7 @@ class Facts:
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         try:
-            with _UNRECORDED(), self._mode:
+            with _unobserved(), self._mode:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise
