@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchdrop
-from torchdrop.residual import drops_layers
+from torchdrop.masks import drops_layers
 
 
 class SelfAttention(nn.Module):

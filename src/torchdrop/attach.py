@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchdrop import cost, sampling, schedules
 from torchdrop.examples import Example, run_once
 from torchdrop.inlined import inlined_drop
+from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
-from torchdrop.residual import Branch, Residual, Split, Survey, adds, is_mask, read_splits, survey
+from torchdrop.residual import Branch, Residual, Survey, adds, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import (
     BY_ORDER,
@@ -33,6 +34,7 @@ from torchdrop.site import (
     attached,
     detach,
 )
+from torchdrop.splits import Split, read_splits
 from torchdrop.tracing import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.residual import Split, outside_inputs
+from torchdrop.splits import Split, outside_inputs
 from torchdrop.tracing import BlockGraph, is_shape_node, passed_through, same, unfold
 
 __all__ = ["MismatchError", "Program", "Source", "kind_of_call", "rewrite"]

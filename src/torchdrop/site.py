@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch import distributed as dist
 
+from torchdrop.masks import drops_layers
 from torchdrop.ranks import meets_ranks
-from torchdrop.residual import Cuts, drops_layers, read_splits
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows
+from torchdrop.splits import Cuts, read_splits
 from torchdrop.tracing import UntraceableError, is_cache, same, trace_block
 
 __all__ = [

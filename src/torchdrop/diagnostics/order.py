@@ -14,8 +14,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from torchdrop.diagnostics.batches import check_model
 from torchdrop.examples import Calls, record
-from torchdrop.residual import is_mask, read_splits
+from torchdrop.masks import is_mask
 from torchdrop.site import Bypass, Site, attached
+from torchdrop.splits import read_splits
 from torchdrop.tracing import (
     A_TENSOR,
     BlockGraph,

@@ -1,0 +1,168 @@
+"""READ all blocks of a model, each in the call that an example gives, if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, partial
+
+from torch import nn
+
+from torchdrop.examples import Example
+from torchdrop.linear import Children
+from torchdrop.splits import Finder, terms
+from torchdrop.tracing import BlockGraph, UntraceableError, is_shape_node, trace_block
+
+__all__ = ["CONTAINERS", "BlockReader"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The modules that could be blocks: composite, with a forward of their own."""
+    for name, module in model.named_modules():
+        # a branch holds parameters
+        if next(module.children(), None) is None or next(module.parameters(), None) is None:
+            continue
+        if type(module).forward in {p.forward for p in CONTAINERS}:
+            continue
+        # Torch's own layers are leaves, with children (attention) or without, also where someone
+        # gave them one (an observer); its encoder and decoder layers are not.
+        origin = type(module).__module__
+        of_torch = origin.startswith(("torch.nn.modules.", "torch.ao.nn."))
+        if isinstance(module, nn.MultiheadAttention) or (
+            of_torch and not origin.endswith(".transformer")
+        ):
+            continue
+        yield name, module
+
+
+class BlockReader:
+    """Reads the blocks of one model, each in the call that an example gives, if there is one."""
+
+    def __init__(self, model: nn.Module, example: Example | None, batch_dim: int | None) -> None:
+        self._model = model
+        self._names = {module: name for name, module in reversed(list(model.named_modules()))}
+        self._example = example
+        self._batch_dim = batch_dim
+        self._children = Children()
+        self._joining: dict[nn.Module, bool] = {}
+        self._inlined: set[nn.Module] = set()
+
+    def read_all(self) -> tuple[dict[str, Finder], dict[str, str]]:
+        """The residual additions of every forward; and what cannot be read, and why."""
+        finders: dict[str, Finder] = {}
+        unreadable: dict[str, str] = {}
+        for name, module in candidates(self._model):
+            try:
+                finders[name] = self._find(name, module)
+            except UntraceableError as error:
+                unreadable[name] = str(error)
+        for name in [n for n, f in finders.items() if f.owner in self._inlined]:
+            del finders[name]  # its additions belong to the block that calls it
+        return finders, unreadable
+
+    def _read(self, module: nn.Module, look_through: Iterable[nn.Module] = ()) -> BlockGraph:
+        name = self._names[module]
+        if self._example is None or name not in self._example.first.calls:
+            if not look_through:
+                return self._children.read(module)
+            return trace_block(
+                module, batch_dim=self._batch_dim or 0, look_through=set(look_through)
+            )
+        return trace_block(
+            module,
+            arguments=self._example.first.calls[name],
+            batch_dim=self._batch_dim or 0,
+            look_through=set(look_through),
+            outputs=self._example.first.items,
+        )
+
+    def _find(self, name: str, module: nn.Module) -> Finder:
+        """The residual additions of ``module``, also where a child adds skip and branch for it."""
+        plain = self._finder(name, self._read(module))
+        joining = {
+            child
+            for node in plain.nodes
+            if node.op == "call_module"
+            and self._joins(child := module.get_submodule(str(node.target)))
+        }
+        while joining:
+            try:
+                deeper = self._finder(name, self._read(module, joining))
+            except UntraceableError:
+                joining = set()
+                break
+            used = {
+                module.get_submodule(entry.split.add.meta["within"])
+                for entry in deeper.entries
+                if "within" in entry.split.add.meta
+            }
+            if used == joining:
+                plain = deeper
+                break
+            joining = used
+        # A child of which a part is used outside the branch too (a bias that is handed on, besides
+        # the attention that it is for): only that part has to be computed for every row.
+        leaking = {
+            module.get_submodule(str(entry.leak.target)) for entry in plain.entries if entry.leak
+        }
+        if leaking:
+            try:
+                deeper = self._finder(name, self._read(module, joining | leaking))
+            except UntraceableError:
+                deeper = plain
+            masked = [[e.action for e in f.entries].count("mask") for f in (deeper, plain)]
+            if len(deeper.entries) == len(plain.entries) and masked[0] < masked[1]:
+                plain, joining = deeper, joining | leaking
+        self._inlined |= joining
+        return plain
+
+    def _finder(self, name: str, block: BlockGraph) -> Finder:
+        if self._example is None or name not in self._example.first.calls:
+            return Finder(block, self._children, batch_dim=self._batch_dim)
+        shapes = cache(partial(self._example.shapes, name, block))
+        arguments = cache(partial(self._example.argument_shapes, name))
+        return Finder(block, self._children, shapes, arguments, self._batch_dim)
+
+    def _joins(self, module: nn.Module) -> bool:
+        """Whether ``module`` adds two of its own inputs, one of them as it comes, and returns that.
+
+        The residual of its parent then lies in both: post-norm blocks are written so.
+        """
+        if module not in self._joining:
+            self._joining[module] = False
+            self._joining[module] = self._does_join(module)
+        return self._joining[module]
+
+    def _does_join(self, module: nn.Module) -> bool:
+        if next(module.children(), None) is None or next(module.parameters(), None) is None:
+            return False
+        try:
+            block = self._read(module)
+        except UntraceableError:
+            return False
+        finder = Finder(block, self._children, batch_dim=self._batch_dim)
+        inputs = {n for n in finder.nodes if n.op == "placeholder"}
+        for node in finder.nodes:
+            both = terms(node)
+            if both is None:
+                continue
+            sides = [finder.nodes_in(finder.ancestors[side]) for side in both[:2]]
+            for skip, branch in (sides, sides[::-1]):
+                after = {
+                    n
+                    for n in finder.nodes
+                    if finder.ancestors[n] >> finder.order[node] & 1
+                    and n.op != "output"
+                    and not is_shape_node(n)
+                }
+                if (
+                    skip & inputs
+                    and branch & inputs
+                    and not skip & branch & inputs
+                    and finder.has_parameters(branch)
+                    and not finder.has_parameters(skip)
+                    and self._children.linear_nodes(skip | after, module)
+                ):
+                    return True
+        return False

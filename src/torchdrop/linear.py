@@ -1,0 +1,221 @@
+"""JUDGE: whether the parts of a branch are linear, and what they write into."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from torch import fx, nn
+
+from torchdrop.masks import is_mask
+from torchdrop.tracing import BlockGraph, UntraceableError, is_shape_node, trace_block
+
+__all__ = ["Children", "callee", "depends_on_input"]
+
+_LINEAR_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d,
+    nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+    nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.Embedding,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+
+_LINEAR_NAMES = {
+    "add", "sub", "neg", "iadd", "isub", "add_", "sub_", "cat", "concat", "stack", "getitem",
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "movedim",
+    "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split",
+    "narrow", "select", "slice", "index_select", "roll", "flip", "repeat", "repeat_interleave",
+    "pad", "_pad", "sum", "mean", "to", "type_as", "float", "half", "bfloat16", "double", "clone",
+    "detach",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "upsample",
+    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "alpha_dropout", "pixel_shuffle", "pixel_unshuffle", "zeros_like",
+    "new_zeros", "zeros", "embedding", "_assert", "identity", "unfold", "fold", "moveaxis",
+    "boolean_dispatch", "fn", "passed_through",
+}  # fmt: skip
+_PRODUCTS = {
+    "mul", "imul", "mul_", "rmul", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
+    "truediv", "div_", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
+
+
+def callee(node: fx.Node) -> str:
+    """The name of the function or method that ``node`` calls; the path of the module."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
+    """Whether ``node`` is computed from an activation: not a parameter, not a mere shape."""
+    if node not in memo:
+        if node.op == "placeholder":
+            memo[node] = True
+        elif node.op == "get_attr" or is_shape_node(node):
+            memo[node] = False
+        else:
+            memo[node] = any(depends_on_input(i, memo) for i in node.all_input_nodes)
+    return memo[node]
+
+
+class Children:
+    """What is known about the modules of a model as parts of a branch; each is read once."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[nn.Module, BlockGraph | UntraceableError] = {}
+        self._linear: dict[nn.Module, bool] = {}
+        self._writing: dict[nn.Module, bool] = {}
+
+    def read(self, module: nn.Module) -> BlockGraph:
+        """The graph of ``module`` as its signature alone gives it."""
+        if module not in self._graphs:
+            try:
+                self._graphs[module] = trace_block(module)
+            except UntraceableError as error:
+                self._graphs[module] = error
+        found = self._graphs[module]
+        if isinstance(found, UntraceableError):
+            raise found
+        return found
+
+    def linear(self, module: nn.Module) -> bool:
+        """Whether ``module`` is linear (affine; norms, pools and dropout count as such)."""
+        if module not in self._linear:
+            self._linear[module] = True  # a module that contains itself
+            self._linear[module] = self._is_linear(module)
+        return self._linear[module]
+
+    def _is_linear(self, module: nn.Module) -> bool:
+        if is_mask(module) or type(module).__module__.startswith("torch.ao.quantization"):
+            return True  # an observer, or what rounds as quantised numbers would be
+        if type(module).__name__.endswith("Norm") and next(module.children(), None) is None:
+            return True  # norms that models write themselves
+        if _has_forward_of(module, (nn.Sequential,)):
+            return all(self.linear(child) for child in module.children())
+        if _has_forward_of(module, _LINEAR_MODULES):
+            return True
+        if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
+            return False
+        try:
+            nodes = self.read(module).graph.nodes
+        except UntraceableError:
+            # a convolution that pads by the size of its input, say: its class has to be believed,
+            # but for fused ones (ConvBnReLU2d), which subclass the convolution
+            believed = isinstance(module, _LINEAR_MODULES) and "ReLU" not in type(module).__name__
+            return believed and all(map(self.linear, module.children()))
+        return self.linear_nodes(nodes, module)
+
+    def linear_nodes(self, nodes: Iterable[fx.Node], owner: nn.Module) -> bool:
+        """Whether every one of ``nodes``, a part of the forward of ``owner``, is linear."""
+        memo: dict[fx.Node, bool] = {}
+        return all(self._linear_node(node, owner, memo) for node in nodes)
+
+    def _linear_node(self, node: fx.Node, owner: nn.Module, memo: dict[fx.Node, bool]) -> bool:
+        if node.op == "call_module":
+            return self.linear(owner.get_submodule(str(node.target)))
+        if node.op in ("placeholder", "output") or not depends_on_input(node, memo):
+            return True
+        name = callee(node)
+        if name in _PRODUCTS:
+            factors = [i for i in node.all_input_nodes if depends_on_input(i, memo)]
+            return len(factors) <= 1 and not (
+                # a square: one activation, taken twice
+                sum(a in factors for a in node.args if isinstance(a, fx.Node)) > 1
+            )
+        if name in ("max", "amax"):  # over a dimension, it pools; of two activations, it does not
+            return len(node.all_input_nodes) == 1
+        if name == "getattr":
+            return bool(node.args[1] == "values")
+        return name in _LINEAR_NAMES
+
+    def writes_input(self, module: nn.Module) -> bool:
+        """Whether ``module`` writes into an argument, as far as its forward can be read."""
+        if module not in self._writing:
+            self._writing[module] = False
+            self._writing[module] = self._does_write(module)
+        return self._writing[module]
+
+    def _does_write(self, module: nn.Module) -> bool:
+        if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
+            return bool(getattr(module, "inplace", False))
+        if _has_forward_of(module, (nn.Sequential,)):
+            for child in module.children():
+                if self.writes_input(child):
+                    return True
+                if not isinstance(child, nn.Identity | nn.Flatten | nn.Dropout):
+                    return False
+            return False
+        try:
+            nodes = self.read(module).graph.nodes
+        except UntraceableError:
+            return False
+        written = (self.written(node, module) for node in nodes)
+        return any(node is not None and node.op == "placeholder" for node in written)
+
+    def written(self, node: fx.Node, owner: nn.Module) -> fx.Node | None:
+        """The node into whose memory ``node``, a part of the forward of ``owner``, writes."""
+        if not node.args or not self._writes(node, owner):
+            return None
+        return self.storage(node.args[0], owner)
+
+    def _writes(self, node: fx.Node, owner: nn.Module) -> bool:
+        if node.op == "call_module":
+            return self.writes_input(owner.get_submodule(str(node.target)))
+        name = callee(node)
+        trailing = name.endswith("_") and not name.endswith("__")
+        if node.op == "call_method":
+            return trailing
+        return node.op == "call_function" and (
+            trailing or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
+        )
+
+    def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
+        """The node whose memory ``node`` may share, through views and in-place operations."""
+        while isinstance(node, fx.Node):
+            is_view = (
+                callee(node) in _VIEWS and node.op in ("call_function", "call_method")
+            ) or self._writes(node, owner)
+            if node.op == "call_module":
+                module = owner.get_submodule(str(node.target))
+                is_view = is_view or isinstance(module, nn.Identity | nn.Flatten)
+            if not is_view or not node.args:
+                return node
+            node = node.args[0]
+        return None
+
+
+def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether ``module`` is of one of ``kinds`` and runs its forward: a subclass may add to it."""
+    mine = type(module).forward
+    return isinstance(module, kinds) and any(
+        mine is base.__dict__.get("forward") for base in _forwards(kinds)
+    )
+
+
+@cache
+def _forwards(kinds: tuple[type[nn.Module], ...]) -> list[type[nn.Module]]:
+    """The classes of torch that define the forwards of ``kinds``."""
+    return list({base for kind in kinds for base in kind.__mro__ if "forward" in base.__dict__})
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.ipow, operator.imod, operator.iand, operator.ior, operator.ixor, operator.setitem,
+}  # fmt: skip
+
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "squeeze",
+    "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split", "narrow",
+    "select", "getitem", "movedim", "moveaxis", "unbind", "to", "detach", "float", "type_as",
+    "passed_through",
+}  # fmt: skip
