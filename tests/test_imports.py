@@ -15,7 +15,7 @@ ROOT = Path(torchdrop.__file__).parent
 ORDER = [
     {"schedules", "sampling", "checks", "rated"},
     {"ranks"},
-    {"rows"},
+    {"rows", "compiled"},
     {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
     {"functional"},
     {"layers", "stochastic_depth"},

@@ -413,7 +413,7 @@ def _prepare_site(
                 f"use compute='auto', or leave it out with select="
             )
         splits.append((split, action))
-        states.append(_state(model, residual, branch, split, action, reason, order))
+        states.append(_state(model, residual, branch, split, action, reason, order, settings))
     return Site(
         block.module,
         settings,
@@ -437,7 +437,7 @@ def _prepare_layer(
     """The site of a block that is dropped as a whole."""
     assert branch._layer is not None
     action, reason = ("mask", BY_ORDER) if compute == "mask" else (branch.action, branch.reason)
-    state = _state(model, residual, branch, None, action, reason, order)
+    state = _state(model, residual, branch, None, action, reason, order, settings)
     return LayerSite(residual.module, settings, state, branch._layer)
 
 
@@ -469,6 +469,7 @@ def _state(
     action: str,
     reason: str,
     order: dict[str, int],
+    settings: Settings,
 ) -> BranchState:
     called = [model.get_submodule(child) for child in branch.children]
     norms = any(isinstance(m, _BatchNorm) for top in called for m in top.modules())
@@ -500,6 +501,8 @@ def _state(
                 if source.op == "get_attr"
             )
         ),
+        sampling=settings.sampling,
+        scale=settings.scale,
     )
 
 

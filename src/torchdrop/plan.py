@@ -76,7 +76,7 @@ def set_rates(sites: Sequence[Site], rates: Sequence[float]) -> None:
     remaining = iter(rates)
     for site in sites:
         for branch in site.branches:
-            branch.p = next(remaining)
+            branch.set_rate(next(remaining))
         site.settle()
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "keep_mask",
     "keep_rows",
     "laid_out_like",
+    "order_rows",
     "rare_hits",
     "readable",
     "shared_numbers",
@@ -174,19 +175,23 @@ def host_generator(*, alike: bool = False) -> torch.Generator | None:
     )
 
 
-def _exact(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
+# Each of the three returns all rows of the batch, the kept ones first, and how many are kept.
+
+
+def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
-    return torch.randperm(batch, generator=generator, device="cpu")[:kept].sort().values
+    return torch.randperm(batch, generator=generator, device="cpu"), kept
 
 
-def _independent(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
-    return (torch.rand(batch, generator=generator, device="cpu") >= p).nonzero().flatten()
+def _independent(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    dropped = torch.rand(batch, generator=generator, device="cpu") < p
+    return dropped.to(torch.uint8).argsort(stable=True), batch - int(dropped.sum())
 
 
-def _window(batch: int, p: float, generator: torch.Generator | None) -> Tensor:
+def _window(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
     start = int(torch.randint(max(batch, 1), (), generator=generator, device="cpu"))
-    return ((torch.arange(kept, device="cpu") + start) % max(batch, 1)).sort().values
+    return (torch.arange(batch, device="cpu") + start) % max(batch, 1), kept
 
 
 def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
@@ -199,7 +204,7 @@ def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
     )
 
 
-ROW_SAMPLERS: dict[str, Callable[[int, float, Any], Tensor]] = {
+ROW_SAMPLERS: dict[str, Callable[[int, float, Any], tuple[Tensor, int]]] = {
     "exact": _exact,
     "independent": _independent,
     "window": _window,
@@ -216,6 +221,12 @@ def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
     * ``"independent"``: one Bernoulli draw a row, as in timm and torchvision.
     * ``"window"``: a cyclic run of rows with a uniformly random start, as many as ``"exact"``.
     """
+    rows, kept = order_rows(batch, p, sampling)
+    return rows[:kept].sort().values
+
+
+def order_rows(batch: int, p: float, sampling: str = "exact") -> tuple[Tensor, int]:
+    """All rows of a batch, on the host, those that :func:`keep_rows` keeps first; their number."""
     _refuse_draws_of_their_own()
     return ROW_SAMPLERS[sampling](batch, p, host_generator())
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch import distributed as dist
 
+from torchdrop.compiled import enter, rows_in_graph, set_share, size_in_graph, zeros_for
 from torchdrop.masks import drops_layers
 from torchdrop.ranks import meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
-from torchdrop.sampling import keep_batch, keep_rows
+from torchdrop.sampling import keep_batch, keep_rows, order_rows
 from torchdrop.splits import Cuts, read_splits
 from torchdrop.tracing import UntraceableError, is_cache, same, trace_block
 
@@ -98,6 +99,37 @@ class BranchState:
     rows_dropped: int = 0
     last: tuple[int, Any] | None = None
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
+    sampling: str = "exact"
+    scale: str = "train"
+    # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
+    number: int = field(init=False)
+    certain: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = enter(self)
+        self.set_rate(self.p)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = enter(self)
+
+    def set_rate(self, p: float) -> None:
+        """Drop with probability ``p`` from now on."""
+        if p == self.p and hasattr(self, "certain"):
+            return
+        self.p = p
+        self.certain = True if p == 0.0 else False if p == 1.0 else None
+        set_share(self.number, p)
+
+    def draw_rows(self, batch: int) -> tuple[Tensor, int]:
+        """All rows of a batch, on the host, the kept ones first, and how many are kept."""
+        rows, kept = order_rows(batch, self.p, self.sampling)
+        self.count(batch, rows[:kept].sort().values, kept)
+        return rows, kept
+
+    def gain_in_training(self) -> float:
+        """What a kept branch is multiplied by in training."""
+        return self.gain / (1.0 - self.p) if self.scale == "train" else self.gain
 
     def count(self, seen: int, kept: Any, kept_count: int) -> None:
         """Book one decision."""
@@ -183,7 +215,8 @@ class Site:
         self, programs: list[Program], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the program that stands for this call; read the block again where none does."""
-        if self.settings.meter is None:
+        compiling = torch.compiler.is_compiling()
+        if self.settings.meter is None and not compiling:
             self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
         for program in programs:
@@ -201,6 +234,8 @@ class Site:
             assert mismatch is not None
             program = self._read_again(programs, training, args, kwargs, mismatch)
             tensors = program.bind(self.__signature__, args, kwargs)
+        if compiling:  # a graph cannot be left in the middle of a try
+            return program.forward.function(self.module, self, *tensors)
         try:
             return program.forward.function(self.module, self, *tensors)
         except MismatchError as found:  # a child returned other things than when it was read
@@ -337,6 +372,8 @@ class Site:
     def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
         """``skip`` plus branch ``k`` of ``inputs``, computed on the rows that are kept."""
         branch, settings = self._branch(k), self.settings
+        if torch.compiler.is_compiling() and self.module.training and settings.mode == "row":
+            return self._join_in_graph(k, skip, inputs)
         if settings.meter is not None:
             before = settings.meter()
             out = self._compute(self.train, k, inputs)
@@ -351,7 +388,7 @@ class Site:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         if rows is True:
             out = self._compute(self.train, k, inputs)
-            total = add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
+            total = add_whole(skip, out, branch.gain_in_training(), inplace=branch.writes_skip)
         else:
             total = self._on_rows(k, skip, inputs, rows)
         branch.dtypes[_precision(skip)] = total.dtype
@@ -384,12 +421,57 @@ class Site:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
             on_device = rows.to(skip.device, non_blocking=True)
-        return add_rows(whole, out, on_device, self._gain(branch), dim, inplace=branch.writes_skip)
+        return add_rows(
+            whole, out, on_device, branch.gain_in_training(), dim, inplace=branch.writes_skip
+        )
+
+    def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
+        """The same in a graph, in plain operations, for a number of rows fixed by the rate."""
+        branch = self._branch(k)
+        dim, batch = branch.dim, skip.shape[branch.dim]
+        if branch.certain is False:
+            unused = self._unused(branch, skip, inputs)
+            if branch.writes_skip:
+                return skip.add_(zeros_for(unused)) if unused else skip
+            return skip + zeros_for(unused) if unused else skip.clone()
+        # The number of rows that are drawn one by one is bounded by the batch alone.
+        drawn = branch.certain is None and self.settings.sampling != "independent"
+        if not drawn or self._meets_ranks(branch):
+            return self.mask(k, skip, self._compute(self.train, k, inputs))
+        size = size_in_graph(branch.number, batch, 2)  # one row might be too few for BatchNorm
+        rows, weights = rows_in_graph(branch.number, batch, size, skip)
+        cuts = self.train[k // len(self.branches)].cuts[k]
+        cut = []
+        for value, how in zip(inputs, cuts or [(dim, 1)] * len(inputs), strict=True):
+            if how is None or (cuts is not None and value.shape[how[0]] == 1):
+                cut.append(value)
+            else:
+                cut.append(self._cut(branch, value, rows, how, batch))
+        out = _weighted(self._compute(self.train, k, cut), weights, dim)
+        if branch.writes_skip:
+            return skip.index_add_(dim, rows, out.to(skip.dtype))
+        dtype = torch.promote_types(skip.dtype, out.dtype)
+        return skip.to(dtype).index_add(dim, rows, out.to(dtype))
+
+    def _mask_in_graph(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
+        branch = self._branch(k)
+        batch = skip.shape[branch.dim]
+        if branch.certain is None:
+            rows, weights = rows_in_graph(branch.number, batch, batch, skip)
+            weights = torch.zeros_like(weights).index_copy(0, rows, weights)
+            out = _weighted(out, weights, branch.dim)
+        elif branch.certain:
+            out = out * branch.gain if branch.gain != 1.0 else out
+        else:
+            out = out * 0.0 if branch.writes_skip else zeros_for([out])
+        return skip.add_(out) if branch.writes_skip else skip + out
 
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
         branch = self._branch(k)
         dim = branch.dim
+        if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
+            return self._mask_in_graph(k, skip, out)
         if self.settings.meter is not None:
             return add_whole(skip, out, branch.gain)
         if not self.module.training:
@@ -406,7 +488,7 @@ class Site:
             kept = kept.to(skip.device, non_blocking=True).view(shape)
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        return add_whole(skip, out, self._gain(branch), inplace=branch.writes_skip)
+        return add_whole(skip, out, branch.gain_in_training(), inplace=branch.writes_skip)
 
     def _meets_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` each time, since others wait for it there."""
@@ -426,10 +508,6 @@ class Site:
             branch.reason = f"{waits} inside: no rank may leave out what the others wait for"
         return True
 
-    def _gain(self, branch: BranchState) -> float:
-        """What a kept branch is multiplied by in training."""
-        return branch.gain / (1.0 - branch.p) if self.settings.scale == "train" else branch.gain
-
     @staticmethod
     def _evaluated(branch: BranchState, skip: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The paper's rule in evaluation: every branch, times the probability of keeping it."""
@@ -446,7 +524,7 @@ class Site:
         elif settings.mode == "batch":
             rows = keep_batch(branch.p, settings.sync_ranks)
         else:
-            rows = keep_rows(batch, branch.p, settings.sampling)
+            rows = keep_rows(batch, branch.p, branch.sampling)
             if rows.numel() == batch and batch > 0:
                 rows = True
             elif rows.numel() == 0:
@@ -491,18 +569,22 @@ class Site:
         self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
     ) -> Tensor:
         """The skip alone: a new tensor, which an activation in place may write into."""
-        settings = self.settings
-        unused: list[Tensor] = []
-        if settings.zero_grad and torch.is_grad_enabled():
-            for path in branch.inner:
-                unused.extend(self.module.get_submodule(path).parameters())
-            unused.extend(_attribute(self.module, path) for path in branch.own)
-            unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
+        unused = self._unused(branch, skip, inputs)
         if branch.writes_skip:
             return skip.add_(touch(skip.new_zeros(()), unused)) if unused else skip
         if dtype != skip.dtype:
             skip = skip.to(dtype)
         return touch(skip, unused)
+
+    def _unused(self, branch: BranchState, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
+        """What has to get a gradient of zeros when ``branch`` is dropped."""
+        unused: list[Tensor] = []
+        if self.settings.zero_grad and torch.is_grad_enabled():
+            for path in branch.inner:
+                unused.extend(self.module.get_submodule(path).parameters())
+            unused.extend(_attribute(self.module, path) for path in branch.own)
+            unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
+        return unused
 
     def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
         """The dtype that the sum would have: the same whether the branch is dropped or not."""
@@ -593,6 +675,15 @@ def _holds_something(cache: Any, layer: int) -> bool:
         layers = getattr(cache, "layers", ())
         states = getattr(layers[layer], "has_previous_state", {}) if layer < len(layers) else {}
         return any(states.values())
+
+
+def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """``out`` times a weight for each row; zero, also where ``out`` is not finite, for weight 0."""
+    shape = [1] * out.dim()
+    shape[dim] = -1
+    weights = weights.view(shape)
+    # the product in the precision of the weights: 1/0.9 in bfloat16 would be 1.109375
+    return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:

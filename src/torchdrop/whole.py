@@ -69,7 +69,7 @@ class LayerSite(Site):
     ) -> Tensor:
         """``x + gain * (y - x)`` in the kept rows; ``y`` itself where that is what it comes to."""
         if rows is not False:
-            gain = (1.0 - branch.p) if scaled else self._gain(branch)
+            gain = (1.0 - branch.p) if scaled else branch.gain_in_training()
             y = y if gain == 1.0 else x + gain * (y - x)
         if rows is True:
             return y
@@ -102,7 +102,7 @@ class LayerSite(Site):
             place = (computed == rows).nonzero().flatten().to(x.device, non_blocking=True)
             added = take(added, place, dim)
             on_device = rows.to(x.device, non_blocking=True)
-        return out, add_rows(x, added, on_device, self._gain(branch), dim)
+        return out, add_rows(x, added, on_device, branch.gain_in_training(), dim)
 
     def _sum_in(self, out: Any) -> Tensor:
         found: Tensor = out if self.layer.place == "" else out[int(self.layer.place)]

@@ -1,0 +1,220 @@
+"""One graph for every rate: what it computes, who is kept, how often it is compiled."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import torchdrop
+from torchdrop import compiled
+from torchdrop.cost import flops
+
+models = pytest.importorskip("torchvision.models")
+
+
+class Compiler:
+    """A backend that counts its graphs, runs them as they are, and notes the rows of branches."""
+
+    def __init__(self, *, noting: bool = False) -> None:
+        self.graphs = 0
+        self.noting = noting
+        self.rows: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        if not self.noting:
+            return graph.forward
+        compiler = self
+
+        class Noting(torch.fx.Interpreter):
+            def run_node(self, n: torch.fx.Node) -> Any:
+                value = super().run_node(n)
+                if "keep_rows" in str(n.target):
+                    compiler.rows.append(len(value[0]))
+                return value
+
+        return Noting(graph).run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiler:
+        return self
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.act(self.a(x)))
+
+
+def net(depth: int = 3, width: int = 6) -> nn.Sequential:
+    return nn.Sequential(*(Block(width) for _ in range(depth))).double()
+
+
+def test_under_one_seed_a_graph_computes_what_is_computed_without() -> None:
+    model, backend = net(), Compiler()
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    graph = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)  # 3 rows or 4
+    for seed in range(5):
+        results = []
+        for run in (model, graph):
+            torch.manual_seed(seed)
+            out = run(x)
+            grads = torch.autograd.grad(out.square().sum(), (x, *model.parameters()))
+            results.append((out, *grads))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    assert backend.graphs == 1
+
+
+def weights_of_rows(p: float, sampling: str, times: int, batch: int, compute: str) -> Tensor:
+    """(times, batch): what the branch of a compiled block was multiplied by."""
+    model = net(2, 1)
+    nn.init.zeros_(model[1].b.weight), nn.init.ones_(model[1].b.bias)
+    torchdrop.add_stochastic_depth(model, [0.0, p], sampling=sampling, compute=compute)
+    graph = torch.compile(model, fullgraph=True, backend=Compiler())
+    x = torch.zeros(batch, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        before = model[0](x)
+        return torch.stack([(graph(x) - before)[:, 0] for _ in range(times)])
+
+
+def law_holds(weights: Tensor, p: float) -> bool:
+    """Each row has weight 1/(1-p) with probability 1-p, else 0."""
+    kept = weights > 0.5
+    exact = torch.where(kept, torch.tensor(1 / (1 - p), dtype=torch.float64), 0.0)
+    return torch.allclose(weights, exact, rtol=0, atol=1e-12) and all(
+        stats.binomtest(int(row.sum()), len(row), 1 - p).pvalue > 1e-6 for row in kept.T
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "compute", "p", "batch"),
+    [
+        ("exact", "auto", 0.3, 7),
+        ("exact", "auto", 0.9, 4),
+        ("exact", "mask", 0.3, 7),
+        ("window", "auto", 0.3, 7),
+        ("independent", "auto", 0.9, 4),
+    ],
+)
+def test_rows_in_a_graph_follow_the_same_law(
+    sampling: str, compute: str, p: float, batch: int
+) -> None:
+    assert law_holds(weights_of_rows(p, sampling, 500, batch, compute), p)
+
+
+def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchdrop.site import BranchState
+
+    def all_that_are_computed(self: BranchState, batch: int) -> tuple[Tensor, int]:
+        return torch.randperm(batch), 2
+
+    monkeypatch.setattr(BranchState, "draw_rows", all_that_are_computed)
+    assert not law_holds(weights_of_rows(0.9, "exact", 500, 4, "auto"), 0.9)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.5, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 100])
+def test_a_graph_computes_no_more_rows_than_the_rate_can_need(p: float, batch: int) -> None:
+    class Rated:
+        def __init__(self) -> None:
+            self.p = p
+
+    rated = Rated()
+    number = compiled.enter(rated)  # type: ignore[arg-type]
+    exactly = batch * (1 - p)
+    rounded_up = int(exactly) + (exactly - int(exactly) > 1e-6)
+    assert compiled.size_in_graph(number, batch, 1) == max(rounded_up, 1)
+    assert compiled.size_in_graph(number, batch, 2) == min(max(rounded_up, 2), batch)
+
+
+def test_nothing_dropped_and_everything_dropped() -> None:
+    model = net()
+    expected = model(x := torch.randn(5, 6, dtype=torch.float64))
+    plan = torchdrop.add_stochastic_depth(model, [0.0, 0.0, 1.0])
+    graph = torch.compile(model, fullgraph=True, backend=Compiler())
+    assert torch.equal(graph(x), model[1](model[0](x)))
+    graph(x).sum().backward()
+    assert not model[2].a.weight.grad.any()  # zeros, not None
+    plan.set_p(0.0)
+    assert torch.equal(graph(x), expected)
+    plan.set_p(0.5)
+    assert torch.equal(graph.eval()(x), expected)
+
+
+@pytest.mark.parametrize("case", ["resnet", "vision transformer"])
+def test_a_rate_that_changes_in_every_step_is_compiled_once(case: str) -> None:
+    torch.manual_seed(0)
+    if case == "resnet":
+        model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    else:
+        model = models.VisionTransformer(
+            image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
+        )
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    backend = Compiler(noting=True)
+    graph = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(8, 3, 32, 32)
+    for step in range(15):
+        plan.set_p(0.9 - step * 0.06)
+        backend.rows.clear()
+        graph(x).sum().backward()
+        model.zero_grad()
+        rates = [branch.p for block in plan.blocks for branch in block.branches]
+        assert backend.rows == [max(math.ceil(8 * (1 - p) - 1e-6), 2) for p in rates]
+    assert backend.graphs == 1
+    # .48 is the mean of .9, .84 .. .06 at the deepest block; less before, as its rate is
+    for seen, p in zip(plan.observed().values(), rates, strict=True):
+        assert abs(seen - 0.48 * p / rates[-1]) < 0.08
+    model.eval()
+    with torch.no_grad():
+        graph(x)
+    assert backend.graphs == 2
+
+
+def test_a_copy_is_compiled_with_rates_of_its_own() -> None:
+    model = net(2)
+    torchdrop.add_stochastic_depth(model, [1e-9, 1.0])
+    twin = copy.deepcopy(model)
+    torchdrop.get_plan(twin).set_p([0.5, 0.5])
+    x = torch.randn(6, 6, dtype=torch.float64)
+    torch.compile(twin, fullgraph=True, backend=Compiler())(x)
+    torch.compile(model, fullgraph=True, backend=Compiler())(x)
+    assert all(len(rows) == 3 for rows in torchdrop.get_plan(twin).last_kept().values())
+    assert len(torchdrop.get_plan(model).last_kept()["0"]) == 6
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about what it cannot trace
+def test_whole_batches_are_skipped_with_breaks_between_graphs() -> None:
+    model = net(2)
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode="batch")
+    graph = torch.compile(model, backend=Compiler())
+    x = torch.randn(6, 6, dtype=torch.float64)
+    costs = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        out = graph(x)
+        torch.manual_seed(seed)
+        costs.add(flops(model, x))
+        torch.manual_seed(seed)
+        torch.testing.assert_close(out, model(x), rtol=1e-10, atol=1e-12)
+    assert 0 in costs
+    assert len(costs) == 3
