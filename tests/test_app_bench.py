@@ -286,6 +286,27 @@ def test_the_peak_is_what_is_there_at_a_time():
     assert 4000 <= peak_bytes(run, CPU) < 4800
 
 
+def test_the_peak_of_an_accelerator_is_its_allocators(monkeypatch):
+    """With an allocator that has 100 bytes in use, and at most 700 while the step runs."""
+    calls = []
+
+    def answer(name, value):
+        def called(device):
+            calls.append(name)
+            return value
+
+        monkeypatch.setattr(torch.accelerator, name, called)
+
+    answer("synchronize", None)
+    answer("memory_allocated", 100)
+    answer("reset_peak_memory_stats", None)
+    answer("max_memory_allocated", 700)
+    assert peak_bytes(lambda: calls.append("run"), torch.device("cuda")) == 600
+    order = ["synchronize", "memory_allocated", "reset_peak_memory_stats", "run", "synchronize"]
+    assert calls == [*order, "max_memory_allocated"]
+    assert peak_bytes(lambda: None, torch.device("mps")) is None
+
+
 def test_threads_are_what_they_were_afterwards():
     before = torch.get_num_threads()
     with timing.threads(before + 1):
