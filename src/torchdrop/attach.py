@@ -479,7 +479,9 @@ def _state(
     return BranchState(
         name=branch.name,
         block=residual.name,
-        path=_relative(residual.name, branch._owner),
+        path=""
+        if residual.module is model.get_submodule(branch._owner)
+        else _relative(residual.name, branch._owner),
         index=order[residual.name],
         skip=branch.skip,
         action=action,

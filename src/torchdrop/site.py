@@ -415,8 +415,15 @@ class Site:
                 cut.append(self._cut(branch, value, on_device, how, batch))
             if how == (dim, 1) and cut[-1] is not value and kept_anyway(value):
                 again.append((cut[-1], value))
+        taken = next((c for v, c in zip(inputs, cut, strict=True) if v is skip), None)
+        version = _version(taken)
         with retaking(again, on_device, dim):
             out = self._compute(self.train, k, cut)
+        if _version(taken) != version:
+            raise RuntimeError(
+                f"the branch {branch.name} writes into its input, which the skip uses, too; "
+                f"use compute='mask', or leave the block out with select="
+            )
         if computed is not rows:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
@@ -684,6 +691,14 @@ def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
     weights = weights.view(shape)
     # the product in the precision of the weights: 1/0.9 in bfloat16 would be 1.109375
     return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
+
+
+def _version(x: Any) -> int | None:
+    """How often ``x`` was written into, where that is known."""
+    if x is None or torch.compiler.is_compiling() or x.is_inference():
+        return None
+    version: int = x._version
+    return version
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:

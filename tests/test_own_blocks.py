@@ -1,0 +1,219 @@
+"""What users write: residuals in every form, against the same block by hand with weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import test_residual as written
+import torchdrop
+from test_residual import W, mlp
+from zoo import assert_same
+
+B = 8
+Weigh = Callable[[int, Tensor], Tensor]
+
+
+def two_norms_last(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    x = b.n1(x + w(0, b.f(x)))
+    out: Tensor = b.n2(x + w(1, b.g(x)))
+    return out
+
+
+def two_norms_first(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    x = x + w(0, b.f(b.n1(x)))
+    return x + w(1, b.g(b.n2(x)))
+
+
+def three_in_a_row(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    x = x + w(0, b.a(x))
+    x = x + w(1, b.b(x))
+    return x + w(2, b.c(x))
+
+
+def pre_activation(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    y = torch.relu(b.norm1(x))
+    shortcut: Tensor = x if b.shortcut is None else b.shortcut(y)
+    return shortcut + w(0, b.conv2(torch.relu(b.norm2(b.conv1(y)))))
+
+
+def post_activation(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    return torch.relu(x + w(0, b.conv2(torch.relu(b.conv1(x)))))
+
+
+class PostActivation(nn.Module):
+    """An activation in place behind the sum, as in torchvision's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.conv2(self.relu(self.conv1(x))) + x)
+        return y
+
+
+class Directed(nn.Module):
+    """Control flow on data outside the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(written.Plain() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 1e9:
+            return x
+        for block in self.blocks:
+            x = block(x)
+        return x if x.sum() == x.sum() else -x
+
+
+def pair(kind: Callable[..., nn.Module], *args: Any) -> Callable[[], nn.Module]:
+    return lambda: written.Stack(kind(*args), kind(*args))
+
+
+def plain(b: Any, x: Tensor, w: Weigh) -> Tensor:
+    return x + w(0, b.f(x))
+
+
+# By hand: the output of a block, each branch handed to ``w``, with its number, before it is added.
+FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor, Weigh], Tensor]]] = {
+    "plain": (pair(written.Plain), plain),
+    "x.add_(f(x))": (pair(written.AddedInPlaceByMethod), plain),
+    "x += f(x)": (pair(written.AddedInPlace), plain),
+    "added through a view": (pair(written.AddedThroughAView), plain),
+    "torch.add, alpha": (pair(written.Alpha), lambda b, x, w: x + w(0, 0.5 * b.f(x))),
+    "alpha on the skip": (pair(written.AlphaOnTheSkip), lambda b, x, w: 0.5 * x + w(0, b.f(x))),
+    "sum([...])": (pair(written.PythonSum), plain),
+    "FloatFunctional.add": (pair(written.Quantizable), plain),
+    "subtracted": (pair(written.Subtracted), lambda b, x, w: x - w(0, b.f(x))),
+    "in a helper": (
+        pair(written.InAHelper), lambda b, x, w: x + w(0, b.f(b.n1(x)) * b.gamma),
+    ),
+    "gated": (
+        pair(written.Gated),
+        lambda b, x, w: x + w(0, torch.sigmoid(b.g(x)) * b.f(x) * b.gamma),
+    ),
+    "parallel": (
+        pair(written.Parallel), lambda b, x, w: x + w(0, b.f(b.n1(x))) + w(1, b.g(b.n2(x))),
+    ),
+    "norm last": (pair(written.PostNorm), two_norms_last),
+    "norm first": (pair(written.PreNorm), two_norms_first),
+    "several in one forward": (pair(written.InARow), three_in_a_row),
+    "LSTM, which returns states, too": (
+        pair(written.LSTM), lambda b, x, w: x + w(0, b.lstm(x)[0]),
+    ),
+    "pre-activation": (pair(written.PreActivation, False), pre_activation),
+    "pre-activation, strided": (
+        lambda: nn.Sequential(written.PreActivation(False), written.PreActivation(True)),
+        pre_activation,
+    ),
+    "post-activation, in place": (pair(PostActivation), post_activation),
+    "a block used twice": (written.shared_block, plain),
+    "control flow on data outside": (Directed, plain),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ["exact", "independent"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_of_residual(name: str, sampling: str) -> None:
+    make, by_hand = FORMS[name]
+    model = make().double()
+    dense = copy.deepcopy(model)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", sampling=sampling)
+    assert {b.action for r in plan.blocks for b in r.branches} == {"skip"}
+    kept: list[list[Tensor]] = []  # of each call of a block, in order
+    for block in plan.blocks:
+        own = [branch.name for branch in block.branches]
+        block.module.register_forward_hook(
+            lambda m, a, out, own=own: kept.append([plan.last_kept()[n] for n in own])
+        )
+    if "activation" in name:
+        x = torch.randn(B, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    else:
+        shape = (B, 5, W) if "LSTM" in name else (B, W)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    out = model(x)
+    drawn = [rows for call in kept for rows in call]
+    assert 0 < sum(map(len, drawn)) < B * len(drawn)
+
+    expected, calls = twin, iter(kept)
+    blocks: Any = dense.blocks if hasattr(dense, "blocks") else dense
+    for block in blocks:
+        rows = next(calls)
+
+        def w(i: int, y: Tensor, rows: list[Tensor] = rows) -> Tensor:
+            weight = torch.zeros(B, dtype=y.dtype)
+            weight[rows[i]] = 2.0
+            return y * weight.view(-1, *[1] * (y.dim() - 1))
+
+        expected = by_hand(block, expected, w)
+    assert next(calls, None) is None
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    direction = torch.randn_like(out)
+    (out * direction).sum().backward(), (expected * direction).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=1e-10)
+    for (key, mine), theirs in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        assert (mine.grad is None) == (theirs[1].grad is None), key
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs[1].grad, rtol=0, atol=1e-10, msg=key)
+
+
+def test_a_lone_encoder_layer_is_a_stack_of_its_two_residuals() -> None:
+    model = written.PreNorm()
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    assert [len(r.branches) for r in plan.blocks] == [2]
+    lone = written.Plain()
+    with pytest.raises(ValueError, match=r"no residual branches found in this Plain.*select="):
+        torchdrop.add_stochastic_depth(lone, 0.5)
+    assert len(torchdrop.add_stochastic_depth(lone, 0.5, select=lambda r: True).blocks) == 1
+
+
+# --- children that cannot be read ----------------------------------------------------------------
+
+
+class Overwriting(nn.Module):
+    """Writes into its input, which nobody can read off its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() != 0:
+            x.relu_()
+        y: Tensor = self.f(x)
+        return y
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Overwriting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.child(x)
+
+
+def test_a_child_that_overwrites_the_skip_unseen_is_an_error_not_another_result() -> None:
+    model, x = written.Stack(Around(), Around()), torch.randn(B, W)
+    dense = copy.deepcopy(model)
+    plan = torchdrop.add_stochastic_depth(model, [0.5, 0.5])
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"blocks\.0 writes into.*compute='mask'"),
+    ):
+        model(x.clone())
+    plan.set_p([0.0, 0.0])
+    torchdrop.remove_stochastic_depth(model)
+    # masked, it means what it meant
+    plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], compute="mask")
+    with torch.no_grad():
+        assert_same(model(x.clone()), dense(x.clone()))
