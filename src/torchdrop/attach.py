@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop import cost, sampling, schedules
+from torchdrop.checks import check_model
 from torchdrop.examples import Example, run_once
 from torchdrop.inlined import inlined_drop
 from torchdrop.masks import is_mask
@@ -119,8 +120,9 @@ def add_stochastic_depth(
         >>> len(plan.blocks)
         8
     """
+    check_model(model)
     settings = _check_settings(
-        model, schedule, mode, sampling, scale, compute, sync_ranks, zero_grad, batch_dim, select
+        schedule, mode, sampling, scale, compute, sync_ranks, zero_grad, batch_dim, select
     )
     _check_model(model)
     example = None if example_inputs is None else Example(model, example_inputs, batch_dim)
@@ -154,6 +156,7 @@ def add_stochastic_depth(
 
 def has_stochastic_depth(model: nn.Module) -> bool:
     """Whether :func:`add_stochastic_depth` was called on ``model`` or on a part of it."""
+    check_model(model)
     return any(attached(module) is not None for module in model.modules())
 
 
@@ -191,7 +194,6 @@ def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_settings(
-    model: object,
     schedule: object,
     mode: Any,
     sampling_: Any,
@@ -202,8 +204,6 @@ def _check_settings(
     batch_dim: object,
     select: object,
 ) -> Settings:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model has to be a torch.nn.Module, but got a {type(model).__name__}")
     _one_of("schedule", schedule, tuple(schedules.DEPTH_RULES))
     _one_of("mode", mode, sampling.MODES)
     _one_of("sampling", sampling_, tuple(sampling.ROW_SAMPLERS))

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from torchdrop.sampling import MODES
 
-__all__ = ["check_choice", "check_dim", "check_input", "check_mode"]
+__all__ = [
+    "check_choice",
+    "check_dim",
+    "check_flag",
+    "check_generator",
+    "check_input",
+    "check_mode",
+    "check_model",
+    "check_whole",
+]
 
 
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:
@@ -17,10 +27,57 @@ def check_choice(value: object, choices: Sequence[str], name: str) -> None:
     Raises:
         ValueError: It is none of them.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{name} has to be one of {', '.join(map(repr, choices))}, but got {value!r}"
         )
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be a torch.nn.Module, but got a {type(model).__name__}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} has to be True or False, but got {value!r}")
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what no numbers can be drawn from.
+
+    Raises:
+        TypeError: It is neither None nor a torch.Generator.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator has to be a torch.Generator or None, but got a {type(generator).__name__}"
+        )
+
+
+def check_whole(value: object, name: str, least: int = 0) -> int:
+    """Return an integer that is ``least`` or more.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is below ``least``.
+    """
+    # A symbolic size is one too: for a compiler, not for isinstance.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} has to be an integer, but got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} has to be {least} or more, but got {value}")
+    return value  # type: ignore[return-value]
 
 
 def check_mode(mode: object) -> None:
@@ -29,7 +86,7 @@ def check_mode(mode: object) -> None:
     Raises:
         ValueError: It is something else.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchdrop.checks import check_choice
+from torchdrop.checks import check_choice, check_generator, check_whole
 from torchdrop.sampling import draw, integers, keep_mask, laid_out_like
 from torchdrop.schedules import check_rate
 
@@ -118,6 +118,9 @@ def cutout_boxes(
     check_count(holes)
     rate = check_rate(p)
     check_choice(place, PLACES, "place")
+    for name, value in (("samples", samples), ("height", height), ("width", width)):
+        check_whole(value, name)
+    check_generator(generator)
     ends = []
     for length, side in ((_pixels(wide, width), width), (_pixels(tall, height), height)):
         if place == "inside":
@@ -244,6 +247,9 @@ def cutout(
     rate = check_rate(p)
     check_choice(place, PLACES, "place")
     check_fill(fill)
+    check_generator(generator)
+    if boxes is not None and not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes has to be a tensor, but got {type(boxes).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"input has to be a tensor, but got {type(x).__name__}")
     if x.dtype == torch.bool or x.is_complex():
@@ -357,6 +363,7 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
 
     Raises:
         TypeError: There is no image.
+        ValueError: A tensor has fewer than three dimensions.
     """
     leaves, kinds, structure = check_sample(sample)
     drawn: dict[tuple[int, int, int], Tensor] = {}
@@ -368,6 +375,11 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
             samples, height, width, device = 1, leaf.height, leaf.width, torch.device("cpu")
         else:
             # A clip is one sample: (frames, C, H, W), or a batch of clips with one dimension more.
+            if x.dim() < 3:
+                raise ValueError(
+                    "an image has to have 3 dimensions (channels, height, width) or more, "
+                    f"but got a tensor of shape {tuple(x.shape)}"
+                )
             batch = x.shape[: -4 if kind == "video" else -3]
             samples, device = (batch[0] if batch else 1), x.device
             height, width = x.shape[-2:]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchdrop.checks import check_choice, check_input
+from torchdrop.checks import check_choice, check_flag, check_generator, check_input
 from torchdrop.sampling import keep_mask, laid_out_like, rare_hits, readable
 from torchdrop.schedules import check_rate
 
@@ -320,7 +320,9 @@ def _drop_block(
     sizes = check_block_size(block_size, ndim)
     check_choice(rate, RATES, "rate")
     check_choice(scale, SCALES, "scale")
+    check_flag(per_channel, "per_channel")
     check_input(x)
+    check_generator(generator)
     if x.dim() != ndim + 2:
         raise ValueError(
             f"input has to have {ndim + 2} dimensions (batch, channels, {_AXES[ndim]}), "

@@ -12,7 +12,7 @@ from torch.overrides import (
     has_torch_function_unary,
 )
 
-from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
 from torchdrop.sampling import keep_mask, laid_out_like, readable, transformed
 from torchdrop.schedules import check_rate
 
@@ -214,9 +214,11 @@ def drop_path(
             inplace=inplace,
             generator=generator,
         )
+    check_flag(inplace, "inplace")
     rate = check_rate(p)
     check_mode(mode)
     check_input(x)
+    check_generator(generator)
     dim = check_dim(batch_dim, x.dim())
     if not training or rate == 0.0:
         return x
@@ -277,6 +279,7 @@ def drop_path_add(
     check_mode(mode)
     check_input(skip, "skip")
     check_input(branch, "branch")
+    check_generator(generator)
     if skip.shape != branch.shape:
         raise ValueError(
             f"skip and branch have to have the same shape, but got {tuple(skip.shape)} "
@@ -365,6 +368,7 @@ def spatial_dropout(
         )
     rate = check_rate(p)
     check_input(x)
+    check_generator(generator)
     batch, channel = check_channels(x, batch_dim, channel_dim)
     if not training or rate == 0.0:
         return x

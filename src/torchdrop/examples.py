@@ -91,7 +91,11 @@ class Recording:
 
 
 def record(model: nn.Module, example_inputs: Any) -> Recording:
-    """Run ``model`` once, in evaluation, and note what its modules are called with and return."""
+    """Run ``model`` once, in evaluation, and note what its modules are called with and return.
+
+    Raises:
+        ValueError: It cannot be called like that.
+    """
     found = Recording({}, {}, {}, {}, Counter())
     names = {module: name for name, module in reversed(list(model.named_modules()))}
 
@@ -125,6 +129,13 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     handles += [m.register_forward_hook(returned, with_kwargs=True) for m in names]
     try:
         run_once(model, example_inputs)
+    except Exception as error:  # whatever the user's model raises
+        raise ValueError(
+            f"this {type(model).__name__} cannot be called with example_inputs, "
+            f"{_described(example_inputs)}: {type(error).__name__}: {error}. example_inputs is "
+            f"what the model is called with, the batch dimension included: a tensor, a tuple "
+            f"of arguments, or a dict of keyword arguments"
+        ) from error
     finally:
         for hook in handles:
             hook.remove()
@@ -161,15 +172,7 @@ class Example:
 
     def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
         self._batch_dim = batch_dim or 0
-        try:
-            self.first = record(model, example_inputs)
-        except Exception as error:  # whatever the user's model raises
-            raise ValueError(
-                f"this {type(model).__name__} cannot be called with example_inputs, "
-                f"{_described(example_inputs)}: {type(error).__name__}: {error}. example_inputs is "
-                f"what the model is called with, the batch dimension included: a tensor, a tuple "
-                f"of arguments, or a dict of keyword arguments"
-            ) from error
+        self.first = record(model, example_inputs)
         self._model = model
         self._inputs = example_inputs
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from torchdrop import cutout, drop_block, functional, noise, shake_drop
-from torchdrop.checks import check_choice, check_dim, check_mode
+from torchdrop.checks import check_choice, check_dim, check_flag, check_mode
 from torchdrop.path_drop import PathDrop
 from torchdrop.rated import Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
@@ -72,6 +72,7 @@ class DropPath(Rated):
         check_mode(mode)
         self.mode = mode
         self.batch_dim = check_dim(batch_dim)
+        check_flag(inplace, "inplace")
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ class _DropBlock(Rated):
         self.block_size = block_size
         check_choice(rate, drop_block.RATES, "rate")
         self.rate = rate
+        check_flag(per_channel, "per_channel")
         self.per_channel = per_channel
         check_choice(scale, drop_block.SCALES, "scale")
         self.scale = scale

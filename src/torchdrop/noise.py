@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchdrop.checks import check_input
+from torchdrop.checks import check_generator, check_input
 from torchdrop.sampling import draw
 from torchdrop.schedules import check_rate
 
@@ -89,6 +89,7 @@ def gaussian_dropout(
         return handle_torch_function(gaussian_dropout, (x,), x, p, training, generator=generator)
     rate = check_finite_rate(p)
     check_input(x)
+    check_generator(generator)
     if not training or rate == 0.0:
         return x
     # Not math.sqrt, which torch.compile does not take for a rate that changes.
@@ -130,6 +131,7 @@ def uniform_dropout(
         return handle_torch_function(uniform_dropout, (x,), x, beta, training, generator=generator)
     width = check_beta(beta)
     check_input(x)
+    check_generator(generator)
     if not training or width == 0.0:
         return x
     return _times(x, draw(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width))

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from torchdrop import rows
-from torchdrop.checks import check_choice, check_dim, check_input, check_mode
+from torchdrop.checks import (
+    check_choice,
+    check_dim,
+    check_generator,
+    check_input,
+    check_mode,
+    check_whole,
+)
 from torchdrop.ranks import meets_ranks
 from torchdrop.rated import Rated, traced
 from torchdrop.sampling import host_generator, integers, keep_mask, laid_out_like
@@ -48,12 +55,14 @@ def path_drop_column(
         joins decide.
 
     Raises:
-        ValueError: ``paths`` or ``mode`` is unknown, or ``columns`` below 1.
+        TypeError: ``columns`` or ``samples`` is no integer, or ``generator`` none.
+        ValueError: ``paths`` or ``mode`` is unknown, ``columns`` below 1 or ``samples`` below 0.
     """
     check_choice(paths, PATHS, "paths")
     check_mode(mode)
-    if columns < 1:
-        raise ValueError(f"columns has to be 1 or more, but got {columns}")
+    check_whole(columns, "columns", 1)
+    check_whole(samples, "samples")
+    check_generator(generator)
     shape = (samples if mode == "row" else 1,)
     device = torch.device("cpu") if device is None else device
     column = integers(columns, shape, device, generator)
@@ -89,14 +98,24 @@ def _kept(
     return torch.where(column >= 0, chosen, kept)
 
 
-def _check_columns(columns: Sequence[int] | None, n: int) -> None:
-    if columns is not None and len(columns) != n:
+def _check_columns(columns: Sequence[int] | None, n: int | None) -> None:
+    if columns is None:
+        return
+    if not isinstance(columns, Sequence) or any(
+        isinstance(c, bool) or not isinstance(c, int) for c in columns
+    ):
+        raise TypeError(f"columns has to be a sequence of integers, but got {columns!r}")
+    if n is not None and len(columns) != n:
         raise ValueError(
             f"columns has to name the column of each of the {n} inputs, but got {tuple(columns)}"
         )
 
 
 def _check_column(column: Tensor | None, samples: int) -> None:
+    if column is not None and not isinstance(column, Tensor):
+        raise TypeError(
+            f"column has to be a tensor, as path_drop_column returns it, but got {column!r}"
+        )
     if column is not None and column.shape not in ((1,), (samples,)):
         raise ValueError(
             f"column has to have the shape (1,) or ({samples},), as path_drop_column returns it, "
@@ -153,6 +172,10 @@ def path_drop(
     Reference:
         Larsson et al. 2017, FractalNet, arXiv:1605.07648.
     """
+    if not isinstance(branches, Sequence):
+        raise TypeError(
+            f"branches has to be a sequence of tensors, but got a {type(branches).__name__}"
+        )
     branches = tuple(branches)
     if has_torch_function(branches):
         return handle_torch_function(
@@ -173,6 +196,7 @@ def path_drop(
         raise ValueError("a join needs one input at least, but got none")
     for i, x in enumerate(branches):
         check_input(x, f"branches[{i}]")
+    check_generator(generator)
     first = branches[0]
     if any(x.shape != first.shape for x in branches):
         shapes = ", ".join(str(tuple(x.shape)) for x in branches)
@@ -290,9 +314,9 @@ class PathDrop(Rated):
                 raise ValueError("a join needs one branch at least, but got none")
         check_mode(mode)
         self.mode = mode
+        if columns is not None:
+            _check_columns(columns, None if modules is None else len(modules))
         self.columns = None if columns is None else tuple(columns)
-        if modules is not None:
-            _check_columns(self.columns, len(modules))
         self.batch_dim = check_dim(batch_dim)
         self.branches = None if modules is None else nn.ModuleList(modules)
 

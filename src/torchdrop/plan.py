@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop import schedules
+from torchdrop.checks import check_model
 from torchdrop.residual import Branch, Residual
 from torchdrop.sampling import shared_numbers
 from torchdrop.site import BranchState, Site, attached, sites_of
@@ -102,8 +103,8 @@ class Plan:
     def _check_attached(self) -> None:
         if any(attached(site.module) is not site for site in self._sites):
             raise ValueError(
-                "this plan's stochastic depth was taken off again, all of it or in part, so its "
-                "rates would have no effect; torchdrop.get_plan(model) gives the plan of what is "
+                "this plan's stochastic depth was taken off again, all of it or in part, so that "
+                "nothing follows it any more; torchdrop.get_plan(model) gives the plan of what is "
                 "there now"
             )
 
@@ -150,7 +151,12 @@ class Plan:
 
         Of this process; a checkpoint's recompute is not counted. 0 for a branch whose rate is 0,
         which is not counted either; NaN for one through which no row has gone in training.
+
+        Raises:
+            ValueError: What the plan is of was removed, and nothing was delivered before that.
         """
+        if not any(branch.rows_seen for branch in self._branches):
+            self._check_attached()
         delivered = {}
         for branch in self._branches:
             if branch.rows_seen:
@@ -197,8 +203,10 @@ class Plan:
         if not isinstance(state, Mapping) or "p" not in state or state.get("version") != 1:
             raise ValueError("expected what Plan.state_dict() returned, of version 1")
         names = [branch.name for branch in self._branches]
+        if not isinstance(state["p"], Mapping):
+            raise TypeError(f"the rates of a plan are a mapping, but got {state['p']!r}")
         if set(state["p"]) != set(names):
-            odd = sorted(set(state["p"]) ^ set(names))
+            odd = sorted(map(str, set(state["p"]) ^ set(names)))
             raise ValueError(
                 f"these rates belong to another model: {', '.join(odd[:4])} "
                 f"{'is' if len(odd) == 1 else 'are'} not in both"
@@ -256,8 +264,10 @@ def get_plan(model: nn.Module) -> Plan:
     """The plan of what is attached to ``model``: also to a deepcopy, a loaded copy, or a part.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: Nothing is attached.
     """
+    check_model(model)
     sites = sites_of(model)
     if not sites:
         raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from torchdrop.blocks import CONTAINERS, BlockReader
+from torchdrop.checks import check_model
 from torchdrop.examples import Example, carries, same_rows
 from torchdrop.masks import drops_layers, is_mask, mask_rate
 from torchdrop.splits import Cuts, Entry, Finder, Split, called_in, differing, terms
@@ -499,5 +500,8 @@ def find_residuals(
     Returns:
         One entry a block; ``len(r.branches)`` of them may be more (attention and MLP).
     """
+    check_model(model)
+    if select is not None and not callable(select):
+        raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
     example = None if example_inputs is None else Example(model, example_inputs)
     return [r for r in survey(model, example).residuals if (select(r) if select else r.default)]

@@ -80,7 +80,7 @@ def over_depth(p: float, depth: int, schedule: str = "linear") -> list[float]:
         ValueError: ``schedule`` is none of these, or ``p`` or ``depth`` is out of range.
         TypeError: ``p`` is no real number or ``depth`` no integer.
     """
-    if schedule not in DEPTH_RULES:
+    if not isinstance(schedule, str) or schedule not in DEPTH_RULES:
         raise ValueError(
             f"schedule has to be one of {', '.join(map(repr, DEPTH_RULES))}, but got {schedule!r}"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.checks import check_dim, check_generator, check_input, check_mode
 from torchdrop.sampling import draw, keep_mask
 from torchdrop.schedules import check_rate
 
@@ -125,6 +125,7 @@ def shake_drop(
     back_low, back_high = check_range(beta, "beta")
     check_mode(mode)
     check_input(x)
+    check_generator(generator)
     dim = check_dim(batch_dim, x.dim())
     if rate == 0.0:
         return x

@@ -413,7 +413,7 @@ def check_devices(devices: int, accelerator: str, precision: str) -> None:
     with _quiet():
         try:
             _trainer(devices, accelerator, precision, epochs=1)
-        except (ValueError, RuntimeError, MisconfigurationException) as error:
+        except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
             raise UserError(
                 f"cannot train with --devices {devices} --accelerator {accelerator} "
                 f"--precision {precision}: {one_line(error)}"

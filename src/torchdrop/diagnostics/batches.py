@@ -66,7 +66,13 @@ def calls(model: nn.Module, batches: Iterable[Any]) -> Iterator[Call]:
     devices = {p.device for p in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
     number = -1
-    for number, batch in enumerate(batches):
+    try:
+        iterator = iter(batches)
+    except TypeError:  # a number of NumPy's looks as if it could be iterated over
+        raise TypeError(
+            f"batches has to be an iterable of batches, but got {type(batches).__name__}"
+        ) from None
+    for number, batch in enumerate(iterator):
         args, kwargs = _arguments(batch, number)
         _check_taken(model, args, kwargs, number)
         if device is not None:

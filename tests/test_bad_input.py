@@ -1,0 +1,174 @@
+"""Hostile values: every call takes them well, or refuses them and leaves everything as it was.
+
+The cases, and what is looked at, are in tests/hostile.py; benchmarks/soak/bad_input.py runs ten
+thousand of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torchdrop
+from hostile import CHECKS, FindingError, RefusedError, attempt, mlp
+from torchdrop.app import models
+from torchdrop.app.errors import UserError
+
+CASES = 500
+"""Of all checks together."""
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_hostile_values_are_taken_well(name: str) -> None:
+    check, share = CHECKS[name]
+
+    @settings(
+        max_examples=max(20, round(CASES * share)),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(st.data())
+    def run(data: Any) -> None:
+        with contextlib.suppress(RefusedError):
+            check(data.draw)
+
+    run()
+
+
+def test_everything_public_is_among_the_checks() -> None:
+    text = Path(__file__).with_name("hostile.py").read_text()
+    for place in (torchdrop, torchdrop.functional, torchdrop.schedules, torchdrop.diagnostics):
+        for name in place.__all__:
+            thing = getattr(place, name)
+            # Records that calls give back are not for users to make.
+            made = isinstance(thing, type) and not issubclass(thing, nn.Module)
+            if not callable(thing) or made or name in ("check_rate", "flops", "saved_bytes"):
+                continue
+            assert f'"{name}"' in text or f".{name}(" in text, name
+
+
+# --- the twins: functions that take hostile values badly, which the harness has to see
+
+
+def _takes_nan(model: nn.Module, p: Any) -> None:
+    if p > 1 or p < 0:
+        raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _changes_first(model: nn.Module, p: Any) -> None:
+    model[0].fc1.weight.data.zero_()
+    raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _forgets_the_mode(model: nn.Module, p: Any) -> None:
+    model.eval()
+    raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _leaves_a_hook(model: nn.Module, p: Any) -> None:
+    model.register_forward_hook(lambda *a: None)
+    raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _draws(model: nn.Module, p: Any) -> None:
+    torch.rand(())
+    raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _asserts(model: nn.Module, p: Any) -> None:
+    assert 0 <= p <= 1, "p has to be between 0 and 1, but is not"
+
+
+def _stumbles(model: nn.Module, p: Any) -> None:
+    len(p)
+
+
+def _says_nothing(model: nn.Module, p: Any) -> None:
+    raise ValueError("bad p")
+
+
+def _refuses_well(model: nn.Module, p: Any) -> None:
+    raise ValueError("p has to be between 0 and 1, but is not")
+
+
+def _as_if_ours(function: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness take this file for one of the package: only `raise` lines of it count."""
+    monkeypatch.setattr("hostile.PACKAGE", str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize(
+    "bad", [_changes_first, _forgets_the_mode, _leaves_a_hook, _draws, _asserts, _stumbles]
+)
+def test_the_harness_sees_what_is_taken_badly(
+    bad: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_if_ours(bad, monkeypatch)
+    model = mlp()
+    with pytest.raises(FindingError, match=r"had been changed|is no refusal of ours"):
+        attempt(lambda: bad(model, float("nan")), model)
+
+
+def test_the_harness_sees_a_bare_message_and_lets_a_good_one_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _as_if_ours(_says_nothing, monkeypatch)
+    model = mlp()
+    with pytest.raises(FindingError, match="bad p"):
+        attempt(lambda: _says_nothing(model, 2.0), model)
+    with pytest.raises(RefusedError):
+        attempt(lambda: _refuses_well(model, 2.0), model)
+
+
+def test_the_checks_see_a_function_that_accepts_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same check that the package passes, with the range test as it is often written."""
+
+    def lenient(p: Any, name: str = "p") -> float:
+        if p < 0 or p > 1:
+            raise ValueError(f"{name} has to be between 0 and 1, but got {p}")
+        return float(p)
+
+    monkeypatch.setattr("torchdrop.schedules.check_rate", lenient)
+    script = iter([mlp, 1, float("nan"), "set_p", False])
+    with pytest.raises(FindingError, match="with the rates"):
+        CHECKS["plan"][0](lambda strategy: next(script))
+
+
+# --- nothing is imported from a name that the user did not give
+
+
+@pytest.mark.parametrize("name", ["victim", "resnet-victim", "torchvision:victim", "victim.net"])
+def test_no_module_is_imported_but_the_one_named_before_a_colon(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"no model|no classifier"):
+        models.open_model(name)
+    assert "victim" not in sys.modules
+
+
+def test_only_the_module_named_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the twin: the one that is named is."""
+    (tmp_path / "named_by_user.py").write_text("from torch.nn import Linear as net\n")
+    (tmp_path / "beside.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[str] = []
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda n: seen.append(n) or real(n))
+    models.open_model("named_by_user:net")
+    assert seen == ["named_by_user"]
+    assert "beside" not in sys.modules
+    del sys.modules["named_by_user"]
