@@ -78,8 +78,8 @@ def caches(model: nn.Module) -> dict[str, int]:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * 4096
+    file = Path("/proc/self/statm")  # Linux
+    return int(file.read_text().split()[1]) * 4096 if file.exists() else 0
 
 
 def slope(points: list[tuple[int, int]]) -> float:
