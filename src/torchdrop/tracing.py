@@ -643,10 +643,16 @@ def _settle_outputs(
             continue
         items = outputs.get(module.get_submodule(str(call.target)))
         index = node.args[1]
-        if items is None or not isinstance(index, int) or index >= len(items):
+        if items is None:
             continue
         known: Any = None
-        if isinstance(items[index], int | str):
+        if isinstance(index, slice):  # the rest of a tuple
+            if not all(item is None or isinstance(item, Fixed) for item in items[index]):
+                continue
+            known = tuple(None if item is None else item.value for item in items[index])
+        elif not isinstance(index, int) or index >= len(items):
+            continue
+        elif isinstance(items[index], int | str):
             given: Any = call.args if isinstance(items[index], int) else call.kwargs
             try:
                 known = given[items[index]]
