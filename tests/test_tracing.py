@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -516,3 +519,25 @@ def test_other_tracers_work_in_evaluation_or_say_why_not() -> None:
     model.train()
     with pytest.raises(RuntimeError, match=r"fx cannot trace blocks\.0 while stochastic depth"):
         torch.fx.symbolic_trace(model)
+
+
+class Power(nn.Module):
+    """torch.pow asks of its first argument whether it could be a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.f(torch.pow(x, 3.0)) * torch.where(torch.eq(x, x), x, 0.0)
+
+
+def test_functions_in_c_are_not_told_that_an_argument_is_a_tensor():
+    # in a process of its own: it would be a segmentation fault
+    folder = str(Path(__file__).parent)
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); import test_tracing as t; "
+        f"print(t.trace_block(t.Power()).tensors)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)
+    assert run.stdout.strip() == "['x']", run.stderr

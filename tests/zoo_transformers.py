@@ -218,7 +218,8 @@ FAMILIES: dict[str, Family] = {
             "d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS,
             "num_decoder_layers": LAYERS, "num_heads": HEADS, "vocab_size": VOCABULARY,
         },
-        translation, 2 * LAYERS, 5 * LAYERS,
+        # attention and feed-forward are elements of a list, and blocks of their own
+        translation, 5 * LAYERS, 5 * LAYERS,
     ),
     "bart": Family("BartConfig", "BartModel", SEQ2SEQ, translation, 2 * LAYERS, 5 * LAYERS),
     "whisper": Family(

@@ -164,8 +164,11 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # so that isinstance(x, Tensor) is true of the arguments that are tensors
-        return Tensor if self.node.op == "placeholder" else _Proxy
+        # so that isinstance(x, Tensor) is true of the arguments that are tensors. Functions of
+        # torch in C ask for the class too, of what they could take as a number, and read the
+        # memory of what says that it is a Tensor: they are told what it is.
+        asked = "isinstance" in sys._getframe(1).f_code.co_names
+        return Tensor if asked and self.node.op == "placeholder" else _Proxy
 
     _is_param = False  # what isinstance(x, nn.Parameter) asks for
 
