@@ -384,3 +384,12 @@ def test_a_detector_with_a_frozen_batch_norm(how: str) -> None:
     sum(losses.values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     assert max(plan.observed().values()) > 0
+
+
+def test_a_pyramid_that_cannot_be_read_is_refused_with_the_way_out() -> None:
+    model = detector()
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    for options, way_out in (({}, "Give example_inputs"), ({"example_inputs": (images,)}, "Leave")):
+        with pytest.raises(ValueError, match=rf"'backbone\.fpn'.*{way_out}.*select=lambda r: r\.d"):
+            torchdrop.add_stochastic_depth(model, 0.5, **options)
+        assert not torchdrop.has_stochastic_depth(model)
