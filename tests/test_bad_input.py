@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchdrop
-from hostile import CHECKS, FindingError, RefusedError, attempt, mlp
+from hostile import CHECKS, FindingError, RefusedError, attempt, conv, mlp
 from torchdrop.app import models
 from torchdrop.app.errors import UserError
 
@@ -142,8 +143,69 @@ def test_the_checks_see_a_function_that_accepts_nan(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("torchdrop.schedules.check_rate", lenient)
     script = iter([mlp, 1, float("nan"), "set_p", False])
-    with pytest.raises(FindingError, match="with the rates"):
+    with pytest.raises(FindingError, match=r"with the rates|NaN to integer"):
         CHECKS["plan"][0](lambda strategy: next(script))
+
+
+# --- what the checks found first, by name
+
+FOUND: dict[str, tuple[Callable[[], Any], str]] = {
+    "a model that is none": (
+        lambda: torchdrop.has_stochastic_depth(None),  # type: ignore[arg-type]
+        r"model has to be a torch\.nn\.Module, but got a NoneType",
+    ),
+    "a plan of no model": (
+        lambda: torchdrop.get_plan([1]),  # type: ignore[arg-type]
+        r"model has to be a torch\.nn\.Module, but got a list",
+    ),
+    "rates of a state that are no mapping": (
+        lambda: torchdrop.add_stochastic_depth(mlp()).load_state_dict({"version": 1, "p": 0.5}),
+        r"the rates of a plan are a mapping, but got 0\.5",
+    ),
+    "a rate that is an array without dimensions": (
+        lambda: torchdrop.add_stochastic_depth(mlp(), np.array(0.5)),
+        r"p has to be a real number between 0 and 1, but got array\(0\.5\)",
+    ),
+    "a mode that is an array": (
+        lambda: torchdrop.DropPath(0.5, torch.tensor([0.1, 0.2])),  # type: ignore[arg-type]
+        r"mode has to be either 'batch' or 'row', but got tensor",
+    ),
+    "a generator that is none": (
+        lambda: torchdrop.functional.uniform_dropout(torch.ones(2), 0.1, generator=3),  # type: ignore[arg-type]
+        r"generator has to be a torch\.Generator or None, but got a int",
+    ),
+    "columns that are no sequence": (
+        lambda: torchdrop.PathDrop(0.5, columns=3),  # type: ignore[arg-type]
+        r"columns has to be a sequence of integers, but got 3",
+    ),
+    "branches that are no sequence": (
+        lambda: torchdrop.functional.path_drop(torch.ones(2), 0.5),  # type: ignore[arg-type]
+        r"branches has to be a sequence of tensors, but got a Tensor",
+    ),
+    "a flag that is a tensor": (
+        lambda: torchdrop.DropBlock2d(0.1, per_channel=torch.ones(2)),  # type: ignore[arg-type]
+        r"per_channel has to be True or False, but got tensor",
+    ),
+    "an image without height and width": (
+        lambda: torchdrop.Cutout(2)([torch.tensor(0.1)]),
+        r"an image has to have 3 dimensions .*, but got a tensor of shape \(\)",
+    ),
+    "batches that only look iterable": (
+        lambda: torchdrop.diagnostics.recalibrate_batch_norm(conv(), np.int64(1)),  # type: ignore[arg-type]
+        r"batches has to be an iterable of batches, but got int64",
+    ),
+    "an example that the model does not take": (
+        lambda: torchdrop.diagnostics.check_order(conv(), 0.5),
+        r"cannot be called with example_inputs, a float: TypeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_an_accident_inside_is_refused(what: str) -> None:
+    call, message = FOUND[what]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 # --- nothing is imported from a name that the user did not give

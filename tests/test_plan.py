@@ -73,6 +73,13 @@ def test_a_plan_of_what_was_removed_does_not_pretend() -> None:
         old.set_p(0.1)
     new.set_p(0.1)
     assert new.blocks[-1].p == 0.1
+    with pytest.raises(ValueError, match="was taken off again"):
+        old.observed()
+    model(torch.randn(6, 6))
+    torchdrop.remove_stochastic_depth(model)
+    assert 0.0 <= new.observed()["2"] <= 1.0  # what was delivered before is still told, once
+    with pytest.raises(ValueError, match="was taken off again"):
+        new.observed()
 
 
 def test_the_table_shows_blocks_branches_rates_and_shares() -> None:

@@ -60,7 +60,10 @@ def resolve_rates(
     if isinstance(p, str | bytes) or not hasattr(p, "__len__"):
         per_block = schedules.over_depth(schedules.check_rate(p), blocks, schedule)
         return [per_block[b.index] for b in branches]
-    values = list(p)
+    try:
+        values = list(p)
+    except TypeError:  # an array without dimensions has a __len__, but no length
+        values = [schedules.check_rate(p)]
     if len(values) != len(names):
         raise ValueError(
             f"a sequence p needs one rate a block: expected {len(names)}, but got {len(values)}"
