@@ -134,3 +134,24 @@ def test_what_is_kept_for_backward_must_not_be_written_into() -> None:
     inner[0].detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, model[1].a.weight)
+
+
+@pytest.mark.parametrize("sampling", ["exact", "independent", "window"])
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_no_block_waits_for_the_device(sampling: str, compute: str) -> None:
+    """Tensors on the meta device have no values: what asks the device for one raises."""
+    with torch.device("meta"):
+        model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        x = torch.empty(8, 3, 64, 64)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", sampling=sampling, compute=compute
+    )
+    for _ in range(3):
+        model(x).sum().backward()
+    assert all(rows.device.type == "cpu" for rows in plan.last_kept().values())
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), Tensor.nonzero, Tensor.cpu])
+def test_the_test_of_waiting_can_fail(wait: Any) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        wait(torch.empty(3, device="meta"))
