@@ -11,18 +11,18 @@ import torchdrop
 
 
 class Block(nn.Module):
-    """Branches on data in its own forward; returns a tensor, or a tuple."""
+    """Counts its calls in its own forward; returns a tensor, or a tuple."""
 
     def __init__(self, width=8, as_tuple=False):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc = nn.Linear(width, width)
         self.as_tuple = as_tuple
+        self.times = 0
 
     def forward(self, x, bias=None, scale=1.0):
+        self.times += 1
         y = self.fc(self.norm(x))
-        if y.sum() > 1e9:
-            y = y * 0
         if bias is not None:
             y = y + bias
         out = x + scale * y.tanh()
@@ -33,10 +33,8 @@ class Plain(Block):
     """The same without a residual."""
 
     def forward(self, x):
-        y = self.fc(self.norm(x))
-        if y.sum() > 1e9:
-            y = y * 0
-        return y.tanh()
+        self.times += 1
+        return self.fc(self.norm(x)).tanh()
 
 
 class Weighing(Block):
@@ -81,7 +79,7 @@ def test_the_plan_says_so_and_only_kept_rows_are_computed(as_tuple):
     model, x, plan = stack(as_tuple=as_tuple)
     assert [b.action for block in plan.blocks for b in block.branches] == ["layer"] * 3
     assert "dropped as a whole, since it cannot be read" in plan.blocks[0].reason
-    assert "if y.sum() > 1e9" in plan.blocks[0].reason
+    assert "self.times += 1" in plan.blocks[0].reason
     assert "layer [1]" in repr(plan)
     seen = []
     model.layers[1].fc.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
@@ -169,8 +167,36 @@ def test_what_is_no_residual_or_returns_more_is_not_taken(kind):
 
 
 def test_without_an_example_the_error_says_what_to_do():
-    with pytest.raises(ValueError, match=r"test_whole\.py:\d+ \(if y\.sum\(\).*example_in"):
+    with pytest.raises(ValueError, match=r"test_whole\.py:\d+ \(self\.times \+= 1.*example_in"):
         torchdrop.add_stochastic_depth(Stack(), 0.5)
+
+
+class OnData(Block):
+    def forward(self, x):
+        y = self.fc(self.norm(x))
+        if y.sum() > 0:
+            y = y * 2
+        return x + y.tanh()
+
+
+class OnItem(Block):
+    def forward(self, x):
+        y = self.fc(self.norm(x))
+        return x + y.tanh() * (2.0 if y.mean().item() > 0 else 1.0)
+
+
+@pytest.mark.parametrize("kind", [OnData, OnItem], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("given", [False, True])
+def test_what_branches_on_data_is_an_error_that_names_the_line(kind, given):
+    example = torch.randn(6, 5, 8) if given else None
+    model = Stack(kind)
+    line = r"y\.sum\(\) > 0" if kind is OnData else r"y\.mean\(\)\.item\(\) > 0"
+    with pytest.raises(ValueError, match=line) as error:
+        torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
+    assert "test_whole.py:" in str(error.value)
+    way_out = "wrap its branch in torchdrop.StochasticDepth" if given else "give example_inputs"
+    assert way_out in str(error.value)
+    assert not torchdrop.has_stochastic_depth(model)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from torchdrop.examples import Example
 from torchdrop.linear import Children
 from torchdrop.splits import Finder, terms
-from torchdrop.tracing import BlockGraph, UntraceableError, is_shape_node, trace_block
+from torchdrop.tracing import BlockGraph, OnDataError, UntraceableError, is_shape_node, trace_block
 
 __all__ = ["CONTAINERS", "BlockReader"]
 
@@ -47,6 +47,7 @@ class BlockReader:
         self._children = Children()
         self._joining: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
+        self.on_data: set[str] = set()
 
     def read_all(self) -> tuple[dict[str, Finder], dict[str, str]]:
         """The residual additions of every forward; and what cannot be read, and why."""
@@ -57,6 +58,8 @@ class BlockReader:
                 finders[name] = self._find(name, module)
             except UntraceableError as error:
                 unreadable[name] = str(error)
+                if isinstance(error, OnDataError):
+                    self.on_data.add(name)
         for name in [n for n, f in finders.items() if f.owner in self._inlined]:
             del finders[name]  # its additions belong to the block that calls it
         return finders, unreadable

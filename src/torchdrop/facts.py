@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Facts", "stand_in_for"]
+__all__ = ["DataError", "Facts", "stand_in_for"]
 
 
 @contextmanager
@@ -30,6 +30,13 @@ def stand_in_for(value: Tensor) -> Tensor:
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
+
+
+class DataError(LookupError):
+    """What is asked for depends on the data of a tensor."""
+
+
+_ASKED_FOR_DATA = ("DataDependentOutputException", "DynamicOutputShapeException")
 
 
 class Facts:
@@ -82,7 +89,8 @@ class Facts:
         except LookupError:
             raise
         except Exception as error:  # what a model does with tensors that have no data
-            raise LookupError(node) from error
+            asked = type(error).__name__ in _ASKED_FOR_DATA
+            raise (DataError if asked else LookupError)(node) from error
         self._values[node] = value
         return value
 

@@ -164,7 +164,9 @@ def survey(
     taken = _choose(finders, uses)
     found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
     if example is not None:
-        found += _whole_layers(model, example, found, unreadable, uses, batch_dim)
+        # What branches on data might do something else on the kept rows than on all of them.
+        rest = {name: why for name, why in unreadable.items() if name not in reader.on_data}
+        found += _whole_layers(model, example, found, rest, uses, batch_dim)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         found.sort(key=lambda residual: order.get(residual._owner, 0))
     _settle_masks(model, found)
@@ -476,7 +478,9 @@ def adds(module: nn.Module) -> bool:
     methods = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
     for node in (inner for method in methods for inner in ast.walk(method)):
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
-            return True
+            operand = node.right if isinstance(node, ast.BinOp) else node.value
+            if not isinstance(operand, ast.Constant):  # i + 1, calls += 1
+                return True
         if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
             return True
     return False

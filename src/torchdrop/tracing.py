@@ -27,12 +27,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchdrop.facts import Facts, stand_in_for
+from torchdrop.facts import DataError, Facts, stand_in_for
 
 __all__ = [
     "A_TENSOR",
     "BlockGraph",
     "Fixed",
+    "OnDataError",
     "UntraceableError",
     "is_cache",
     "is_shape_node",
@@ -53,7 +54,11 @@ _READINGS_IN_COMPANY = 5
 
 
 class UntraceableError(Exception):
-    """The forward of a block cannot be read: it branches on data, say."""
+    """The forward of a block cannot be read: it sets an attribute, say."""
+
+
+class OnDataError(UntraceableError):
+    """The forward of a block branches on data: on fewer rows it might do something else."""
 
 
 @dataclass
@@ -417,10 +422,12 @@ class _Reader(fx.Tracer):
         except LookupError:
             try:
                 known = self._computed(obj.node)
+            except DataError:
+                raise OnDataError("it branches on data") from None
             except LookupError:
                 return super().to_bool(obj)
-            if isinstance(known, Tensor):  # it would be asked for its data
-                return super().to_bool(obj)
+            if isinstance(known, Tensor):
+                raise OnDataError("it branches on data") from None
             return bool(known)
         self.decisions[obj.node] = decision
         return decision
@@ -439,12 +446,14 @@ class _Reader(fx.Tracer):
         """The number that ``obj`` is, which the graph then holds fixed."""
         try:
             value, other = self._computed(obj.node), self._computed(obj.node, larger=True)
+        except DataError:
+            raise OnDataError("it takes data for a plain number") from None
         except LookupError:
             raise fx.proxy.TraceError(f"the number {obj.node.name} is not known") from None
-        if isinstance(value, Tensor) or value != other:
-            raise UntraceableError(
-                "it takes for a plain number what depends on data or on the batch size"
-            )
+        if isinstance(value, Tensor):
+            raise OnDataError("it takes data for a plain number")
+        if value != other:
+            raise UntraceableError("it takes for a fixed number what depends on the batch size")
         return value
 
     def _computed(self, node: fx.Node, larger: bool = False) -> Any:
@@ -592,7 +601,7 @@ def trace_block(
                     raise UntraceableError("it draws random numbers in Python")
             except UntraceableError as error:
                 before.restore()
-                raise UntraceableError(f"{_where(module, error)}: {error}") from None
+                raise type(error)(f"{_where(module, error)}: {error}") from None
             except Exception as error:
                 # A user's forward may raise anything when it is handed proxies.
                 before.restore()
