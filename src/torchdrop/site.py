@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from torchdrop.compiled import enter, rows_in_graph, set_share, size_in_graph, zeros_for
 from torchdrop.masks import drops_layers
-from torchdrop.ranks import meets_ranks
+from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows, order_rows
@@ -501,6 +501,12 @@ class Site:
         """Whether every rank has to run ``branch`` each time, since others wait for it there."""
         if not dist.is_available() or not dist.is_initialized():
             return False
+        for path in self.look_through:
+            if is_sharded(self.module.get_submodule(path)):
+                raise RuntimeError(
+                    f"{path} went through fully_shard, but stochastic depth runs its parts "
+                    f"separately, as {branch.block} adds in it; shard {branch.block} whole"
+                )
         modules = [
             module  # of a block that is dropped whole, what is inside: it may be sharded itself
             for path in branch.inner
