@@ -826,3 +826,36 @@ def test_the_transformer_layers_of_torch(norm_first: bool, batch_first: bool) ->
         assert_same(model(*inputs), dense(*inputs))
         assert_same(model.eval()(*inputs), dense.eval()(*inputs))
         against_mask(model.train(), inputs, plan, dim)
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape[0], 1) >= self.drop_prob) if self.training else x
+
+
+class PartlyAdded(nn.Module):
+    """Adds the skip to some of the channels that its drop path covers, as ReXNet does."""
+
+    def __init__(self, width: int, rate: float | None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width + 2)
+        self.drop_path = None if rate is None else DropPath(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).relu()
+        if self.drop_path is not None:
+            y = self.drop_path(y)
+        return torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
+
+
+def test_a_drop_path_that_covers_more_than_the_branch_is_left_alone() -> None:
+    dense = nn.Sequential(PartlyAdded(4, None), PartlyAdded(6, None))
+    assert [r.action for r in torchdrop.find_residuals(dense)] == ["mask", "mask"]
+    model = nn.Sequential(PartlyAdded(4, 0.5), PartlyAdded(6, 0.5))
+    assert torchdrop.find_residuals(model) == []
+    with pytest.raises(ValueError, match="its own drop path covers more than the branch"):
+        torchdrop.add_stochastic_depth(model, None)

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torchdrop.examples import ArgumentShapes, Shapes, carries, same_rows
 from torchdrop.layout import same_layout, told
 from torchdrop.linear import Children, depends_on_input
+from torchdrop.masks import is_mask
 from torchdrop.tracing import BlockGraph, is_shape_node, passed_through
 
 __all__ = [
@@ -219,6 +220,8 @@ class Finder:
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"
         split, action, reason = self._closed(split)
+        if self._drops_more:
+            why_not = "its own drop path covers more than the branch"
         return Entry(split, action, reason, kind, why_not, self._leak)
 
     def _dimension(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
@@ -282,6 +285,10 @@ class Finder:
                 inside.remove(node)
         reason = ""
         self._leak = None
+        self._drops_more = any(
+            node.op == "call_module" and is_mask(self.owner.get_submodule(str(node.target)))
+            for node in kept_out
+        )
         if kept_out:
             first = max(
                 (n for n in kept_out if n.target is not operator.getitem),
