@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from statistics import fmean, median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop.cost import FlopCounter, SavedBytes
@@ -125,7 +126,10 @@ class _AsTrained(nn.Module):
         self.model = model
         self.applied = applied
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Any) -> Tensor:
+        if isinstance(images, fx.Proxy):
+            # what is done to a batch keeps count on an object that is no module
+            raise TypeError("the batch of a method cannot be traced")
         if self.training:
             images, _ = self.applied.batch(images, torch.zeros(len(images), device=images.device))
         return self.model(images)  # type: ignore[no-any-return]
