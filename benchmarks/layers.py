@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from machine import processor, version
 from torch.profiler import ProfilerActivity, profile
 
 from torchdrop import functional as F
@@ -157,20 +157,6 @@ def memory() -> dict[str, float]:
     join = layers.PathDrop(0.1)
     found[f"{join} of three inputs"] = allocated(lambda: join(x, x, x)) / x.nbytes
     return found
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def main() -> None:

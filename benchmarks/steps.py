@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
+from machine import processor, version
 from peers import NETWORKS, add_masks, add_subsets, blocks_of
 from torch import Tensor, nn
 
@@ -192,20 +192,6 @@ def measure_memory(row: Row, threads: int) -> dict[str, dict[str, float]]:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(output)
     return found
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def digest() -> str:
