@@ -305,7 +305,10 @@ class Site:
         known = [branch.cuts for branch in self.branches if branch.cuts is not None]
         entries = read_splits(block, known, self.branches[0].dim)
         if len(entries) <= max(self.places):
-            raise RuntimeError(f"{what}, and so it does not add the same branches")
+            raise RuntimeError(
+                f"{what}, and so it does not add the same branches; give add_stochastic_depth "
+                f"example_inputs, so that it is read as it is called, or leave it out with select="
+            )
         splits = [
             (entries[place].split, "mask" if branch.reason == BY_ORDER else entries[place].action)
             for place, branch in zip(self.places, self.branches, strict=True)
