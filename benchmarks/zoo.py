@@ -368,8 +368,8 @@ def _versions() -> str:
     return ", ".join(found) + f", Python {platform.python_version()}"
 
 
-def write_table(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    head = __doc__.splitlines()
+def write_table(rows: dict[str, dict[str, Any]], path: Path, left: int = 0) -> None:
+    """Write the page from what was run; ``left`` models that are listed were not."""
     out = [
         "# Coverage",
         "",
@@ -377,10 +377,11 @@ def write_table(rows: dict[str, dict[str, Any]], path: Path) -> None:
         "promises hold for each. Written by `benchmarks/zoo.py`, whose docstring says which models "
         f"are taken. Versions: {_versions()}.",
         "",
+        f"{len(rows)} of the {len(rows) + left} models that are listed were run.",
+        "",
         _totals(rows),
         "",
     ]
-    del head
     titles = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers"}
     for library, title in titles.items():
         mine = {k: r for k, r in rows.items() if k.startswith(f"{library}/")}
@@ -482,7 +483,8 @@ def main() -> None:
     run_all(wanted, args)
     if args.table:
         rows = load(args.results)
-        write_table({name: rows[name] for name in names if name in rows}, args.table)
+        run = {name: rows[name] for name in names if name in rows}
+        write_table(run, args.table, left=len(names) - len(run))
 
 
 if __name__ == "__main__":
