@@ -176,3 +176,12 @@ def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == rows.numel() * 8
     # the twin: torch's own keeps the branch to know its shape
     assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4
+
+
+def test_the_order_of_a_sum_decides_its_memory_format() -> None:
+    skip = torch.randn(2, 3, 4, 4)
+    branch = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert add_whole(skip, branch, 1.0).stride() == (skip + branch).stride()
+    first = add_whole(skip, branch, 1.0, branch_first=True)
+    assert first.stride() == (branch + skip).stride() != (skip + branch).stride()
+    assert torch.equal(first, skip + branch)

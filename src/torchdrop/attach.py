@@ -491,6 +491,7 @@ def _state(
         inherited=branch.p,
         gain=1.0 if split is None else split.branch_gain,
         writes_skip=split is not None and split.writes_skip,
+        branch_first=split is not None and split.branch_first,
         has_batch_norm=norms,
         inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
         dim=(split.dim or 0) if split is not None else branch._layer.dim if branch._layer else 0,

@@ -38,11 +38,24 @@ def take(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     return x.permute(order).index_select(order.index(dim), rows).permute(_inverse(order))
 
 
-def add_whole(skip: Tensor, branch: Tensor, gain: float, *, inplace: bool = False) -> Tensor:
-    """``skip + gain * branch``; the plain sum, bit for bit, where ``gain`` is 1."""
+def add_whole(
+    skip: Tensor,
+    branch: Tensor,
+    gain: float,
+    *,
+    inplace: bool = False,
+    branch_first: bool = False,
+) -> Tensor:
+    """``skip + gain * branch``; the plain sum, bit for bit, where ``gain`` is 1.
+
+    ``branch_first`` is for a model that adds them in that order: where their memory formats differ,
+    the sum has that of the first, and what follows rounds accordingly.
+    """
     if inplace:
         return skip.add_(branch, alpha=gain)
-    return torch.add(skip, branch, alpha=gain) if gain != 1.0 else skip + branch
+    if gain != 1.0:
+        return torch.add(skip, branch, alpha=gain)
+    return branch + skip if branch_first else skip + branch
 
 
 def add_rows(

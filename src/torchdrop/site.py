@@ -92,6 +92,7 @@ class BranchState:
     own: tuple[str, ...]
     dim: int = 0
     place: int = 0
+    branch_first: bool = False
     cuts: Cuts | None = None
     p: float = 0.0
     share: float | None = None
@@ -381,7 +382,7 @@ class Site:
             before = settings.meter()
             out = self._compute(self.train, k, inputs)
             branch.share = (branch.share or 0.0) + settings.meter() - before
-            return add_whole(skip, out, branch.gain)
+            return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
         if not self.module.training:
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch):
@@ -391,7 +392,13 @@ class Site:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         if rows is True:
             out = self._compute(self.train, k, inputs)
-            total = add_whole(skip, out, branch.gain_in_training(), inplace=branch.writes_skip)
+            total = add_whole(
+                skip,
+                out,
+                branch.gain_in_training(),
+                inplace=branch.writes_skip,
+                branch_first=branch.branch_first,
+            )
         else:
             total = self._on_rows(k, skip, inputs, rows)
         branch.dtypes[_precision(skip)] = total.dtype
@@ -483,7 +490,7 @@ class Site:
         if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
             return self._mask_in_graph(k, skip, out)
         if self.settings.meter is not None:
-            return add_whole(skip, out, branch.gain)
+            return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
         if not self.module.training:
             return self._evaluated(branch, skip, lambda: out)
         self._meets_ranks(branch)
@@ -498,7 +505,13 @@ class Site:
             kept = kept.to(skip.device, non_blocking=True).view(shape)
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        return add_whole(skip, out, branch.gain_in_training(), inplace=branch.writes_skip)
+        return add_whole(
+            skip,
+            out,
+            branch.gain_in_training(),
+            inplace=branch.writes_skip,
+            branch_first=branch.branch_first,
+        )
 
     def _meets_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` each time, since others wait for it there."""

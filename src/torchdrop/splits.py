@@ -41,6 +41,7 @@ class Split:
         skip_gain: What the addition multiplies the skip by.
         branch_gain: What it multiplies the branch by.
         writes_skip: Whether the sum is written into the memory of the skip.
+        branch_first: Whether the branch is the first of the two operands.
         dim: The dimension of the skip that carries the batch; None where nothing tells it.
         told: What ``batch_first`` of which children says about that, where nothing else did.
         cuts: Where it was measured: how each value that the branch takes from outside carries the
@@ -55,6 +56,7 @@ class Split:
     skip_gain: float
     branch_gain: float
     writes_skip: bool
+    branch_first: bool = False
     dim: int | None = None
     told: dict[str, int] = field(default_factory=dict)
     cuts: Cuts | None = None
@@ -215,6 +217,7 @@ class Finder:
             skip_gain=1.0 if branch_is_right else gain,
             branch_gain=gain if branch_is_right else 1.0,
             writes_skip=branch_is_right and _writes_left(add),
+            branch_first=not branch_is_right,
         )
         split.dim, split.told = self._dimension(split.skip)
         if split.skip_gain < 0.0:
