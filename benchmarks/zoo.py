@@ -409,7 +409,7 @@ def _line(key: str, row: dict[str, Any]) -> str:
     name = key.partition("/")[2]
     found = row.get("found", {})
     said = verdict(row)
-    holds = "all" if said == "rows" or said.startswith("mask") else "no"
+    holds = "all" if said == "rows" or said.startswith("mask: ") else "no"
     reason = "; ".join(found.get("reasons", [])) if holds == "all" else said
     if row.get("example") and not key.startswith("transformers"):
         reason = "; ".join(filter(None, ["with example_inputs", reason]))
