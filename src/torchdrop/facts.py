@@ -7,6 +7,7 @@ but its data; what depends on the data stays unknown.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,17 +97,10 @@ class Facts:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "get_attr":
-            return _reach(self._owner, str(node.target))
+            return operator.attrgetter(str(node.target))(self._owner)
         if node.op == "call_module":
             return self._owner.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
-
-
-def _reach(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for atom in path.split("."):
-        found = getattr(found, atom)
-    return found

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "attach_to",
     "attached",
     "detach",
+    "mask_of",
     "sites_of",
 ]
 
@@ -498,11 +500,7 @@ class Site:
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
         if rows is not True:
-            kept = torch.zeros(skip.shape[dim], dtype=torch.bool, device="cpu")
-            kept[rows] = True
-            shape = [1] * skip.dim()
-            shape[dim] = -1
-            kept = kept.to(skip.device, non_blocking=True).view(shape)
+            kept = mask_of(rows, skip, dim)
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
         return add_whole(
@@ -611,7 +609,7 @@ class Site:
         if self.settings.zero_grad and torch.is_grad_enabled():
             for path in branch.inner:
                 unused.extend(self.module.get_submodule(path).parameters())
-            unused.extend(_attribute(self.module, path) for path in branch.own)
+            unused.extend(attrgetter(path)(self.module) for path in branch.own)
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         return unused
 
@@ -625,7 +623,7 @@ class Site:
             return skip.dtype
         inner = [self.module.get_submodule(path) for path in branch.inner]
         takes = [*(p for top in inner for p in top.parameters()), *inputs]
-        takes += [_attribute(self.module, path) for path in branch.own]
+        takes += [attrgetter(path)(self.module) for path in branch.own]
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
@@ -706,6 +704,15 @@ def _holds_something(cache: Any, layer: int) -> bool:
         return any(states.values())
 
 
+def mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
+    """True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
+    kept = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
+    kept[rows] = True
+    shape = [1] * like.dim()
+    shape[dim] = -1
+    return kept.to(like.device, non_blocking=True).view(shape)
+
+
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
     """``out`` times a weight for each row; zero, also where ``out`` is not finite, for weight 0."""
     shape = [1] * out.dim()
@@ -721,12 +728,6 @@ def _version(x: Any) -> int | None:
         return None
     version: int = x._version
     return version
-
-
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    parent, _, name = path.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(parent), name)
-    return value
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows, take
-from torchdrop.site import BranchState, Settings, Site
+from torchdrop.site import BranchState, Settings, Site, mask_of
 from torchdrop.tracing import unfold
 
 __all__ = ["LayerSite"]
@@ -73,12 +73,8 @@ class LayerSite(Site):
             y = y if gain == 1.0 else x + gain * (y - x)
         if rows is True:
             return y
-        kept = torch.zeros(x.shape[branch.dim], dtype=torch.bool, device="cpu")
-        if rows is not False:
-            kept[rows] = True
-        shape = [1] * x.dim()
-        shape[branch.dim] = -1
-        return torch.where(kept.to(x.device, non_blocking=True).view(shape), y, x)
+        none = torch.empty(0, dtype=torch.long, device="cpu")
+        return torch.where(mask_of(none if rows is False else rows, x, branch.dim), y, x)
 
     def _run_on(self, rows: Tensor, bound: Any, x: Tensor) -> tuple[Any, Tensor]:
         """What the block returns for ``rows``, and the sum for all rows."""
