@@ -13,6 +13,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from torchdrop.tracing import callee
+
 __all__ = ["same_layout", "told"]
 
 _BATCH_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)
@@ -77,5 +79,4 @@ def _keeps(node: fx.Node, owner: nn.Module) -> bool:
         # a norm or an activation of the user's own; one that permutes has no parameters
         of_torch = type(module).__module__.startswith("torch.nn.")
         return of_torch or next(module.parameters(), None) is not None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _KEEPING
+    return node.op in ("call_function", "call_method") and callee(node) in _KEEPING

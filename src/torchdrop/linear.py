@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from torchdrop.masks import is_mask
-from torchdrop.tracing import BlockGraph, UntraceableError, is_shape_node, trace_block
+from torchdrop.tracing import BlockGraph, UntraceableError, callee, is_shape_node, trace_block
 
-__all__ = ["Children", "callee", "depends_on_input"]
+__all__ = ["Children", "depends_on_input"]
 
 _LINEAR_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten,
@@ -49,11 +49,6 @@ _PRODUCTS = {
     "truediv", "div_", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
-
-
-def callee(node: fx.Node) -> str:
-    """The name of the function or method that ``node`` calls; the path of the module."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "Fixed",
     "OnDataError",
     "UntraceableError",
+    "callee",
     "is_cache",
     "is_shape_node",
     "passed_through",
@@ -728,6 +729,11 @@ _ARITHMETIC = {
     operator.le, operator.gt, operator.ge, operator.pow, int, float, bool, len, min, max, slice,
     torch.finfo, torch.iinfo,
 }  # fmt: skip
+
+
+def callee(node: fx.Node) -> str:
+    """The name of the function or method that ``node`` calls; the path of the module."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def is_shape_node(node: fx.Node) -> bool:
