@@ -8,6 +8,7 @@ with an error after TIMEOUT.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from torchdrop import sampling
 
 TIMEOUT = timedelta(seconds=60)
 WIDTH = 4
@@ -46,13 +48,25 @@ class Block(nn.Module):
         return x + self.b(self.a(x).tanh())
 
 
+class Counting(Block):
+    """Sets an attribute of its own in its forward, and so can be dropped as a whole only."""
+
+    times = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times += 1
+        return x + self.branch(x)
+
+
 class Net(nn.Module):
     """Blocks between two layers, so that gradients go on where every branch is dropped."""
 
-    def __init__(self, depth: int = 4, reentrant: bool | None = None) -> None:
+    def __init__(
+        self, depth: int = 4, reentrant: bool | None = None, block: type[Block] = Block
+    ) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,15 +128,21 @@ def train(
     accumulate: int = 1,
     zero: bool = False,
     attach: bool = True,
+    whole_blocks: bool = False,
 ) -> dict[str, Any]:
     """Training steps; each gradient against that of one process with the same rows kept."""
     torch.manual_seed(0)
-    net = Net(reentrant=reentrant).double()
+    net = Net(reentrant=reentrant, block=Counting if whole_blocks else Block).double()
     plain = copy.deepcopy(net)
     plan = None
     if attach:
         plan = torchdrop.add_stochastic_depth(
-            net, p, schedule="uniform", mode=mode, sync_ranks=sync_ranks
+            net,
+            p,
+            schedule="uniform",
+            mode=mode,
+            sync_ranks=sync_ranks,
+            example_inputs=torch.ones(2, WIDTH, dtype=torch.float64) if whole_blocks else None,
         )
     model: Any
     if wrapper == "ddp":
@@ -193,6 +213,7 @@ def train(
         "missing": missing,
         "decisions": decisions,
         "dropped": sum(dropped) / max(len(dropped), 1),
+        "actions": sorted({r.action for r in plan.blocks}) if plan else [],
         "collectives": counted,
     }
 
@@ -237,6 +258,72 @@ def reseeded() -> dict[str, Any]:
                 run.append([rows.tolist() for rows in plan.last_kept().values()])
             runs[mode].append(run)
     return runs
+
+
+def resumed() -> dict[str, Any]:
+    """A run that was saved in the middle of an epoch goes on in what is like a new process."""
+    report: dict[str, Any] = {}
+    for mode in ("row", "batch"):
+        for save in ("all", "no plan"):
+            torch.manual_seed(dist.get_rank())
+            net = Net()
+            plan = torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", mode=mode)
+            model = DistributedDataParallel(net)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+            runs: list[Any] = []
+            file = io.BytesIO()
+            for step in range(20):
+                if step == 12:  # all that a trainer saves
+                    state = {"net": net.state_dict(), "generator": torch.get_rng_state()}
+                    torch.save(state | {"plan": plan.state_dict()}, file)
+                optimizer.zero_grad()
+                loss(model(torch.randn(3, WIDTH))).backward()
+                optimizer.step()
+                runs.append([rows.tolist() for rows in plan.last_kept().values()])
+            weights = torch.cat([q.detach().flatten() for q in net.parameters()])
+            sampling.shared_numbers.__init__()  # type: ignore[misc]
+            torch.manual_seed(1234 + dist.get_rank())
+            net = Net()
+            plan = torchdrop.add_stochastic_depth(net, 0.1, mode=mode)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+            net.load_state_dict(state["net"])
+            model = DistributedDataParallel(net)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+            if save == "all":
+                plan.load_state_dict(state["plan"])
+            else:
+                plan.set_p([0.5] * 4)
+            torch.set_rng_state(state["generator"])
+            again = []
+            for _ in range(8):
+                optimizer.zero_grad()
+                loss(model(torch.randn(3, WIDTH))).backward()
+                optimizer.step()
+                again.append([rows.tolist() for rows in plan.last_kept().values()])
+            mine = torch.cat([q.detach().flatten() for q in net.parameters()])
+            same = again == runs[12:] and torch.equal(mine, weights)
+            report[f"{mode}, {save}"] = {"same": same, "kept": again}
+    return report
+
+
+def wrapped() -> dict[str, str]:
+    """What says no where a model is wrapped already."""
+    report = {}
+    for name, wrap in {
+        "ddp": DistributedDataParallel,
+        "inside": lambda net: nn.Sequential(DistributedDataParallel(net), nn.Identity()),
+        "fsdp": shard,
+        "one shard": lambda net: [fully_shard(net.blocks[1]), net][1],
+    }.items():
+        model = wrap(Net())
+        before = [list(m.__dict__) for m in model.modules()]
+        try:
+            torchdrop.add_stochastic_depth(model, 0.5)
+        except ValueError as error:
+            report[name] = str(error)
+        assert before == [list(m.__dict__) for m in model.modules()]
+    return report
 
 
 def waiting_forwards() -> dict[str, Any]:
@@ -489,6 +576,8 @@ CHECKS: dict[str, Callable[..., Any]] = {
         train,
         uneven,
         reseeded,
+        resumed,
+        wrapped,
         waiting_forwards,
         waits_inside,
         split_over_modules,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from test_site import Block, net
+from torchdrop import attach
 from zoo import BARELY, assert_same, fingerprint, instance_names, same_randomness
 
 torchvision = pytest.importorskip("torchvision")
@@ -319,6 +320,66 @@ def test_example_inputs_that_fail_leave_the_model_as_it_was() -> None:
             with pytest.raises(ValueError, match=rf"(?s)called with example_inputs, {message}"):
                 call(model, example_inputs=given)
     assert fingerprint(model) == before
+    assert instance_names(model) == names
+
+
+@pytest.mark.parametrize("moment", ["attaching", "a mask", "the example", "reading", "measuring"])
+def test_an_interrupt_leaves_the_model_as_it_was(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C: KeyboardInterrupt, which is no Exception."""
+
+    class Masked(Block):
+        interrupts = False
+
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.drop_path = torchdrop.DropPath(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.interrupts and isinstance(x, torch.fx.Proxy) == (moment == "reading"):
+                raise KeyboardInterrupt
+            return x + self.drop_path(self.b(self.act(self.a(x))))
+
+    model = net(3, block=Masked)
+    calls = {"attaching": 2, "a mask": 5}.get(moment, 0)
+    real = attach.attach_to
+
+    def attach_to(*args: Any) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            raise KeyboardInterrupt
+        real(*args)
+
+    def measure(*args: Any) -> None:
+        assert torchdrop.has_stochastic_depth(model)
+        raise KeyboardInterrupt
+
+    if moment in ("attaching", "a mask"):
+        monkeypatch.setattr(attach, "attach_to", attach_to)
+    elif moment == "measuring":
+        monkeypatch.setattr(attach, "_measure_shares", measure)
+    else:
+        Masked.interrupts = True
+    before, names = fingerprint(model), instance_names(model)
+    with pytest.raises(KeyboardInterrupt):
+        torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(2, 6))
+    assert fingerprint(model) == before
+    assert instance_names(model) == names
+    assert torch.is_grad_enabled()
+    monkeypatch.undo()
+    Masked.interrupts = False
+    assert len(torchdrop.add_stochastic_depth(model, 0.5).blocks) == 3
+
+
+def test_what_is_half_attached_is_taken_off() -> None:
+    """An interrupt may come between any two lines."""
+    model = net(2)
+    names = instance_names(model)
+    torchdrop.add_stochastic_depth(model, 0.5)
+    del model[0].__dict__["_replicate_for_data_parallel"]
+    torchdrop.remove_stochastic_depth(model)
     assert instance_names(model) == names
 
 

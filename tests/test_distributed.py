@@ -21,6 +21,9 @@ TRAIN: dict[str, dict[str, Any]] = {
     "ddp batch alone": {"mode": "batch", "p": 0.5, "batch": 3, "sync_ranks": False},
     "ddp uneven sizes": {"mode": "row", "batch": [3, 2, 1, 0]},
     "ddp static_graph": {"mode": "batch", "batch": 1, "static_graph": True},
+    "ddp static_graph p=1": {"mode": "batch", "p": 1.0, "batch": 1, "static_graph": True},
+    "ddp layer row": {"mode": "row", "batch": 1, "whole_blocks": True},
+    "ddp layer batch": {"mode": "batch", "p": 0.5, "batch": 3, "whole_blocks": True},
     "ddp no_sync": {"mode": "row", "batch": 2, "accumulate": 3},
     "ddp checkpoint row": {"mode": "row", "batch": 3, "reentrant": False},
     "ddp checkpoint batch": {"mode": "batch", "p": 0.5, "batch": 3, "reentrant": False},
@@ -31,6 +34,7 @@ TRAIN: dict[str, dict[str, Any]] = {
     "fsdp row": {"mode": "row", "batch": 1},
     "fsdp batch": {"mode": "batch", "p": 0.5, "batch": 3},
     "fsdp row p=1": {"mode": "row", "p": 1.0, "batch": 2},
+    "fsdp layer row": {"mode": "row", "batch": 1, "whole_blocks": True},
     "fsdp accumulation": {"mode": "row", "batch": 2, "accumulate": 3},
     "fsdp checkpoint batch": {"mode": "batch", "p": 0.5, "batch": 3, "reentrant": False},
     "fsdp reentrant row": {"mode": "row", "batch": 3, "reentrant": True},
@@ -49,6 +53,8 @@ WAITS: dict[str, dict[str, Any]] = {
 OTHERS = (
     "uneven",
     "reseeded",
+    "resumed",
+    "wrapped",
     "waiting_forwards",
     "split_over_modules",
     "layers_alike",
@@ -97,6 +103,18 @@ def test_training_is_that_of_one_process_with_the_same_rows(ranks: Reports, case
     assert all(rank[case]["dropped"] > 0 for rank in ranks)
     kept = [rows for rank in ranks for step in rank[case]["decisions"] for rows, _ in step]
     assert 0 in kept
+
+
+@pytest.mark.parametrize("case", ["ddp row", "ddp layer row", "fsdp row", "fsdp layer row"])
+def test_one_rank_drops_everything_while_the_other_does_not(ranks: Reports, case: str) -> None:
+    mine, theirs = (rank[case]["decisions"] for rank in ranks)
+    kept = [
+        (a[0] > 0, b[0] > 0)
+        for x, y in zip(mine, theirs, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert {(True, False), (False, True)} & set(kept)
+    assert ranks[0][case]["actions"] == ["layer" if "layer" in case else "skip"]
 
 
 @pytest.mark.parametrize("case", ["ddp row", "ddp batch", "ddp uneven sizes", "fsdp row"])
@@ -151,6 +169,27 @@ def test_a_seed_in_mid_run_fixes_what_follows(ranks: Reports) -> None:
             assert first == again
             assert first != other
     assert ranks[0]["reseeded"]["batch"] == ranks[1]["reseeded"]["batch"]
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_a_run_saved_in_mid_epoch_goes_on_bit_for_bit(ranks: Reports, mode: str) -> None:
+    """With weights_only. The twin: batch mode without the plan's state counts from 0 again."""
+    for rank in ranks:
+        assert rank["resumed"][f"{mode}, all"]["same"]
+        assert rank["resumed"][f"{mode}, no plan"]["same"] == (mode == "row")
+    kept = [rank["resumed"][f"{mode}, all"]["kept"] for rank in ranks]
+    assert (kept[0] == kept[1]) == (mode == "batch")
+
+
+def test_wrapped_models_are_refused_with_the_order_to_use(ranks: Reports) -> None:
+    ddp = "is wrapped in DistributedDataParallel; add stochastic depth to the model first and wrap"
+    sharded = "went through fully_shard already; add stochastic depth first and shard afterwards"
+    for rank in ranks:
+        said = rank["wrapped"]
+        assert said["ddp"].startswith(f"it {ddp}")
+        assert said["inside"].startswith(f"its part '0' {ddp}")
+        assert said["fsdp"] == f"it {sharded}"
+        assert said["one shard"] == f"its part 'blocks.1' {sharded}"
 
 
 def test_an_uneven_epoch_under_join(ranks: Reports) -> None:

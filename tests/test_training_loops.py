@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -137,6 +138,16 @@ class Counting(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
         return super().forward(x)
+
+
+class Whole(Block):
+    """Sets an attribute of its own in its forward, and so is dropped as a whole."""
+
+    times = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times += 1
+        return x + self.b(self.act(self.a(x)))
 
 
 class Normed(Block):
@@ -365,6 +376,130 @@ def test_a_lightning_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for mine, theirs in zip(second.parameters(), through.parameters(), strict=True):
         assert_same(mine, theirs)
     assert first.kept == through.kept[:12]
+
+
+@MODES
+def test_a_pickle_of_all_in_mid_run_goes_on_bit_for_bit(mode: str) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+
+    model = net(3)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode=mode)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 3)
+    with torchdrop.paused(model):  # a copy is not paused, whoever makes it
+        pickled = pickle.dumps((model, optimizer, torch.get_rng_state()))
+    train(model, optimizer, 5)
+    plan.set_p(0.0)
+    again, its_optimizer, generator = pickle.loads(pickled)
+    assert [r.p for r in torchdrop.get_plan(again).blocks] == [0.5] * 3
+    torch.set_rng_state(generator)
+    train(again, its_optimizer, 5)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert_same(mine, theirs)
+    kept = torchdrop.get_plan(again).last_kept()
+    assert {n: r.tolist() for n, r in kept.items()} == {
+        n: r.tolist() for n, r in plan.last_kept().items()
+    }
+
+
+# --- what goes wrong in the middle -----------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """What a user's hook raises."""
+
+
+class Rectified(Block):
+    """Its sum goes through ReLU, which keeps its result: what a branch takes is taken again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.b(self.act(self.a(x)))).relu()
+
+
+@MODES
+@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
+def test_an_error_inside_a_branch_leaves_everything_ready_for_the_next_step(
+    mode: str, error: type[BaseException]
+) -> None:
+    model = net(4, block=Rectified).double()
+    plan = torchdrop.add_stochastic_depth(model, 0.25, schedule="uniform", mode=mode)
+    plain = copy.deepcopy(model)
+    torchdrop.remove_stochastic_depth(plain)
+    x = torch.randn(8, 6, dtype=torch.float64)
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise error
+
+    handle = model[2].b.register_forward_pre_hook(stop)
+    rates = [r.p for r in plan.blocks]
+    states = [{**vars(block.forward)} for block in model]
+    stopped = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(seed % 2 == 0):
+            try:
+                model(x)
+            except error:
+                stopped += 1
+    assert stopped > 2
+    handle.remove()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert [r.p for r in plan.blocks] == rates
+    assert [{**vars(block.forward)} for block in model] == states
+    for _ in range(4):
+        model.zero_grad(), plain.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        expected = x
+        for name, block in plain.named_children():
+            weight = kept_mask(plan, name, 8)[:, None] / 0.75
+            expected = (expected + weight * block.b(block.act(block.a(expected)))).relu()
+        expected.square().sum().backward()
+        assert_gradients_agree(gradients(model), gradients(plain))
+
+
+@MODES
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+@pytest.mark.parametrize("later", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("kind", ["split", "whole"])
+def test_a_rate_set_in_the_middle_of_a_block_holds_from_the_next_block_on(
+    mode: str, compute: str, later: float, kind: str
+) -> None:
+    """As a callback does, or a thread that follows a schedule: no half-old, half-new scale."""
+    block = Whole if kind == "whole" else Block
+    model = net(2, block=block).double()
+    x = torch.randn(6, 6, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", mode=mode, compute=compute, example_inputs=x
+    )
+    assert {r.action for r in plan.blocks} == {
+        "mask" if compute == "mask" else "layer" if kind == "whole" else "skip"
+    }
+    sets: list[float] = []
+
+    def callback(module: nn.Module, args: Any) -> None:
+        sets.append(later)
+        plan.set_p([later, later])
+
+    for _ in range(8):
+        sets.clear()
+        plan.set_p([0.5, 0.5])
+        handle = model[0].b.register_forward_pre_hook(callback)
+        out = model[0](x)
+        handle.remove()
+        weight = kept_mask(plan, "0", 6)[:, None] * 2
+        if kind == "split" and compute == "mask":
+            continue  # is decided after it ran
+        branch = model[0].b(model[0].act(model[0].a(x)))
+        torch.testing.assert_close(out, x + weight * branch, rtol=0, atol=1e-12)
+        if sets and bool(weight.any()):
+            with_new_scale = x + weight / 2 / max(1 - later, 0.05) * branch
+            assert not torch.allclose(out, with_new_scale)
+    assert bool(model(x).isfinite().all())
 
 
 # --- several forwards, derivatives -----------------------------------------------------------

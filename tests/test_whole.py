@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 
@@ -259,3 +260,125 @@ def test_entries_of_a_row_are_cut_together_or_not_at_all(batch_outermost):
         bias = slopes.view(-1, 1, 1) * torch.arange(5, dtype=x.dtype)
         expected = expected + rows * (layer(expected, bias) - expected)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------
+# What training loops do with them
+
+
+class Widening(Block):
+    """Of a bfloat16 input under autocast it makes float32, as a block with layer scale does."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.gamma = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        self.times += 1
+        return x + self.gamma * self.fc(x).tanh()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_the_dtype_does_not_depend_on_what_is_dropped(mode, compute):
+    """Also where the first runs drop everything, and after runs in another precision."""
+    model, x = Stack(Widening), torch.randn(4, 5, 8)
+    plan = torchdrop.add_stochastic_depth(
+        model, 1.0, schedule="uniform", mode=mode, compute=compute, example_inputs=x
+    )
+    block, seen = model.layers[0], set()
+    for p in (1.0, 0.5, 0.5, 0.5, 1.0):
+        plan.set_p([p] * 3)
+        for autocast in (None, torch.bfloat16, torch.float16):
+            for dtype in (torch.float32, torch.bfloat16):
+                given = x.to(dtype)
+                with torch.autocast("cpu", autocast or dtype, enabled=autocast is not None):
+                    if autocast is None and dtype != torch.float32:
+                        continue  # the layers take no other dtype than their own
+                    expected = Widening.forward(block, given).dtype
+                    assert block(given).dtype == expected
+                    seen.add((dtype, expected))
+    assert (torch.bfloat16, torch.float32) in seen  # so taking the input's own would be wrong
+
+
+def test_what_finds_the_dtype_changes_nothing():
+    class Normed(Block):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            self.times += 1
+            return x + self.fc(self.bn(x)).tanh()
+
+    model, x = nn.Sequential(Normed(), Normed()), torch.randn(4, 5, 8)
+    torchdrop.add_stochastic_depth(model, 1.0, schedule="uniform", mode="batch", example_inputs=x)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert [int(block.bn.num_batches_tracked) for block in model] == [0, 0]
+    torch.manual_seed(3)
+    torch.rand(2, dtype=torch.float64)  # a decision each
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_other_inputs_of_a_dropped_block_get_zeros_as_gradient():
+    """Else DDP waits for the network that made them."""
+    bias = torch.zeros(6, 1, 8, dtype=torch.float64)
+    model, x, _ = stack(p=1.0, example=(bias,))
+    conditions = nn.Linear(3, 8).double()
+    model(x, conditions(torch.ones(6, 1, 3, dtype=torch.float64))).sum().backward()
+    assert conditions.weight.grad is not None
+    assert not conditions.weight.grad.any()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_higher_derivatives(mode, compute):
+    model, x, plan = stack(mode=mode, compute=compute)
+    x = x[:3, :1].requires_grad_()
+
+    def run(given):
+        torch.manual_seed(2)
+        return model(given)
+
+    torch.autograd.gradcheck(run, (x,), check_forward_ad=True)
+    torch.autograd.gradgradcheck(run, (x,))
+    kept = plan.last_kept()
+    assert 0 < sum(map(len, kept.values())) < 9
+    dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    x, v = x.detach(), torch.randn_like(x)
+    found = torch.func.jvp(run, (x,), (v,))
+    expected = torch.func.jvp(lambda given: by_hand(dense, given, kept, 0.5), (x,), (v,))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    other = torch.func.jvp(lambda given: by_hand(dense, given, kept, 0.4), (x,), (v,))
+    assert not torch.allclose(found[1], other[1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_activation_checkpoints(mode, reentrant):
+    model, x, _ = stack(mode=mode)
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(4)
+        model.zero_grad()
+        out = x.clone().requires_grad_()
+        for layer in model.layers:
+            out = checkpoint(layer, out, use_reentrant=reentrant) if checkpointed else layer(out)
+        out.square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert any(g.any() for g in found[0])
+
+
+def test_evaluation_at_p_one_under_the_papers_rule_has_no_branches():
+    model, x, _ = stack(p=1.0, scale="eval")
+    nn.init.constant_(model.layers[0].fc.bias, float("inf"))
+    assert torch.equal(model.eval()(x), x)

@@ -137,21 +137,23 @@ def add_stochastic_depth(
     branches = [branch for site in sites for branch in site.branches]
     rates = resolve_rates(p, branches, settings.blocks, schedule)
 
-    # Everything has been checked and generated: from here on nothing can fail.
     set_rates(sites, rates)
-    for site in sites:
-        attach_to(site.module, site)
+    plan = Plan(model, sites)
     masks = {path for branch in branches for path in branch.masks}
-    for path in masks:
-        mask = model.get_submodule(path)
-        attach_to(mask, Bypass(mask) if is_mask(mask) else LoopBypass(mask))
-    if example_inputs is not None:
-        try:
+    try:
+        # All has been checked and generated: what can come in between is a user who interrupts.
+        for site in sites:
+            attach_to(site.module, site)
+        for path in masks:
+            mask = model.get_submodule(path)
+            attach_to(mask, Bypass(mask) if is_mask(mask) else LoopBypass(mask))
+        if example_inputs is not None:
             _measure_shares(model, sites, example_inputs)
-        except BaseException:
+    except BaseException:
+        if has_stochastic_depth(model):
             remove_stochastic_depth(model)
-            raise
-    return Plan(model, sites)
+        raise
+    return plan
 
 
 def has_stochastic_depth(model: nn.Module) -> bool:

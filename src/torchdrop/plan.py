@@ -137,6 +137,9 @@ class Plan:
     def set_p(self, p: Any) -> None:
         """Change the drop probabilities, from the next forward pass on.
 
+        With activation checkpointing call it when no backward pass is outstanding: that computes
+        the blocks again, and would decide by the new rates.
+
         Args:
             p: As for :func:`add_stochastic_depth`: a float for the deepest block, a sequence, or a
                 mapping, whose other blocks keep their rate; None restores the inherited rates.

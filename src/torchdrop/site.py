@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = [
     "attached",
     "detach",
     "mask_of",
+    "precision_of",
     "sites_of",
 ]
 
@@ -392,21 +394,24 @@ class Site:
         rows = self._draw(branch, skip.shape[branch.dim])
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
+        gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
         if rows is True:
             out = self._compute(self.train, k, inputs)
             total = add_whole(
                 skip,
                 out,
-                branch.gain_in_training(),
+                gain,
                 inplace=branch.writes_skip,
                 branch_first=branch.branch_first,
             )
         else:
-            total = self._on_rows(k, skip, inputs, rows)
-        branch.dtypes[_precision(skip)] = total.dtype
+            total = self._on_rows(k, skip, inputs, rows, gain)
+        branch.dtypes[precision_of(skip)] = total.dtype
         return total
 
-    def _on_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor) -> Tensor:
+    def _on_rows(
+        self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor, gain: float
+    ) -> Tensor:
         """``skip`` plus branch ``k`` on ``rows``, some but not all of the batch."""
         branch = self._branch(k)
         dim = branch.dim
@@ -440,9 +445,7 @@ class Site:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
             on_device = rows.to(skip.device, non_blocking=True)
-        return add_rows(
-            whole, out, on_device, branch.gain_in_training(), dim, inplace=branch.writes_skip
-        )
+        return add_rows(whole, out, on_device, gain, dim, inplace=branch.writes_skip)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
         """The same in a graph, in plain operations, for a number of rows fixed by the rate."""
@@ -615,7 +618,14 @@ class Site:
 
     def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
         """The dtype that the sum would have: the same whether the branch is dropped or not."""
-        branch, precision = self._branch(k), _precision(skip)
+        run = partial(self._compute, self.train, k, inputs)
+        return self._dtype_of(self._branch(k), skip, inputs, run)
+
+    def _dtype_of(
+        self, branch: BranchState, skip: Tensor, inputs: Iterable[Any], run: Callable[[], Any]
+    ) -> torch.dtype:
+        """The same, of a branch that ``run`` computes; it is run where nothing else tells."""
+        precision = precision_of(skip)
         dtype = branch.dtypes.get(precision)
         if dtype is not None:
             return dtype
@@ -628,7 +638,7 @@ class Site:
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
         with torch.no_grad(), _unchanged(inner, skip.device):
-            out = self._compute(self.train, k, inputs)
+            out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
 
@@ -752,7 +762,7 @@ def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
                 module._buffers[name] = buffer
 
 
-def _precision(x: Tensor) -> tuple[Any, ...]:
+def precision_of(x: Tensor) -> tuple[Any, ...]:
     """What decides, besides the branch itself, which dtype skip + branch has."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -766,9 +776,9 @@ def attach_to(module: nn.Module, what: Site | Bypass) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach_to`."""
-    del module.__dict__["forward"]
-    del module.__dict__["_replicate_for_data_parallel"]
+    """Undo :func:`attach_to`, also where it was interrupted between its two lines."""
+    module.__dict__.pop("_replicate_for_data_parallel", None)
+    del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
 
 
 def attached(module: nn.Module) -> Site | Bypass | None:

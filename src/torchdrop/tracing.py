@@ -504,8 +504,8 @@ def _nothing_set(reader: _Reader) -> Iterator[None]:
             raise UntraceableError(f"it sets {name} of a {type(module).__name__}")
         plain(module, name, value)
 
-    setattr(nn.Module, "__setattr__", refuse)  # noqa: B010 (mypy: a method)
-    try:
+    try:  # from here on: an interrupt may come between any two lines
+        setattr(nn.Module, "__setattr__", refuse)  # noqa: B010 (mypy: a method)
         yield
     finally:
         setattr(nn.Module, "__setattr__", plain)  # noqa: B010

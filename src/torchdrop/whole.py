@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows, take
-from torchdrop.site import BranchState, Settings, Site, mask_of
+from torchdrop.site import BranchState, Settings, Site, mask_of, precision_of
 from torchdrop.tracing import unfold
 
 __all__ = ["LayerSite"]
@@ -51,32 +52,36 @@ class LayerSite(Site):
             )
         x = tensors[self.layer.x]
         dim = branch.dim
-        rows = True if scaled else self._draw(branch, x.shape[dim])
+        rows = branch.p < 1.0 if scaled else self._draw(branch, x.shape[dim])
         whole = branch.action == "mask" or self._meets_ranks(branch)
         if rows is False and not whole:
-            dtype = branch.dtypes.get(x.dtype, x.dtype)
-            return self._returned(self._dropped(branch, x, (), dtype), self.layer.returns)
+            given = tuple(tensors.values())
+            dtype = self._dtype_of(branch, x, given, lambda: self._sum_in(self._as_it_is(bound)))
+            return self._returned(self._dropped(branch, x, given, dtype), self.layer.returns)
+        gain = 0.0  # read before the block runs: what runs in it may set another rate
+        if rows is not False:
+            gain = 1.0 - branch.p if scaled else branch.gain_in_training()
         if whole or isinstance(rows, bool):
             out = type(module).forward(module, *args, **kwargs)
-            total = self._blended(branch, x, self._sum_in(out), rows, scaled)
+            total = self._blended(branch, x, self._sum_in(out), rows, gain)
         else:
-            out, total = self._run_on(rows, bound, x)
-        branch.dtypes[x.dtype] = total.dtype
+            out, total = self._run_on(rows, bound, x, gain)
+        branch.dtypes[precision_of(x)] = total.dtype
         return self._returned(total, out)
 
-    def _blended(
-        self, branch: BranchState, x: Tensor, y: Tensor, rows: Any, scaled: bool
-    ) -> Tensor:
+    @staticmethod
+    def _blended(branch: BranchState, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
         """``x + gain * (y - x)`` in the kept rows; ``y`` itself where that is what it comes to."""
         if rows is not False:
-            gain = (1.0 - branch.p) if scaled else branch.gain_in_training()
             y = y if gain == 1.0 else x + gain * (y - x)
         if rows is True:
             return y
         none = torch.empty(0, dtype=torch.long, device="cpu")
         return torch.where(mask_of(none if rows is False else rows, x, branch.dim), y, x)
 
-    def _run_on(self, rows: Tensor, bound: Any, x: Tensor) -> tuple[Any, Tensor]:
+    def _run_on(
+        self, rows: Tensor, bound: inspect.BoundArguments, x: Tensor, gain: float
+    ) -> tuple[Any, Tensor]:
         """What the block returns for ``rows``, and the sum for all rows."""
         branch, dim = self.branches[0], self.branches[0].dim
         computed = self._rows_to_compute(branch, rows, x, dim)
@@ -92,13 +97,17 @@ class LayerSite(Site):
             return some[path]
 
         bound.arguments.update(unfold(bound.arguments, cut)[0])
-        out = type(self.module).forward(self.module, *bound.args, **bound.kwargs)
+        out = self._as_it_is(bound)
         added = self._sum_in(out) - some[self.layer.x]
         if computed is not rows:
             place = (computed == rows).nonzero().flatten().to(x.device, non_blocking=True)
             added = take(added, place, dim)
             on_device = rows.to(x.device, non_blocking=True)
-        return out, add_rows(x, added, on_device, branch.gain_in_training(), dim)
+        return out, add_rows(x, added, on_device, gain, dim)
+
+    def _as_it_is(self, bound: inspect.BoundArguments) -> Any:
+        """What the block's own forward returns."""
+        return type(self.module).forward(self.module, *bound.args, **bound.kwargs)
 
     def _sum_in(self, out: Any) -> Tensor:
         found: Tensor = out if self.layer.place == "" else out[int(self.layer.place)]
