@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import torchdrop
 from test_residual import Base, Stack, W, flat, mlp, two
-from torchdrop.tracing import UntraceableError, trace_block, unfold
+from torchdrop.lent import UntraceableError
+from torchdrop.tracing import trace_block, unfold
 from zoo import BARELY, assert_same, instance_names
 
 # --- what a trace would freeze ---------------------------------------------------------------

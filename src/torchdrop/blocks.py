@@ -8,9 +8,10 @@ from functools import cache, partial
 from torch import nn
 
 from torchdrop.examples import Example
+from torchdrop.lent import UntraceableError
 from torchdrop.linear import Children
 from torchdrop.splits import Finder, terms
-from torchdrop.tracing import BlockGraph, OnDataError, UntraceableError, is_shape_node, trace_block
+from torchdrop.tracing import BlockGraph, OnDataError, is_shape_node, trace_block
 
 __all__ = ["CONTAINERS", "BlockReader"]
 

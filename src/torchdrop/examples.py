@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.tracing import BlockGraph, Fixed, same, unfold
+from torchdrop.lent import same
+from torchdrop.tracing import BlockGraph, Fixed, unfold
 
 __all__ = [
     "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
-from torchdrop.tracing import BlockGraph, UntraceableError, callee, is_shape_node, trace_block
+from torchdrop.tracing import BlockGraph, callee, is_shape_node, trace_block
 
 __all__ = ["Children", "depends_on_input"]
 

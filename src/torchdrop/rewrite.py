@@ -14,14 +14,16 @@ import linecache
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from torchdrop.lent import same
 from torchdrop.splits import Split, outside_inputs
-from torchdrop.tracing import BlockGraph, is_shape_node, passed_through, same, unfold
+from torchdrop.tracing import BlockGraph, is_shape_node, passed_through, unfold
 
 __all__ = ["MismatchError", "Program", "Source", "kind_of_call", "rewrite"]
 
@@ -85,6 +87,22 @@ class Program:
     decided: list[bool]
     seen: set[Any] | None = None
 
+    def __post_init__(self) -> None:
+        # By whom they are held, since to go to a child takes the most time. Of one name an
+        # attrgetter gives no tuple, so that is there twice.
+        holders: dict[str, list[str]] = {}
+        for path in self.attributes:
+            holder, _, name = path.rpartition(".")
+            holders.setdefault(holder, []).append(name)
+        self._reads = [
+            (
+                attrgetter(holder) if holder else None,
+                attrgetter(*names, names[0]),
+                [self.attributes[f"{holder}.{name}".lstrip(".")] for name in (*names, names[0])],
+            )
+            for holder, names in holders.items()
+        ]
+
     def accepts_plainly(self, args: tuple[Any, ...]) -> bool:
         """Whether ``args`` are simply the tensors, none left out that the block could take."""
         return len(args) == len(self.tensors) and all(isinstance(a, Tensor) for a in args)
@@ -110,11 +128,22 @@ class Program:
 
     def check_attributes(self, module: nn.Module) -> None:
         """Raise :class:`MismatchError` where an attribute of the block is no longer what it was."""
-        for name, value in self.attributes.items():
-            owner, _, attribute = name.rpartition(".")
-            now = getattr(module.get_submodule(owner) if owner else module, attribute, None)
-            if not same(value, now):
-                raise MismatchError(f"self.{name} = {value!r}", f"self.{name} = {now!r}")
+        if torch.compiler.is_compiling():  # it knows no attrgetter but one made within the graph
+            self._check_one_by_one(module)
+            return
+        for holder, read, known in self._reads:
+            try:
+                now = read(module if holder is None else holder(module))
+            except AttributeError as error:
+                raise MismatchError("an attribute that is gone", str(error)) from None
+            if not all(map(is_, known, now)) and not all(map(same, known, now)):
+                self._check_one_by_one(module)
+
+    def _check_one_by_one(self, module: nn.Module) -> None:
+        for path, known in self.attributes.items():
+            now = attrgetter(path)(module)
+            if not same(known, now):
+                raise MismatchError(f"self.{path} = {known!r}", f"self.{path} = {now!r}")
 
     def check_decisions(self, tensors: Sequence[Any]) -> None:
         """Raise :class:`MismatchError` where the block would branch otherwise on ``tensors``."""

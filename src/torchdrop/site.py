@@ -20,13 +20,14 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 
 from torchdrop.compiled import enter, rows_in_graph, set_share, size_in_graph, zeros_for
+from torchdrop.lent import UntraceableError, same
 from torchdrop.masks import drops_layers
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, keep_rows, order_rows
 from torchdrop.splits import Cuts, read_splits
-from torchdrop.tracing import UntraceableError, is_cache, same, trace_block
+from torchdrop.tracing import is_cache, trace_block
 
 __all__ = [
     "BY_ORDER",

@@ -5,7 +5,6 @@ torch.fx is used to read. The graph is never handed to the user and never run as
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import operator
@@ -17,7 +16,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,18 +27,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdrop.facts import DataError, Facts, stand_in_for
+from torchdrop.lent import Lender, UntraceableError
 
 __all__ = [
     "A_TENSOR",
     "BlockGraph",
     "Fixed",
     "OnDataError",
-    "UntraceableError",
     "callee",
     "is_cache",
     "is_shape_node",
     "passed_through",
-    "same",
     "trace_block",
     "unfold",
 ]
@@ -52,10 +50,6 @@ _LOCK = threading.RLock()
 
 # How often a block is read while other threads draw numbers of Python or numpy.
 _READINGS_IN_COMPANY = 5
-
-
-class UntraceableError(Exception):
-    """The forward of a block cannot be read: it sets an attribute, say."""
 
 
 class OnDataError(UntraceableError):
@@ -148,18 +142,6 @@ def unfold(
     return {name: go(name, value) for name, value in arguments.items()}, tensors, constants
 
 
-def same(known: Any, given: Any) -> bool:
-    """Whether ``given`` is as good as ``known`` where a graph holds ``known`` fixed."""
-    if known is given:
-        return True
-    if type(known) is not type(given) or isinstance(known, Tensor):
-        return False
-    try:
-        return bool(known == given)
-    except Exception:  # an array, whose comparison is one, say
-        return False
-
-
 class _Proxy(fx.Proxy):
     """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``.
 
@@ -242,12 +224,6 @@ def _surroundings() -> tuple[Any, ...]:
     )
 
 
-_OF_EVERY_MODULE = set(nn.Module().__dict__)
-
-
-_MUTABLE = (list, dict, set)
-
-
 @dataclass(frozen=True)
 class Fixed:
     """What a child returned that is no tensor: the size of a feature map, say."""
@@ -261,44 +237,6 @@ def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> 
     ``args``, ``kwargs`` and the ``rest`` of a tuple are what the hooks are called with besides.
     """
     return value
-
-
-def _stand_in(
-    module: nn.Module,
-    training: bool,
-    attributes: dict[str, Any],
-    lent: dict[str, Any],
-    prefix: str = "",
-) -> nn.Module:
-    """A double of ``module`` for its forward to run on, with the same children and parameters.
-
-    It notes the plain attributes that are read, and refuses those that are set: the generated
-    forward would not set them. Of lists and dicts it lends a copy, for the same reason.
-    """
-    kind = type(module)
-
-    def read(self: nn.Module, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
-        if prefix and name == "training":
-            attributes[prefix + name] = value
-        if name not in _OF_EVERY_MODULE and name in object.__getattribute__(self, "__dict__"):
-            if type(value) in _MUTABLE:
-                attributes.setdefault(prefix + name, copy.copy(value))
-                return lent.setdefault(prefix + name, copy.copy(value))
-            attributes[prefix + name] = value
-        return value
-
-    def refuse(self: nn.Module, name: str, value: Any) -> None:
-        raise UntraceableError(f"it sets self.{name}")
-
-    space = {"__getattribute__": read, "__setattr__": refuse, "__module__": kind.__module__}
-    metaclass: Any = type(kind)
-    double: nn.Module = object.__new__(metaclass(kind.__name__, (kind,), space))
-    state = {**module.__dict__, "training": training}
-    for name in ("_parameters", "_buffers", "_modules"):
-        state[name] = dict(state[name])
-    object.__setattr__(double, "__dict__", state)
-    return double
 
 
 class _Reader(fx.Tracer):
@@ -325,8 +263,7 @@ class _Reader(fx.Tracer):
         self.arguments: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
-        self.attributes: dict[str, Any] = {}
-        self.lent: dict[str, Any] = {}
+        self.lender = Lender()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
         self._known: dict[Any, Tensor] = {}
@@ -349,7 +286,7 @@ class _Reader(fx.Tracer):
         path = self.path_of_module(m)
         # Before a call happens the flags of the children need not be those of that call.
         training = m.training if self.root.training == self._training else self._training
-        double = _stand_in(m, training, self.attributes, self.lent, f"{path}.")
+        double = self.lender.double_of_module(m, training, f"{path}.")
         self._within, outside = path, self._within
         value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
         self._within = outside
@@ -402,7 +339,7 @@ class _Reader(fx.Tracer):
         values, tensors, self.constants = unfold(self.arguments, placeholder)
         self.tensors = list(tensors)
         self._known = {tensors[path].node: value for path, value in self._known.items()}
-        positional: list[Any] = [_stand_in(self.root, self._training, self.attributes, self.lent)]
+        positional: list[Any] = [self.lender.double_of_module(self.root, self._training)]
         named: dict[str, Any] = {}
         for parameter in parameters:
             value = values[parameter.name]
@@ -483,7 +420,12 @@ class _Reader(fx.Tracer):
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
+    def is_asking(self) -> bool:
+        """Whether what runs at the moment is not the forward that is read."""
+        return self._asking
+
     def create_arg(self, a: Any) -> Any:
+        a = self.lender.original(a)
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
@@ -492,26 +434,6 @@ class _Reader(fx.Tracer):
                 # fx would store it on the user's module, and it would stay what it is now
                 raise UntraceableError("it makes a tensor that does not come from its inputs")
         return super().create_arg(a)
-
-
-@contextmanager
-def _nothing_set(reader: _Reader) -> Iterator[None]:
-    """Refuse to set attributes of children: they would be proxies, and stay with the user."""
-    plain, thread = nn.Module.__setattr__, threading.get_ident()
-
-    def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == thread:
-            raise UntraceableError(f"it sets {name} of a {type(module).__name__}")
-        plain(module, name, value)
-
-    try:  # from here on: an interrupt may come between any two lines
-        setattr(nn.Module, "__setattr__", refuse)  # noqa: B010 (mypy: a method)
-        yield
-    finally:
-        setattr(nn.Module, "__setattr__", plain)  # noqa: B010
-    for name, value in reader.lent.items():
-        if not same(reader.attributes[name], value):
-            raise UntraceableError(f"it changes self.{name}")
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -591,7 +513,7 @@ def trace_block(
             states = _RandomStates()
             try:
                 with (
-                    _nothing_set(reader),
+                    reader.lender.watching(module, reader.is_asking),
                     _RecordFactories(reader),
                     nullcontext() if alone else draws,
                 ):
@@ -618,7 +540,7 @@ def trace_block(
     _drop_unused(graph)
     attributes = {
         name: value
-        for name, value in reader.attributes.items()
+        for name, value in reader.lender.attributes.items()
         if not isinstance(value, Tensor | nn.Module)
     }
     return BlockGraph(

@@ -14,13 +14,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from torchdrop.diagnostics.batches import check_model
 from torchdrop.examples import Calls, record
+from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
 from torchdrop.site import Bypass, Site, attached
 from torchdrop.splits import read_splits
 from torchdrop.tracing import (
     A_TENSOR,
     BlockGraph,
-    UntraceableError,
     is_shape_node,
     trace_block,
 )

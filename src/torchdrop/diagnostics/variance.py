@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_map_only
 from torchdrop.diagnostics.batches import Call, calls, check_batches, check_model
 from torchdrop.diagnostics.untouched import untouched
 from torchdrop.examples import Example
+from torchdrop.lent import UntraceableError
 from torchdrop.residual import survey
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows import add_whole
 from torchdrop.site import Site, sites_of
 from torchdrop.splits import Split, read_splits
-from torchdrop.tracing import UntraceableError, trace_block
+from torchdrop.tracing import trace_block
 
 __all__ = ["LayerShift", "VarianceShift", "variance_shift"]
 

@@ -1,0 +1,233 @@
+"""What a graph holds fixed is noted while it is read, wherever it was kept, and nothing is set."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchdrop
+from torchdrop.site import attached
+from zoo import BARELY, assert_same, instance_names
+
+W = 6
+
+
+class Inner:
+    gain = 1.0
+
+
+@dataclass
+class Config:
+    scale: float = 1.0
+    unused: int = 0
+    sizes: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    inner: Inner = field(default_factory=Inner)
+
+    @property
+    def half(self) -> float:
+        return self.scale / 2
+
+    def times(self, factor: float) -> float:
+        return self.inner.gain * factor
+
+    def __call__(self, factor: float) -> float:
+        return self.sizes[1] * factor
+
+
+class Slots:
+    __slots__ = ("shift",)
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+
+class Output(nn.Module):
+    """Adds the skip for its parent, and is looked through therefore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+        self.scale = 1.0
+        self.config = Config()
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.fc(y) * self.scale * self.config.scale + x
+
+
+class Block(nn.Module):
+    by_class = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+        self.out = Output()
+        self.config = Config()
+        self.slots = Slots()
+        self.nested = {"a": [{"b": 1.0}]}
+        self.leaf = nn.Identity()
+        self.leaf.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.config
+        y = self.fc(x).relu() * self.by_class * config.half * config.sizes[0] + self.slots.shift
+        y = y * config.times(1.0) * config(2.0) * self.nested["a"][0]["b"] * self.leaf.scale
+        return self.out(y, x)
+
+
+def set_to(path: str) -> Callable[[Any], None]:
+    def change(block: Any) -> None:
+        holder, _, name = path.rpartition(".")
+        setattr(_reach(block, holder) if holder else block, name, 3.0)
+
+    return change
+
+
+def _reach(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        block = getattr(block, name)
+    return block
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    **{
+        path: set_to(path)
+        for path in (
+            "by_class", "config.scale", "config.inner.gain", "slots.shift", "leaf.scale",
+            "out.scale", "out.config.scale",
+        )
+    },
+    "an item of a list of an object": lambda block: block.config.sizes.__setitem__(0, 3.0),
+    "read in a call of an object": lambda block: block.config.sizes.__setitem__(1, 3.0),
+    "an item within items": lambda block: block.nested["a"][0].update(b=3.0),
+    "another object": lambda block: setattr(block, "config", Config(scale=3.0)),
+}  # fmt: skip
+
+
+def pair() -> tuple[nn.Sequential, nn.Sequential]:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_read_may_change(change: str) -> None:
+    model, dense = pair()
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    x = torch.randn(4, W)
+    before = model(x)
+    for net in (model, dense):
+        CHANGES[change](net[0])
+    out = model(x)
+    assert_same(out, dense(x))
+    assert not torch.equal(out, before)
+
+
+def test_a_forward_that_notes_nothing_would_go_on_as_before() -> None:
+    model, dense = pair()
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    (program,) = attached(model[0]).train  # type: ignore[union-attr]
+    assert {"config.half", "leaf.scale", "out.config.scale"} < program.attributes.keys()
+    program.attributes.clear()
+    program.__post_init__()
+    x = torch.randn(4, W)
+    model[0].config.scale = dense[0].config.scale = 3.0
+    assert not torch.allclose(model(x), dense(x))
+
+
+def test_what_was_not_read_may_change_at_no_cost() -> None:
+    model, dense = pair()
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    for step in range(40):  # more than there are readings of a block
+        model[0].config.unused = step
+        x = torch.randn(4, W)
+        assert_same(model(x), dense(x))
+    assert len(attached(model[0]).train) == 1  # type: ignore[union-attr]
+
+
+def test_what_is_gone_is_noticed() -> None:
+    model, _ = pair()
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    del model[0].config
+    with pytest.raises(RuntimeError, match=r"0 was read with an attribute that is gone"):
+        model(torch.randn(4, W))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_looks_at_its_own(make: Callable[[nn.Module], Any]) -> None:
+    model, dense = pair()
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    twin = make(model)
+    x = torch.randn(4, W)
+    twin[0].config.scale = 3.0
+    assert_same(model(x), dense(x))
+    dense[0].config.scale = 3.0
+    assert_same(twin(x), dense(x))
+
+
+class Keeping(nn.Module):
+    """Keeps its last activation in an object that stands outside of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+        self.state = Config()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).relu()
+        self.state.last = y  # type: ignore[attr-defined]
+        return x + y
+
+
+class Appending(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        self.state.sizes.append(1.0)
+        return x + self.fc(x).relu()
+
+
+class Deeper(Keeping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, list[int]] = {"calls": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["calls"].append(1)
+        return x + self.fc(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (Keeping, r"\(self\.state\.last = y.*\): it sets self\.state\.last"),
+        (Appending, r"it changes self\.state\.sizes"),
+        (Deeper, r"it changes self\.kept"),
+    ],
+)
+def test_what_a_forward_changes_is_refused_and_left_as_it_is(
+    kind: type[Keeping], what: str
+) -> None:
+    model = nn.Sequential(kind(), kind())
+    before = pickle.dumps(model)
+    names = instance_names(model)
+    with pytest.raises(ValueError, match=rf"test_lent\.py:\d+ .*{what}|{what}"):
+        torchdrop.add_stochastic_depth(model, 0.5)
+    assert instance_names(model) == names
+    assert pickle.dumps(model) == before
+    # with an example it is dropped as a whole, and goes on keeping
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(4, W))
+    assert [r.action for r in plan.blocks] == ["layer", "layer"]
+
+
+def test_reading_changes_nothing() -> None:
+    model, _ = pair()
+    before = pickle.dumps(model)
+    torchdrop.find_residuals(model)
+    torchdrop.find_residuals(model, torch.randn(4, W))
+    assert pickle.dumps(model) == before
+    assert "__getattribute__" not in nn.Module.__dict__
