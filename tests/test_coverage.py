@@ -160,6 +160,41 @@ def test_the_harness_catches_what_is_wrong(monkeypatch: pytest.MonkeyPatch, name
         _run(name)
 
 
+class _Blended(nn.Module):
+    """Residuals whose branches no module ends: blended, subtracted, the first operand, shared."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.last = nn.Identity()
+            self.gate = nn.Parameter(torch.rand(8))
+            self.bias = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.last(self.gate * (self.b(self.a(x + self.bias).relu()) - x))
+            x = self.last(self.gate + self.b(x).sigmoid()) + x
+            return x - self.a(x).relu() * self.gate
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.blocks(x)
+        return out
+
+
+def test_the_reference_masks_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = _Blended(), torch.randn(BATCH, 8)
+    assert len(torchdrop.find_residuals(model)[0].branches) == 3
+    assert zoo.check_masked_gradients(model, x) < 1e-10
+    _wrong(monkeypatch, "masked gradients")
+    with pytest.raises(AssertionError):
+        zoo.check_masked_gradients(model, x)
+
+
 def test_the_count_of_additions_follows_autograd() -> None:
     assert zoo.identity_additions(_Net(), torch.randn(2, 8)) == 2
 

@@ -75,7 +75,17 @@ class CountsTheBatch(Base):
         return x + self.fc(x.reshape(windows, 4, 8)).relu().reshape(x.shape)
 
 
-READ = (Root, Starred, Rest, Looped, Computed, Finfo, OnDevice)
+class Counted(Base):
+    """Asks how many dimensions there are, of its input and of what it computes."""
+
+    def forward(self, x):
+        heads = self.fc(x).view(*x.shape[:-1], 2, 4)
+        if len(heads.shape) == len(x.shape) + 1 and len(heads.size()) == 4:
+            heads = heads.transpose(1, 2).relu().transpose(1, 2)
+        return x + heads.flatten(-2)
+
+
+READ = (Root, Starred, Rest, Looped, Computed, Finfo, OnDevice, Counted)
 
 
 def two(kind):
@@ -121,6 +131,30 @@ def test_other_lengths_and_batches_are_read_as_they_are(kind):
         model(torch.randn(batch, 4, 8, dtype=torch.float64))
     assert model[0].__dict__["forward"].train == programs
     assert len(programs) <= 3
+
+
+class Ranked(Base):
+    def forward(self, x):
+        y = self.fc(x)
+        return x + (y.relu() if len(x.shape) == 3 else y.tanh())
+
+
+def test_the_length_of_a_shape_holds_for_all_sizes():
+    model = two(Ranked)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", example_inputs=torch.randn(8, 4, 8).double()
+    )
+    for length in (3, 5, 6):
+        check(model, plan, torch.randn(8, length, 8, dtype=torch.float64))
+    (program,) = model[0].__dict__["forward"].train
+    assert program.seen is None
+    x = torch.randn(8, 8, dtype=torch.float64)  # read again: it is another function
+    out, kept = model(x), plan.last_kept()
+    for i, block in enumerate(model):
+        rows = torch.zeros(8, 1, dtype=x.dtype)
+        rows[kept[str(i)]] = 2.0
+        x = x + rows * block.fc(x).tanh()
+    torch.testing.assert_close(out, x, rtol=1e-10, atol=1e-10)
 
 
 def test_more_kinds_of_calls_than_are_remembered(monkeypatch):

@@ -20,7 +20,7 @@ ORDER = [
     {"functional"},
     {"layers", "stochastic_depth"},
     {"cost"},
-    {"facts", "lent", "tracing", "examples", "masks", "layout", "inlined"},
+    {"facts", "lent", "partial", "tracing", "examples", "masks", "layout", "inlined"},
     {"linear", "splits", "blocks", "residual", "rewrite"},
     {"site", "whole", "attach", "plan"},
     {"diagnostics"},

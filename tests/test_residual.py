@@ -838,7 +838,7 @@ class DropPath(nn.Module):
 
 
 class PartlyAdded(nn.Module):
-    """Adds the skip to some of the channels that its drop path covers, as ReXNet does."""
+    """Adds the skip to some of the channels that its drop path covers, and uses the others."""
 
     def __init__(self, width: int, rate: float | None) -> None:
         super().__init__()
@@ -849,7 +849,7 @@ class PartlyAdded(nn.Module):
         y = self.fc(x).relu()
         if self.drop_path is not None:
             y = self.drop_path(y)
-        return torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
+        return torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :].exp()], 1)
 
 
 def test_a_drop_path_that_covers_more_than_the_branch_is_left_alone() -> None:

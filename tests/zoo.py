@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 import torchdrop
 from torchdrop import cost
 from torchdrop.site import BranchState
+from torchdrop.splits import terms
+from torchdrop.tracing import callee
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
 BARELY = 1e-30
@@ -376,8 +378,10 @@ def check_masked_gradients(
 ) -> float:
     """Rows dropped: outputs and gradients equal those of masks on the dense model, in float64.
 
-    The masks are hooks on the modules that a branch calls, so nothing of what is generated takes
-    part. BatchNorm is in evaluation: else the statistics of the kept rows are not those of all.
+    The dense model runs its own forwards; what its residual additions add is masked as they
+    happen, so nothing of what is generated takes part. Where a sum is no plain addition, the
+    modules that a branch calls are masked. BatchNorm is in evaluation: else the statistics of the
+    kept rows are not those of all.
 
     Returns:
         The largest difference.
@@ -409,22 +413,28 @@ def _compare_with_masks(
         if isinstance(module, _BatchNorm):
             module.eval()
     scale, gain = ("train", 2.0) if training_scale else ("eval", 1.0)
+    example = options.get("example_inputs")
+    splits = {b.name: b for r in torchdrop.find_residuals(model, example) for b in r.branches}
     with attached(model, scale=scale, **options) as plan:
+        dims = {state.name: state.dim for state in _states(plan)}
         with same_randomness(), _decisions() as decisions:
             mine, my_gradients = gradients(model, inputs)
         masked = [(block, branch) for block in plan.blocks for branch in block.branches]
     kept = {name: [_rows(*decision) for decision in found] for name, found in decisions.items()}
     assert any(0 < k.sum() < k.numel() for each in kept.values() for k in each), "none was cut"
-    dim = options.get("batch_dim", 0)
     last, calls = _calls(model, inputs)
     shared = Counter(child for _, branch in masked for child in branch.children)
+    additions = _Additions(model)
     with ExitStack() as stack:
+        stack.callback(additions.remove)
         for block, branch in masked:
-            times = len(kept[branch.name])
+            times, dim = len(kept[branch.name]), dims[branch.name]
             if branch.action == "layer":
                 hook = _mask_layer(kept[branch.name], gain, dim)
                 handle = block.module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
+                continue
+            if additions.mask(splits[branch.name], kept[branch.name], gain, dim):
                 continue
             # every module that only this branch calls, and once; the last one scales as well
             own = [c for c in branch.children if shared[c] == 1 and calls[c] == times]
@@ -433,8 +443,10 @@ def _compare_with_masks(
             for path in own:
                 hook = _mask(kept[branch.name], gain if path == own[-1] else 1.0, dim)
                 stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+        stack.enter_context(additions)
         with same_randomness():
             theirs, their_gradients = gradients(model, inputs)
+    assert not additions.left(), f"not added: {additions.left()}"
     assert_same(mine, theirs, tolerance)
     assert set(my_gradients) == set(their_gradients)
     # on the scale of all gradients: some are zero but for rounding, as that of a key's bias
@@ -520,6 +532,96 @@ def _mask(masks: list[Tensor], gain: float, dim: int) -> Callable[..., Any]:
         return _where_kept(output, keep, gain, dim) if isinstance(output, Tensor) else output
 
     return hook
+
+
+_ADDITIONS = {
+    "add",
+    "iadd",
+    "__add__",
+    "__iadd__",
+    "add_",
+    "sub",
+    "isub",
+    "__sub__",
+    "__isub__",
+    "sub_",
+}
+
+
+class _Additions(TorchFunctionMode):
+    """Masks what a model adds, addition by addition, while its own forwards run.
+
+    An addition is known by the module in whose forward it stands, and by which of the additions of
+    two tensors in that forward it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        # By the module: which of its additions, which operand, and the masks of its calls.
+        self._asked: dict[nn.Module, dict[int, tuple[str, int, int, list[Tensor]]]]
+        self._asked = defaultdict(dict)
+        self._part_of: dict[nn.Module, nn.Module] = {}
+        self._running: list[tuple[nn.Module, list[int]]] = []
+        self._gain = 1.0
+        self._handles: list[Any] = []
+
+    def mask(self, branch: Any, masks: list[Tensor], gain: float, dim: int) -> bool:
+        """Ask for the addition of ``branch`` to be masked; whether it is one that can be told."""
+        split, block = branch._split, branch._traced
+        if callee(split.add) not in _ADDITIONS:
+            return False
+        sums = [node for node in block.graph.nodes if terms(node) is not None]
+        owner = self._model.get_submodule(branch._owner)
+        for path in block.look_through:
+            self._part_of[owner.get_submodule(path)] = owner
+        operand = 0 if split.branch_first else 1
+        self._asked[owner][sums.index(split.add)] = branch.name, operand, dim, list(masks)
+        self._gain = gain
+        return True
+
+    def left(self) -> list[str]:
+        """The branches that were not added as often as they were decided on."""
+        return [name for each in self._asked.values() for name, *_, masks in each.values() if masks]
+
+    def __enter__(self) -> _Additions:
+        for module in self._model.modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._begin, prepend=True),
+                module.register_forward_hook(self._end, always_call=True),
+            ]
+        super().__enter__()
+        return self
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if module in self._part_of and self._running:  # its additions are those of the block
+            self._running.append(self._running[-1])
+        else:
+            self._running.append((module, [0]))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        operands = [*args, *([kwargs["other"]] if "other" in kwargs else [])]
+        two = len(operands) == 2 and all(isinstance(o, Tensor) for o in operands)
+        if not self._running or getattr(func, "__name__", "") not in _ADDITIONS or not two:
+            return func(*args, **kwargs)
+        module, seen = self._running[-1]
+        asked = self._asked.get(module, {}).get(seen[0])
+        if operands[0] is not operands[1]:
+            seen[0] += 1
+            if asked is not None:
+                _, place, dim, masks = asked
+                assert masks, f"{asked[0]} is added more often than it was decided on"
+                operands[place] = _where_kept(operands[place], masks.pop(0), self._gain, dim)
+        kwargs.pop("other", None)
+        return func(*operands, **kwargs)
 
 
 def _mask_layer(masks: list[Tensor], gain: float, dim: int) -> Callable[..., Any]:

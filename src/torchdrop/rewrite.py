@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchdrop.lent import same
+from torchdrop.partial import pad_like
 from torchdrop.splits import Split, outside_inputs
 from torchdrop.tracing import BlockGraph, is_shape_node, passed_through, unfold
 
@@ -258,10 +259,17 @@ class _Rewriter:
                 self.branches[k] = self.branch(k, split, inputs)
                 cuts = split.cuts
                 self.cuts[k] = None if cuts is None else [cuts[node.name] for node in inputs]
-                arguments: tuple[Any, ...] = (site, k, skip, *map(ref, inputs))
+                given: list[Any] = [ref(node) for node in inputs]
+                if split.pads is not None:
+                    skip = graph.call_method("padded", (site, k, split.pads, skip, *given))
+                arguments: tuple[Any, ...] = (site, k, skip, *given)
                 env[node] = graph.call_method("join", arguments)
             else:
-                env[node] = graph.call_method("mask", (site, k, skip, ref(split.branch)))
+                branch = ref(split.branch)
+                if split.pads is not None:
+                    size = graph.call_method("size", (branch, split.pads))
+                    skip = graph.call_function(pad_like, (skip, size, split.pads))
+                env[node] = graph.call_method("mask", (site, k, skip, branch))
 
     def branch(self, k: int, split: Split, inputs: list[fx.Node]) -> Source:
         graph = _graph()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch import distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchdrop.compiled import enter, rows_in_graph, set_share, size_in_graph, zeros_for
 from torchdrop.lent import UntraceableError, same
 from torchdrop.masks import drops_layers
+from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
@@ -105,6 +107,8 @@ class BranchState:
     rows_dropped: int = 0
     last: tuple[int, Any] | None = None
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
+    # What a skip that is narrower than its branch is padded to, by the number of the branch.
+    sizes: dict[int, int] = field(default_factory=dict)
     sampling: str = "exact"
     scale: str = "train"
     # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
@@ -409,6 +413,24 @@ class Site:
             total = self._on_rows(k, skip, inputs, rows, gain)
         branch.dtypes[precision_of(skip)] = total.dtype
         return total
+
+    def padded(self, k: int, dim: int, skip: Tensor, *inputs: Any) -> Tensor:
+        """``skip`` with zeros on ``dim`` up to the size of branch ``k`` of ``inputs``."""
+        branch = self._branch(k)
+        if k not in branch.sizes:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"how many channels {branch.name} has is not known yet; give "
+                    f"add_stochastic_depth example_inputs, or run the model once before it is "
+                    f"compiled"
+                )
+            programs = self.train if self.module.training or not self.evaluate else self.evaluate
+            inner = [self.module.get_submodule(path) for path in branch.inner]
+            # this is no part of the work that is measured
+            apart = nullcontext() if self.settings.meter is None else _disable_current_modes()
+            with torch.no_grad(), _unchanged(inner, skip.device), apart:
+                branch.sizes[k] = self._compute(programs, k, inputs).shape[dim]
+        return pad_like(skip, branch.sizes[k], dim)
 
     def _on_rows(
         self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor, gain: float

@@ -15,6 +15,7 @@ from torchdrop.examples import ArgumentShapes, Shapes, carries, same_rows
 from torchdrop.layout import same_layout, told
 from torchdrop.linear import Children, depends_on_input
 from torchdrop.masks import is_mask
+from torchdrop.partial import add_padded
 from torchdrop.tracing import BlockGraph, is_shape_node, passed_through
 
 __all__ = [
@@ -42,6 +43,7 @@ class Split:
         branch_gain: What it multiplies the branch by.
         writes_skip: Whether the sum is written into the memory of the skip.
         branch_first: Whether the branch is the first of the two operands.
+        pads: The dimension on which the skip is padded with zeros to the size of the branch.
         dim: The dimension of the skip that carries the batch; None where nothing tells it.
         told: What ``batch_first`` of which children says about that, where nothing else did.
         cuts: Where it was measured: how each value that the branch takes from outside carries the
@@ -57,6 +59,7 @@ class Split:
     branch_gain: float
     writes_skip: bool
     branch_first: bool = False
+    pads: int | None = None
     dim: int | None = None
     told: dict[str, int] = field(default_factory=dict)
     cuts: Cuts | None = None
@@ -72,6 +75,8 @@ def terms(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
         sign = 1.0 if node.target in _ADDS else -1.0
     elif node.op == "call_method" and node.target in ("add", "add_", "sub", "sub_"):
         sign = 1.0 if str(node.target).startswith("add") else -1.0
+    elif node.target is add_padded:
+        return node.args[0], node.args[1], 1.0  # type: ignore[return-value]
     else:
         return None
     operands = [*node.args, *([node.kwargs["other"]] if "other" in node.kwargs else [])]
@@ -219,6 +224,8 @@ class Finder:
             writes_skip=branch_is_right and _writes_left(add),
             branch_first=not branch_is_right,
         )
+        if add.target is add_padded:
+            split.pads, kind = add.args[2], "projection"  # type: ignore[assignment]
         split.dim, split.told = self._dimension(split.skip)
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"

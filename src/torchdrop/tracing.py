@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdrop.facts import DataError, Facts, stand_in_for
 from torchdrop.lent import Lender, UntraceableError
+from torchdrop.partial import merge_partial_sums
 
 __all__ = [
     "A_TENSOR",
@@ -160,6 +161,9 @@ class _Proxy(fx.Proxy):
 
     _is_param = False  # what isinstance(x, nn.Parameter) asks for
 
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -174,6 +178,14 @@ class _Proxy(fx.Proxy):
 
     def __index__(self) -> int:
         return operator.index(self.tracer.number(self))
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """An attribute of a proxy, which ``len(x.shape)`` asks. It becomes a node when it is used."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _Attribute
 
 
 def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) -> None:
@@ -373,6 +385,15 @@ class _Reader(fx.Tracer):
     def length(self, obj: fx.Proxy) -> int:
         """How many items ``obj`` has, which the graph then holds fixed."""
         try:
+            items = len(self._fact(obj.node))
+        except (LookupError, TypeError):
+            pass
+        else:
+            count = self.create_proxy("call_function", len, (obj,), {})
+            asked = self.create_proxy("call_function", operator.eq, (count, items), {})
+            self.decisions[asked.node] = True
+            return items
+        try:
             return len(self._computed(obj.node))
         except (LookupError, TypeError):
             raise fx.proxy.TraceError(f"the length of {obj.node.name} is not known") from None
@@ -537,6 +558,7 @@ def trace_block(
     decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
     if outputs:
         _settle_outputs(graph, module, outputs)
+    merge_partial_sums(graph)
     _drop_unused(graph)
     attributes = {
         name: value

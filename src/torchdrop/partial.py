@@ -1,0 +1,186 @@
+"""PAD: a sum that covers only a part of the channels, as one sum with a skip padded by zeros.
+
+``cat([b[:, :c] + x, b[:, c:]], 1)``, also written ``b[:, :c] += x``, is ``b + pad(x)``. What can be
+dropped is then the whole of ``b``, as a drop path before such a sum has it, and not a part.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+__all__ = ["add_padded", "merge_partial_sums", "pad_like"]
+
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_CATS = {torch.cat, torch.concat, torch.concatenate}
+
+
+def pad_like(x: Tensor, size: int, dim: int) -> Tensor:
+    """``x`` with zeros at the end of dimension ``dim``, up to ``size`` there."""
+    from_the_end = dim if dim < 0 else dim - x.dim()
+    return functional.pad(x, [0, 0] * (-from_the_end - 1) + [0, size - x.shape[dim]])
+
+
+def add_padded(left: Tensor, right: Tensor, dim: int) -> Tensor:
+    """The sum of two tensors, the smaller one padded with zeros at the end of ``dim``."""
+    size = max(left.shape[dim], right.shape[dim])
+    return pad_like(left, size, dim) + pad_like(right, size, dim)
+
+
+def merge_partial_sums(graph: fx.Graph) -> None:
+    """Put :func:`add_padded` in the place of each sum of ``x`` and a part of what comes from it."""
+    node: Any
+    for node in list(graph.nodes):
+        found = _concatenated(node) or _written(node)
+        if found is None:
+            continue
+        add, part, whole, dim, gone = found
+        (skip,) = (operand for operand in add.args if operand is not part)
+        if not isinstance(skip, fx.Node) or skip not in _ancestors(whole):
+            continue
+        with graph.inserting_before(node):
+            operands = (whole, skip) if add.args[0] is part else (skip, whole)
+            total = graph.call_function(add_padded, (*operands, dim))
+            total.meta.update({k: v for k, v in add.meta.items() if k == "within"})
+        if node.target is operator.setitem:
+            for user in [u for u in whole.users if u > node]:
+                user.replace_input_with(whole, total)
+        else:
+            node.replace_all_uses_with(total)
+        for done in (node, add, *gone):
+            if not done.users:
+                graph.erase_node(done)
+
+
+# The addition, its operand that is a part of a tensor, that tensor, the dimension on which it is a
+# part, and what else is of no use without the addition, users first.
+_Found = tuple[fx.Node, fx.Node, fx.Node, int, list[fx.Node]]
+
+
+def _concatenated(node: Any) -> _Found | None:
+    """``cat([b[:, :c] + x, b[:, c:]], 1)``."""
+    if node.target not in _CATS or not node.args or not isinstance(node.args[0], list | tuple):
+        return None
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if len(node.args[0]) != 2:
+        return None
+    add, rest = node.args[0]
+    if not _is_sum(add) or not isinstance(rest, fx.Node) or {*add.users, *rest.users} != {node}:
+        return None
+    for part in add.args:
+        whole = _complement(part, rest, dim)
+        if whole is not None and list(part.users) == [add]:
+            gone = [rest, part]
+            if isinstance(part.args[0], fx.Node) and part.args[0] is not whole:
+                gone.append(part.args[0])  # the split that both are items of
+            return add, part, whole, int(dim), gone
+    return None
+
+
+def _written(node: Any) -> _Found | None:
+    """``b[:, :c] += x``."""
+    if node.op != "call_function" or node.target is not operator.setitem:
+        return None
+    whole, key, add = node.args
+    if not isinstance(whole, fx.Node) or not _is_sum(add) or list(add.users) != [node]:
+        return None
+    part = add.args[0]
+    sliced = _slice(part)
+    if sliced is None or sliced[0] is not whole or not _alike(part.args[1], key):
+        return None
+    _, dim, start, _ = sliced
+    before = {user for user in whole.users if user < node}
+    # what used it before may be another view of the same memory
+    if start not in (None, 0) or before != {part} or list(part.users) != [add]:
+        return None
+    return add, part, whole, dim, [part]
+
+
+def _is_sum(node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.target in _SUMS
+        and not node.kwargs
+        and len(node.args) == 2
+        and all(isinstance(operand, fx.Node) for operand in node.args)
+        and node.args[0] is not node.args[1]
+    )
+
+
+def _complement(first: Any, rest: Any, dim: Any) -> fx.Node | None:
+    """What ``first`` and ``rest`` are the two parts of, on dimension ``dim``."""
+    source: Any
+    place: Any
+    one, two = _slice(first), _slice(rest)
+    if one is not None and two is not None:
+        (source, place, start, stop), (other, its_place, its_start, its_stop) = one, two
+        meet = stop is not None and _alike(stop, its_start)
+        if source is other and place == its_place == dim and start in (None, 0) and meet:
+            return source if its_stop is None else None
+    if not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in (first, rest)):
+        return None
+    split = first.args[0]
+    if not isinstance(split, fx.Node) or split is not rest.args[0]:
+        return None
+    if (first.args[1], rest.args[1]) != (0, 1) or set(split.users) != {first, rest}:
+        return None
+    if split.target not in ("split", torch.split) or len(split.args) < 2:
+        return None
+    source, sizes, *place = split.args
+    by = split.kwargs.get("dim", place[0] if place else 0)
+    pair = isinstance(sizes, list | tuple) and len(sizes) == 2
+    return source if pair and by == dim and isinstance(source, fx.Node) else None
+
+
+def _slice(node: Any) -> tuple[fx.Node, int, Any, Any] | None:
+    """``(b, dim, start, stop)`` where ``node`` is a slice of ``b`` on one dimension alone."""
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return None
+    source: Any
+    key: Any
+    source, key = node.args
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if not isinstance(source, fx.Node):
+        return None
+    slices = [k for k in keys if isinstance(k, slice)]
+    if len(slices) + keys.count(Ellipsis) != len(keys) or any(
+        s.step not in (None, 1) for s in slices
+    ):
+        return None
+    cut = [i for i, k in enumerate(keys) if isinstance(k, slice) and k != slice(None)]
+    if len(cut) != 1:
+        return None
+    (place,) = cut
+    start, stop = keys[place].start, keys[place].stop
+    return source, place - len(keys) if Ellipsis in keys[:place] else place, start, stop
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Whether two arguments are the same number or slice: read off the same shape, for one."""
+    if isinstance(one, fx.Node) and isinstance(two, fx.Node):
+        return one is two or (
+            one.op == two.op == "call_function"
+            and one.target is two.target
+            and _alike(one.args, two.args)
+            and one.kwargs == two.kwargs
+        )
+    if isinstance(one, tuple) and isinstance(two, tuple):
+        return len(one) == len(two) and all(map(_alike, one, two))
+    if isinstance(one, slice) and isinstance(two, slice):
+        return _alike((one.start, one.stop, one.step), (two.start, two.stop, two.step))
+    return type(one) is type(two) and bool(one == two)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
