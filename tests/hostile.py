@@ -722,6 +722,68 @@ def check_command(draw: Draw) -> None:
         )
 
 
+BENCH_CHOICES: dict[str, Any] = {
+    "--p": ["0.3", "nan", "inf", "-1", "-0.0", "", "=", "1e400", "half"],
+    "--schedule": ["linear", "uniform", "cubic", "", MARKUP],
+    "--mode": ["row", "batch", "rows", ""],
+    "--device": ["cpu", "cpu:1", "cuda:99", "meta", "gpu", "", MARKUP],
+    "--out": CHOICES["--out"],
+    **dict.fromkeys(("--batch", "--size", "--steps", "--threads"), CHOICES["--seeds"]),
+}
+BENCH_MODELS = [
+    "resnet-8",
+    "resnet-0",
+    "fractalnet",
+    "os:getcwd",
+    ":",
+    "a:",
+    "torchvision:",
+    MARKUP,
+]
+
+
+def check_bench(draw: Draw) -> None:
+    """Any arguments of ``torchdrop bench``, up to the point where steps would be timed."""
+    from torchdrop.app import bench, cli
+
+    names = draw(st.lists(st.sampled_from(sorted(BENCH_CHOICES)), max_size=3, unique=True))
+    chosen = {
+        name: draw(st.one_of(st.sampled_from(BENCH_CHOICES[name]), st.text(max_size=4)))
+        for name in names
+    }
+    small = {"--size": "8", "--batch": "2", "--threads": "1", "--device": "cpu"}
+    words = [f"{name}={value}" for name, value in {**small, **chosen}.items()]
+    words.insert(0, draw(st.sampled_from(["resnet-8", *BENCH_MODELS])))
+
+    def measured(settings: Any, subjects: Any, *rest: Any) -> Any:
+        for subject in subjects.values():
+            right(subject.images.shape[0] == settings.batch, "the batch is of another size")
+            right(all(0.0 <= r.p <= 1.0 for r in torchdrop.get_plan(subject.model).blocks), "rate")
+        raise bench.UserError("it is measured here, which takes too long")
+
+    # Sizes that a machine may not hold are a matter of the machine.
+    words = [word.replace("1e9", "9") for word in words]
+    errors, here, threads = io.StringIO(), os.getcwd(), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with (
+                mock.patch.object(bench, "_measure", measured),
+                contextlib.redirect_stderr(errors),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                code = cli.main(["bench", *words])
+        except Exception as error:
+            raise FindingError(f"{words} ends in a traceback: {error!r}") from error
+        finally:
+            os.chdir(here)
+    right(torch.get_num_threads() == threads, "the number of threads stays changed")
+    said = errors.getvalue().splitlines()[-1]
+    right(
+        code == 2 and said.startswith("torchdrop: error: ") and len(said) > 40, f"{words}: {said}"
+    )
+
+
 CHECKS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "add": (check_add, 0.12),
     "plan": (check_plan, 0.06),
@@ -732,5 +794,6 @@ CHECKS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "models": (check_models, 0.05),
     "diagnostics": (check_diagnostics, 0.05),
     "command": (check_command, 0.01),
+    "bench": (check_bench, 0.01),
 }
 """Each check, and its share of all cases: the slower, the smaller."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -62,9 +63,39 @@ def test_what_is_skipped_is_not_computed_and_what_is_masked_is(finished):
         assert figures["peak_bytes"] > figures["saved_bytes"] / 2
 
 
-def test_every_round_is_told(finished):
-    rounds = bench.WARM_UP + 2
-    assert finished[2] == [(done + 1, rounds) for done in range(rounds)]
+def test_every_stage_and_every_round_is_told(finished):
+    told = finished[2]
+    names = ("dense", "masked", "skipping")
+    assert told[0][0].startswith("making resnet-8")
+    assert told[1:4] == [(f"first step, {name}", 0, 4) for name in names]
+    timing = [(done, total) for doing, done, total in told if doing.startswith("timing 4 rounds")]
+    assert timing == [(done, 4) for done in range(5)]  # as many to warm up as are timed
+    assert told[-3:] == [(f"counting FLOPs and bytes, {name}", 4, 4) for name in names]
+
+
+def test_a_busy_machine_is_told_where_threads_would_wait(monkeypatch):
+    monkeypatch.setattr(bench, "_load", lambda: [9.5, 1.0, 1.0])
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 2)
+    with timing.threads(2):
+        assert bench._busy(CPU) == (
+            " (load 9.5 on 2 cores: --threads 1 is faster on a busy machine)"
+        )
+        assert bench._busy(torch.device("cuda")) == ""
+        monkeypatch.setattr(bench, "_load", lambda: [1.5, 9.0, 9.0])
+        assert bench._busy(CPU) == ""
+    monkeypatch.setattr(bench, "_load", lambda: [9.5, 1.0, 1.0])
+    with timing.threads(1):
+        assert bench._busy(CPU) == ""
+
+
+def test_lightning_is_not_loaded_to_time_a_step():
+    """It takes longer to import than torch."""
+    code = "import sys, torchdrop.app.{}; print('lightning' in sys.modules)"
+    for module, loaded in (("bench", "False"), ("training", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == loaded
 
 
 def test_batch_mode_counts_the_steps_that_it_times(tmp_path):
@@ -143,7 +174,7 @@ def test_compiled_networks_are_run_and_plain_ones_counted(tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "compile", compile_)
     bench.bench(_tiny(tmp_path, compile=True))
     # The first step, the warm-up, two timed steps, and those whose memory is measured.
-    assert [net.calls for net in compiled] == [1 + bench.WARM_UP + 2 + bench.MEASURED] * 3
+    assert [net.calls for net in compiled] == [1 + 2 + 2 + 2] * 3
     assert (tmp_path / "resnet-8-row-p0.2-linear-4x8-compile.json").exists()
 
 
@@ -186,7 +217,13 @@ def test_the_command_prints_a_table_the_finding_and_the_place(tmp_path, capsys):
         assert word in captured.out
     assert "Skipping takes" in captured.out
     assert "resnet-8-row-p0.2-linear-4x8.json" in captured.out.replace("\n", "")
-    assert captured.err == ""
+    told = captured.err.splitlines()  # no terminal: a line a stage
+    assert [line.split()[0] for line in told] == [
+        "making",
+        *["first"] * 3,
+        "timing",
+        *["counting"] * 3,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +287,48 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write in"):
         bench.bench(_tiny(tmp_path / "file" / "out"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
+    import resource
+
+    nothing = {name: {"ms": {}, "peak_bytes": None} for name in bench.CONTESTANTS}
+    monkeypatch.setattr(bench, "_measure", lambda *args: nothing)
+    monkeypatch.setattr(bench, "_finding", lambda content: "x" * 2000)
+    path = tmp_path / "resnet-8-row-p0.2-linear-4x8.json"
+    path.write_text("of an earlier day")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write '.*4x8\.json' \(.*\); make room or"):
+            bench.bench(_tiny(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "of an earlier day"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", path.name]
+    bench.bench(_tiny(tmp_path))  # with room, whatever is there is written anew
+    assert json.loads(path.read_text())["finding"] == "x" * 2000
+
+
+def test_one_image_is_enough_without_batch_norm(tmp_path, monkeypatch):
+    (tmp_path / "normless_net.py").write_text(
+        "from torch import nn\n"
+        "class Block(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)\n"
+        "    def forward(self, x):\n"
+        "        return x + self.norm(self.conv(x)).relu()\n"
+        "def net():\n"
+        "    body = [nn.Conv2d(3, 4, 3, 4), Block(), Block(), nn.AdaptiveAvgPool2d(1)]\n"
+        "    return nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = bench.bench(_tiny(tmp_path / "out", model="normless_net:net", batch=1, p=0.9, steps=1))
+    sys.modules.pop("normless_net", None)
+    assert found["contestants"]["dense"]["ms"]["n"] == 1
+    assert found["branches"]["skipped"] == 2
 
 
 # --- clocks and memory

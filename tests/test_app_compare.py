@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import torchdrop
-from torchdrop.app import cli, compare, data
+from torchdrop.app import cli, compare, data, report
 from torchdrop.app.compare import Settings
 from torchdrop.app.errors import UserError
 from torchdrop.app.methods import METHODS
-from torchdrop.app.results import FIGURES
+from torchdrop.app.results import FIGURES, locked
 from torchdrop.app.table import WIDTH
 
 SMALL = [
@@ -283,6 +283,38 @@ def test_finished_results_are_refused_and_resumed(finished, tmp_path, capsys):
     other = [*SMALL, "--epochs=3", "--out", str(out), "--resume"]
     assert cli.main(["compare", *other]) == 2
     assert "recipe.epochs is 2 there, 3 here" in capsys.readouterr().err
+    assert _content(out) == before
+
+
+def test_the_folder_is_held_until_the_report_is_written(finished, tmp_path, monkeypatch):
+    """Else another comparison may begin there, whose report this one's would replace."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    held, write = [], report.write_report
+
+    def watched(content, path):
+        with pytest.raises(UserError, match="another torchdrop is at work"), locked(out):
+            pass
+        held.append(path)
+        write(content, path)
+
+    monkeypatch.setattr(report, "write_report", watched)
+    assert cli.main(["compare", *SMALL, "--out", str(out), "--resume"]) == 0
+    assert held == [out / "report.html"]
+    with locked(out):  # and no longer
+        pass
+
+
+def test_a_report_that_cannot_be_written_loses_nothing_else(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    before = _content(out)
+    (out / "report.html").unlink()
+    (out / "report.html").mkdir()
+    assert cli.main(["compare", *SMALL, "--out", str(out), "--resume"]) == 2
+    captured = capsys.readouterr()
+    assert "stochastic_depth_batch" in captured.out
+    assert re.search(r"error: cannot write '.*report\.html' \(.*\); make room", captured.err)
     assert _content(out) == before
 
 

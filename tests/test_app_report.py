@@ -124,6 +124,11 @@ def test_report_needs_nothing_else(content, tmp_path):
     assert parser.open == []
     assert "@import" not in page
     assert page.count("<svg") == 2
+    # text stays text in the SVG: the axes, and a line of the legend for each method
+    assert page.count(">epoch</text>") == 2
+    for label in ("test error %", "training loss"):
+        assert page.count(f">{label}</text>") == 1
+    assert page.count(">none</text>") == 2
     for name, method in METHODS.items():
         assert name in page
         assert re.sub("[&'].*", "", method.summary) in page

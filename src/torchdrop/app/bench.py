@@ -45,10 +45,10 @@ from torchdrop.sampling import MODES
 from torchdrop.schedules import DEPTH_RULES, check_rate
 
 from .errors import UserError, one_line
+from .loss import loss_of
 from .models import open_model
 from .results import locked, machine, versions, write_whole
 from .timing import in_turn, peak_bytes, threads
-from .training import loss_of
 
 __all__ = ["Settings", "bench"]
 
@@ -56,12 +56,13 @@ CONTESTANTS = {"dense": "auto", "masked": "mask", "skipping": "auto"}
 """And how torchdrop computes branches in each; nothing is dropped in dense."""
 
 WARM_UP = 3
+"""Rounds before the timed ones, which may be fewer."""
 ROW_STEPS, BATCH_STEPS = 21, 60
 COUNTED = 4
 """Steps that FLOPs and bytes are the mean of in row mode, where they hardly vary."""
 
 MEASURED = 4
-"""Steps whose peak of memory is taken."""
+"""Steps whose peak of memory is taken, of those that are timed."""
 
 SMALL, USUAL = 32, 224
 """The default side of an image: of the networks of this command line, of all others."""
@@ -88,12 +89,16 @@ class Settings:
     threads: int | None = None
 
 
-def bench(settings: Settings, tick: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+Tell = Callable[[str, int, int], None]
+"""What is done now; and the number of timed rounds that are over, and of all."""
+
+
+def bench(settings: Settings, tell: Tell | None = None) -> dict[str, Any]:
     """Measure, write the file, and return its content and where it is, under ``path``.
 
     Args:
         settings: What to measure.
-        tick: Called with the number of rounds that are done, and of all.
+        tell: Called before each stage, and after each round.
 
     Raises:
         UserError: Bad input, with one line on what to do. Nothing is written then.
@@ -101,13 +106,17 @@ def bench(settings: Settings, tick: Callable[[int, int], None] | None = None) ->
     _check(settings)
     device = _device(settings.device)
     steps = settings.steps or (BATCH_STEPS if settings.mode == "batch" else ROW_STEPS)
+    tell = tell or (lambda doing, done, total: None)
+    rounds = min(WARM_UP, steps) + steps
     with threads(settings.threads):
+        tell(f"making {settings.model}{_busy(device)}", 0, rounds)
         subjects = _subjects(settings, device)
         for name, subject in subjects.items():
+            tell(f"first step, {name}", 0, rounds)
             _try(settings, name, subject)
         with locked(settings.out):
             load = _load()
-            contestants = _measure(settings, subjects, steps, tick)
+            contestants = _measure(settings, subjects, steps, tell)
             side = subjects["dense"].images.shape[-1]
             content = {
                 "schema": 1,
@@ -289,23 +298,26 @@ def _measure(
     settings: Settings,
     subjects: dict[str, _Subject],
     steps: int,
-    tick: Callable[[int, int], None] | None,
+    tell: Tell,
 ) -> dict[str, dict[str, Any]]:
     device = subjects["dense"].images.device
     # Steps 0, 1, ... are timed, and in batch mode all of them counted; others warm up.
     warm_up = in_turn({name: s.steps(steps) for name, s in subjects.items()}, device)
     timed = in_turn({name: s.steps() for name, s in subjects.items()}, device)
     taken: list[dict[str, float]] = []
-    for turn in range(WARM_UP + steps):
-        if turn < WARM_UP:
+    rounds = min(WARM_UP, steps) + steps
+    doing = f"timing {rounds} rounds of a step of each"
+    tell(doing, 0, rounds)
+    for turn in range(rounds):
+        if turn < rounds - steps:
             next(warm_up)
         else:
             taken.append(next(timed))
-        if tick is not None:
-            tick(turn + 1, WARM_UP + steps)
+        tell(doing, turn + 1, rounds)
     batch_mode = settings.mode == "batch"
     found: dict[str, dict[str, Any]] = {}
     for name, subject in subjects.items():
+        tell(f"counting FLOPs and bytes, {name}", rounds, rounds)
         ms = [one[name] for one in taken]
         low, _, high = quantiles(ms, n=4) if steps > 1 else ms * 3
         plan = torchdrop.get_plan(subject.model)
@@ -313,7 +325,7 @@ def _measure(
         flops, kept = _count(subject, steps if batch_mode else min(COUNTED, steps))
         rates = [rate for rate in plan.observed().values() if not math.isnan(rate)]
         run = subject.steps()
-        peaks = [peak_bytes(run, device) for _ in range(MEASURED)]
+        peaks = [peak_bytes(run, device) for _ in range(min(MEASURED, steps))]
         found[name] = {
             "ms": {"n": steps, "mean": fmean(ms), "median": median(ms), "low": low, "high": high},
             "flops": flops,
@@ -360,6 +372,14 @@ def _branches(model: nn.Module) -> dict[str, Any]:
 
 def _load() -> list[float] | None:
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _busy(device: torch.device) -> str:
+    """Where threads would wait for those of others, that it is so."""
+    load, cores = _load(), os.cpu_count() or 1
+    if device.type != "cpu" or torch.get_num_threads() == 1 or not load or load[0] <= cores:
+        return ""
+    return f" (load {load[0]:.1f} on {cores} cores: --threads 1 is faster on a busy machine)"
 
 
 def _file_name(settings: Settings, side: int) -> str:

@@ -214,8 +214,19 @@ def compare(
         resume=resume,
         progress=sys.stderr.isatty(),
     )
+
+    def finish(content: dict[str, Any]) -> None:
+        console.print(table(content))
+        if reporting:
+            from .report import write_report
+
+            write_report(content, out / "report.html")
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     try:
-        content = run(settings, say=lambda line: console.print(line, markup=False, highlight=False))
+        run(settings, say, finish)
     except KeyboardInterrupt:
         again = [word for word in sys.argv[1:] if word != "--resume"]
         begun = (out / FILE).exists()
@@ -225,11 +236,6 @@ def compare(
             file=sys.stderr,
         )
         raise
-    console.print(table(content))
-    if reporting:
-        from .report import write_report
-
-        write_report(content, out / "report.html")
     written = "results.json and report.html" if reporting else "results.json"
     console.print(f"{written} are in {out}", markup=False, highlight=False)
 
@@ -269,25 +275,26 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where the JSON file goes.")] = Path("runs/bench"),
 ) -> None:
     """Time training steps of a model here: dense, masked, and skipping what is dropped."""
-    from .bench import Settings
-    from .bench import bench as run
-    from .table import WIDTH, bench_table
-
-    console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
+    shown = sys.stderr.isatty()
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("step {task.completed} of {task.total}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not shown,
     ) as progress:
-        bar = progress.add_task("getting ready", total=None)
+        bar = progress.add_task("loading", total=None)
 
-        def tick(done: int, total: int) -> None:
-            counting = "counting" if done == total else "timing"
-            progress.update(bar, completed=done, total=total, description=counting)
+        def tell(doing: str, done: int, total: int) -> None:
+            if not shown and doing != progress.tasks[0].description:
+                print(doing, file=sys.stderr, flush=True)
+            progress.update(bar, completed=done, total=total, description=doing)
+
+        from .bench import Settings
+        from .bench import bench as run
+        from .table import WIDTH, bench_table
 
         content = run(
             Settings(
@@ -304,8 +311,9 @@ def bench(
                 device=device,
                 threads=threads,
             ),
-            tick,
+            tell,
         )
+    console = Console(width=max(WIDTH, shutil.get_terminal_size().columns))
     console.print(bench_table(content))
     console.print(content["finding"], markup=False, highlight=False)
     console.print(f"All figures are in {content['path']}", markup=False, highlight=False)

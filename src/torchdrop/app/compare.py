@@ -241,12 +241,17 @@ def _config(settings: Settings, plan: _Plan) -> dict[str, Any]:
     }
 
 
-def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+def compare(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    finish: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run the comparison, or what is left of it, and return the content of results.json.
 
     Args:
         settings: What to compare.
         say: Called with a line for each thing worth telling.
+        finish: Called with the content, to write what is made of it: the folder is still held.
 
     Raises:
         UserError: Bad input, with one line on what to do.
@@ -262,6 +267,8 @@ def compare(settings: Settings, say: Callable[[str], None] = print) -> dict[str,
             # Without results nobody knows what such checkpoints are of.
             shutil.rmtree(settings.out / "runs", ignore_errors=True)
         _Comparison(settings, plan, results, say).run()
+        if finish is not None:
+            finish(results.content)
         return results.content
 
 

@@ -17,10 +17,11 @@ from torchdrop.cost import FlopCounter, SavedBytes
 from torchdrop.diagnostics import variance_shift
 
 from .data import Batches
+from .loss import loss_of
 from .methods import Applied
 from .recipe import Recipe
 from .timing import in_turn
-from .training import loss_of, make_optimizer
+from .training import make_optimizer
 
 __all__ = ["Cost", "Subject", "count_step", "largest_shift", "time_steps"]
 

@@ -89,8 +89,8 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
         ]
         drawn = [(epoch, values) for epoch, values in zip(epochs, at_epoch, strict=False) if values]
         x = [epoch for epoch, _ in drawn]
-        label = name.replace("$", r"\$")  # no formula
-        (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=label)
+        shown = name.replace("$", r"\$")  # no formula
+        (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=shown)
         low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
         axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xlabel("epoch")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .data import Batches, Data, Images
 from .errors import UserError, one_line
+from .loss import loss_of
 from .methods import Applied
 from .recipe import Recipe
 
@@ -122,24 +123,6 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         nesterov=recipe.momentum > 0,
         weight_decay=recipe.weight_decay,
     )
-
-
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The cross entropy of a batch; zero, with a gradient of zeros, for an empty batch."""
-    if len(labels) == 0:
-        # An optimizer step still happens, as it does for every batch of every method.
-        return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UserError(
-            f"the model has to return logits of shape (batch, classes), "
-            f"but returned {_shape(logits)}"
-        )
-    return F.cross_entropy(logits, labels)
-
-
-def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 @torch.no_grad()
