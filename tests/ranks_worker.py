@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -326,6 +326,55 @@ def wrapped() -> dict[str, str]:
     return report
 
 
+def mixed() -> dict[str, Any]:
+    """bfloat16: DDP under autocast with a scaler that meets an overflow, FSDP2 by its policy."""
+    report: dict[str, Any] = {}
+    for wrapper in ("ddp", "fsdp"):
+        for mode in ("row", "batch"):
+            for kind in (Block, Counting):
+                torch.manual_seed(0)
+                net: Any = Net(block=kind)
+                plan = torchdrop.add_stochastic_depth(
+                    net, 0.9, schedule="uniform", mode=mode, example_inputs=torch.ones(2, WIDTH)
+                )
+                if wrapper == "ddp":
+                    net = DistributedDataParallel(net)
+                else:
+                    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+                    for block in net.blocks:
+                        fully_shard(block, mp_policy=policy)
+                    fully_shard(net, mp_policy=policy)
+                scaler = torch.amp.GradScaler("cpu", enabled=wrapper == "ddp")
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+                start = torch.cat([whole(q).detach().flatten() for q in net.parameters()])
+                torch.manual_seed(1 + dist.get_rank())
+                dtypes, missing, kept = set(), 0, []
+                for step in range(10):
+                    optimizer.zero_grad()
+                    x = torch.randn(1, WIDTH) * (float("inf") if step == 5 else 1.0)
+                    if step == 5 and wrapper == "fsdp":
+                        continue
+                    with torch.autocast("cpu", torch.bfloat16, enabled=wrapper == "ddp"):
+                        out = net(x)
+                        value = loss(out.float())
+                    scaler.scale(value).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    dtypes.add(str(out.dtype))
+                    missing += sum(q.grad is None for q in net.parameters())
+                    kept.append([len(rows) for rows in plan.last_kept().values()])
+                weights = torch.cat([whole(q).detach().flatten() for q in net.parameters()])
+                report[f"{wrapper} {mode} {kind.__name__}"] = {
+                    "identical": all(torch.equal(w, weights) for w in everyone(weights)),
+                    "finite": bool(weights.isfinite().all()),
+                    "moved": not torch.equal(start, weights),
+                    "missing": missing,
+                    "dtypes": sorted(dtypes),
+                    "kept": kept,
+                }
+    return report
+
+
 def waiting_forwards() -> dict[str, Any]:
     """Several checkpointed forwards before one backward, with a seed set before each step."""
     torch.manual_seed(0)
@@ -576,6 +625,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
         train,
         uneven,
         reseeded,
+        mixed,
         resumed,
         wrapped,
         waiting_forwards,

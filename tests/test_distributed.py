@@ -53,6 +53,7 @@ WAITS: dict[str, dict[str, Any]] = {
 OTHERS = (
     "uneven",
     "reseeded",
+    "mixed",
     "resumed",
     "wrapped",
     "waiting_forwards",
@@ -169,6 +170,19 @@ def test_a_seed_in_mid_run_fixes_what_follows(ranks: Reports) -> None:
             assert first == again
             assert first != other
     assert ranks[0]["reseeded"]["batch"] == ranks[1]["reseeded"]["batch"]
+
+
+def test_mixed_precision_with_one_sample_on_each_rank(ranks: Reports) -> None:
+    """Nearly everything is dropped, on some ranks and not on others, before anything ran."""
+    for case, mine in ranks[0]["mixed"].items():
+        theirs = ranks[1]["mixed"][case]
+        for report in (mine, theirs):
+            assert report["identical"], case
+            assert report["finite"], case
+            assert report["moved"], case
+            assert report["missing"] == 0, case
+            assert report["dtypes"] == ["torch.bfloat16"], case
+        assert (mine["kept"] == theirs["kept"]) == ("batch" in case), case
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])

@@ -633,6 +633,25 @@ def test_an_average_of_models_has_a_plan_of_its_own() -> None:
     assert [r.p for r in plan.blocks] == [0.0] * 3
 
 
+@pytest.mark.parametrize("copier", [AveragedModel, copy.deepcopy])
+def test_copies_of_a_compiled_model_have_rates_of_their_own(copier: Any) -> None:
+    torch.compiler.reset()
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(8, 6)
+    compiled(x).sum().backward()
+    twin = copier(compiled)
+    own = torchdrop.get_plan(twin)
+    own.set_p([1.0, 1.0])
+    assert torch.equal(twin(x), x)
+    assert [r.p for r in plan.blocks] == [0.5, 0.5]
+    assert not torch.equal(compiled(x), x)
+    assert [len(rows) for rows in plan.last_kept().values()] == [4, 4]
+    own.set_p([0.0, 0.0])
+    dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    torch.testing.assert_close(twin(x), dense(x))
+
+
 def test_update_bn_gives_the_statistics_of_training_or_paused_those_of_the_dense_model() -> None:
     model = net(2, block=Normed)
     torchdrop.add_stochastic_depth(model, [1.0, 0.5])
@@ -665,21 +684,76 @@ def replicas_of(model: nn.Module, times: int) -> list[nn.Module]:
     return [replica(model) for _ in range(times)]
 
 
+def explained(model: nn.Module, x: Tensor, out: Tensor, p: float) -> Tensor:
+    """``x`` through ``model``, with those branches masked in each row that ``out`` tells."""
+    rows = []
+    for given, found in zip(x, out, strict=True):
+        sums = [given]
+        for block in model.children():
+            sums += [y + block.b(block.act(block.a(y))) / (1 - p) for y in sums]
+        rows.append(min(sums, key=lambda y: float((y - found).detach().abs().max())))
+    return torch.stack(rows)
+
+
 @MODES
 def test_replicas_in_threads(mode: str) -> None:
     model = net(3).double()
     plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode=mode)
     replicas = replicas_of(model, 3)
+    with torch.no_grad():
+        for replica in replicas:
+            for p in parameters_of(replica):
+                p += 0.1 * torch.randn_like(p)  # so that those of the model would be wrong
     xs = [torch.randn(5, 6, dtype=torch.float64) for _ in replicas]
     with ThreadPoolExecutor(3) as pool:  # as parallel_apply, which needs an accelerator
         outs = list(pool.map(lambda replica, x: replica(x), replicas, xs))
-    for replica, x, out in zip(replicas, xs, outs, strict=True):
-        out.square().sum().backward()
-        # each block of it was kept for some rows: the output is one of the possible sums
-        assert all(p.grad is not None for p in replica.parameters())
-        assert out.shape == x.shape
     seen = plan._sites[0].branches[0].rows_seen
     assert seen == 15  # replicas count for the model
+    assert not any(bool(p.grad is not None) for p in model.parameters())
+    for replica, x, out in zip(replicas, xs, outs, strict=True):
+        expected = explained(replica, x, out, 0.5)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        mine = torch.autograd.grad(out.square().sum(), list(parameters_of(replica)))
+        theirs = torch.autograd.grad(
+            expected.square().sum(),
+            list(parameters_of(replica)),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        assert_gradients_agree(list(mine), list(theirs))
+        wrong = explained(model, x, out, 0.5)  # the twin
+        assert torch.equal(wrong, x) or not torch.allclose(wrong, out)
+
+
+def parameters_of(replica: nn.Module) -> Iterator[Tensor]:
+    """Of a replica, whose parameters are where DataParallel puts them."""
+    for module in replica.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+
+
+def test_threads_that_train_copies_get_the_gradients_of_their_own_rows() -> None:
+    """They share the one generator, so not which rows, but all else is as if each were alone."""
+    first = net(4).double()
+    torchdrop.add_stochastic_depth(first, 0.5, schedule="uniform")
+    barrier = threading.Barrier(3)
+
+    def work(model: nn.Module) -> float:
+        plan = torchdrop.get_plan(model)
+        plain = copy.deepcopy(model)
+        torchdrop.remove_stochastic_depth(plain)
+        worst = 0.0
+        barrier.wait(30)
+        for _ in range(30):
+            x = torch.randn(5, 6, dtype=torch.float64)
+            model.zero_grad(), plain.zero_grad()
+            model(x).square().sum().backward()
+            masked(plain, x, plan).square().sum().backward()
+            for mine, theirs in zip(gradients(model), gradients(plain), strict=True):
+                worst = max(worst, float((mine - theirs).abs().max()))
+        return worst
+
+    with ThreadPoolExecutor(3) as pool:
+        assert max(pool.map(work, [copy.deepcopy(first) for _ in range(3)])) < 1e-11
 
 
 def test_threads_train_copies_while_others_read_models() -> None:
