@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import torchdrop.rows
+
 # The tests run many small kernels, two processes at a time: threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -10,3 +12,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20161009)
+
+
+@pytest.fixture(params=[0, 2**60], ids=["of its own", "of torch"])
+def way_to_fork(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors fork by torch's operations, large ones by a function of our own."""
+    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", request.param)

@@ -122,6 +122,7 @@ def test_touch_under_vmap_and_forward_mode() -> None:
     assert tangent.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.usefixtures("way_to_fork")
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
     x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -139,6 +140,7 @@ def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.usefixtures("way_to_fork")
 def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
     x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     whole, some = fork(x, torch.tensor([1, 3]))

@@ -170,6 +170,7 @@ def _swin() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(6, 3, 32, 32)
 
 
+@pytest.mark.usefixtures("way_to_fork")
 @pytest.mark.parametrize("make", [_vit, _convnext, _swin])
 @pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("sampling", ["exact", "independent"])
@@ -295,6 +296,7 @@ class PostActivation(Block):
         return self.relu(self.b(self.act(self.a(x))) + x)
 
 
+@pytest.mark.usefixtures("way_to_fork")
 @pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("compute", ["auto", "mask"])
 def test_an_activation_in_place_after_the_sum_does_not_write_into_the_skip(
@@ -328,6 +330,7 @@ def test_a_branch_that_writes_into_the_skip_is_masked_and_keeps_its_meaning() ->
     torch.testing.assert_close(out, first.relu())
 
 
+@pytest.mark.usefixtures("way_to_fork")
 @pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_channels_last_stays_channels_last(mode: str, p: float) -> None:
@@ -435,6 +438,7 @@ def test_shapes_are_read_again_on_the_kept_rows() -> None:
     assert model(torch.randn(4, 3, 6)).shape == (4, 3, 6)
 
 
+@pytest.mark.usefixtures("way_to_fork")
 def test_one_kept_row_and_batch_norm() -> None:
     model = models.resnet18(num_classes=5)
     plan = torchdrop.add_stochastic_depth(model, 0.9, schedule="uniform")

@@ -179,9 +179,9 @@ class Plan:
             if branch.last is not None:
                 seen, rows = branch.last
                 if isinstance(rows, Tensor):
-                    kept[branch.name] = rows.clone()
+                    kept[branch.name] = rows.sort().values
                 elif isinstance(rows, list):
-                    kept[branch.name] = torch.tensor(rows)
+                    kept[branch.name] = torch.tensor(sorted(rows))
                 else:
                     kept[branch.name] = torch.arange(seen if rows else 0)
         return kept

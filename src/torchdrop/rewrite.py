@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from torchdrop.lent import same
 from torchdrop.partial import pad_like
@@ -103,10 +103,6 @@ class Program:
             )
             for holder, names in holders.items()
         ]
-
-    def accepts_plainly(self, args: tuple[Any, ...]) -> bool:
-        """Whether ``args`` are simply the tensors, none left out that the block could take."""
-        return len(args) == len(self.tensors) and all(isinstance(a, Tensor) for a in args)
 
     def bind(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]

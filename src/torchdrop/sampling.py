@@ -41,6 +41,8 @@ __all__ = [
 
 MODES = ("row", "batch")
 
+_HOST = torch.device("cpu")  # a default device that the user set must not take over
+
 
 def keep_mask(
     shape: Sequence[int],
@@ -180,7 +182,7 @@ def host_generator(*, alike: bool = False) -> torch.Generator | None:
 
 def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
-    return torch.randperm(batch, generator=generator, device="cpu"), kept
+    return torch.randperm(batch, generator=generator, device=_HOST), kept
 
 
 def _independent(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
@@ -198,10 +200,13 @@ def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
     whole = int(count)
     rest = count - whole
     # float64, so that a count that misses an integer by one ulp is rounded wrongly never.
-    return whole + int(
-        rest > 0
-        and float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) < rest
-    )
+    return whole + int(rest > 0 and _uniform(generator) < rest)
+
+
+def _uniform(generator: torch.Generator | None = None) -> float:
+    # One element, not none: that is how torch.rand returns soonest.
+    drawn = torch.rand(1, generator=generator, dtype=torch.float64, device=_HOST)
+    return drawn.item()
 
 
 ROW_SAMPLERS: dict[str, Callable[[int, float, Any], tuple[Tensor, int]]] = {
@@ -254,7 +259,7 @@ def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
     _refuse_draws_of_their_own()
     if sync_ranks is not False and shared_numbers.shared():
         return shared_numbers.draw() / 2**53 >= p
-    return float(torch.rand((), dtype=torch.float64, device="cpu")) >= p
+    return _uniform() >= p
 
 
 class SharedNumbers:

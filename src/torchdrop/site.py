@@ -27,7 +27,7 @@ from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
-from torchdrop.sampling import keep_batch, keep_rows, order_rows
+from torchdrop.sampling import keep_batch, order_rows
 from torchdrop.splits import Cuts, read_splits
 from torchdrop.tracing import is_cache, trace_block
 
@@ -134,7 +134,7 @@ class BranchState:
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """All rows of a batch, on the host, the kept ones first, and how many are kept."""
         rows, kept = order_rows(batch, self.p, self.sampling)
-        self.count(batch, rows[:kept].sort().values, kept)
+        self.count(batch, rows[:kept], kept)
         return rows, kept
 
     def gain_in_training(self) -> float:
@@ -226,15 +226,16 @@ class Site:
     ) -> Any:
         """Run the program that stands for this call; read the block again where none does."""
         compiling = torch.compiler.is_compiling()
-        if self.settings.meter is None and not compiling:
+        # Tensors alone, one after the other: nothing to bind, and no cache among them.
+        plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+        if not plain and self.settings.meter is None and not compiling:
             self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
         for program in programs:
             try:
                 program.check_attributes(self.module)
                 tensors: Sequence[Any] = args
-                plain = self._plain == program.tensors and not kwargs
-                if not plain or not program.accepts_plainly(args):
+                if not plain or len(args) != len(program.tensors) or program.tensors != self._plain:
                     tensors = program.bind(self.__signature__, args, kwargs)
                 program.check_decisions(tensors)
                 break
@@ -440,24 +441,28 @@ class Site:
         dim = branch.dim
         batch = skip.shape[dim]
         computed = self._rows_to_compute(branch, rows, skip, dim)
-        on_device = computed.to(skip.device, non_blocking=True)
+        on_device = _beside(computed, skip)
         cuts = self.train[k // len(self.branches)].cuts[k]
-        whole = skip
+        whole, taken = skip, None
         cut: list[Any] = []
         again: list[tuple[Tensor, Tensor]] = []
         for value, how in zip(inputs, cuts or [(dim, 1)] * len(inputs), strict=True):
             if how is None or (cuts is not None and value.shape[how[0]] == 1):
-                cut.append(value)  # a single slice is broadcast to whatever rows there are
+                some = value  # a single slice is broadcast to whatever rows there are
             elif value is skip and how[0] == dim and not branch.writes_skip:
                 whole, some = fork(skip, on_device, dim)
-                cut.append(some)
             else:
-                cut.append(self._cut(branch, value, on_device, how, batch))
-            if how == (dim, 1) and cut[-1] is not value and kept_anyway(value):
-                again.append((cut[-1], value))
-        taken = next((c for v, c in zip(inputs, cut, strict=True) if v is skip), None)
+                some = self._cut(branch, value, on_device, how, batch)
+            cut.append(some)
+            if value is skip:
+                taken = some
+            if how == (dim, 1) and some is not value and kept_anyway(value):
+                again.append((some, value))
         version = _version(taken)
-        with retaking(again, on_device, dim):
+        if again:
+            with retaking(again, on_device, dim):
+                out = self._compute(self.train, k, cut)
+        else:
             out = self._compute(self.train, k, cut)
         if _version(taken) != version:
             raise RuntimeError(
@@ -467,7 +472,7 @@ class Site:
         if computed is not rows:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
-            on_device = rows.to(skip.device, non_blocking=True)
+            on_device = _beside(rows, skip)
         return add_rows(whole, out, on_device, gain, dim, inplace=branch.writes_skip)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
@@ -569,26 +574,23 @@ class Site:
         return add_whole(skip, run(), branch.gain * (1.0 - branch.p), inplace=branch.writes_skip)
 
     def _draw(self, branch: BranchState, batch: int) -> Any:
-        """True: every row is kept; False: none; else the kept rows, ascending, on the host."""
+        """True: every row is kept; False: none; else the kept rows, on the host, in any order."""
         settings = self.settings
         rows: Any
         if branch.p == 0.0:
-            rows = True
+            rows, kept = True, batch
         elif settings.mode == "batch":
             rows = keep_batch(branch.p, settings.sync_ranks)
+            kept = batch if rows else 0
         else:
-            rows = keep_rows(batch, branch.p, branch.sampling)
-            if rows.numel() == batch and batch > 0:
-                rows = True
-            elif rows.numel() == 0:
-                rows = False
-        kept = batch if rows is True else 0 if rows is False else rows.numel()
+            rows, kept = order_rows(batch, branch.p, branch.sampling)
+            rows = kept > 0 if kept == 0 or kept == batch else rows[:kept]
         branch.count(batch, rows, kept)
         return rows
 
     def _rows_to_compute(self, branch: BranchState, rows: Tensor, skip: Tensor, dim: int) -> Tensor:
         """``rows``, and one more where BatchNorm could not stand a single one."""
-        if not branch.has_batch_norm or rows.numel() != 1 or skip.dim() < 2:
+        if not branch.has_batch_norm or rows.shape[0] != 1 or skip.dim() < 2:
             return rows
         positions = skip.numel() // max(skip.shape[dim] * skip.shape[1], 1)
         if positions > _POSITIONS_FOR_ONE_ROW:
@@ -634,7 +636,7 @@ class Site:
         unused: list[Tensor] = []
         if self.settings.zero_grad and torch.is_grad_enabled():
             for path in branch.inner:
-                unused.extend(self.module.get_submodule(path).parameters())
+                unused += _parameters_of(attrgetter(path)(self.module) if path else self.module)
             unused.extend(attrgetter(path)(self.module) for path in branch.own)
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         return unused
@@ -755,9 +757,23 @@ def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
     return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
 
 
+def _parameters_of(module: nn.Module) -> list[Tensor]:
+    """What ``module.parameters()`` gives, tied ones twice, several times as fast."""
+    found: list[Tensor] = [p for p in module._parameters.values() if p is not None]
+    for child in module._modules.values():
+        if child is not None:
+            found += _parameters_of(child)
+    return found
+
+
+def _beside(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows``, which are on the host, on the device of ``x``; nothing waits for the copy."""
+    return rows if x.is_cpu else rows.to(x.device, non_blocking=True)
+
+
 def _version(x: Any) -> int | None:
     """How often ``x`` was written into, where that is known."""
-    if x is None or torch.compiler.is_compiling() or x.is_inference():
+    if x is None or x.is_inference():
         return None
     version: int = x._version
     return version
@@ -787,6 +803,8 @@ def _unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
 
 def precision_of(x: Tensor) -> tuple[Any, ...]:
     """What decides, besides the branch itself, which dtype skip + branch has."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype, None
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.dtype, torch.get_autocast_dtype(kind) if autocast else None
