@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -460,6 +461,34 @@ def test_an_error_inside_a_branch_leaves_everything_ready_for_the_next_step(
             expected = (expected + weight * block.b(block.act(block.a(expected)))).relu()
         expected.square().sum().backward()
         assert_gradients_agree(gradients(model), gradients(plain))
+
+
+@MODES
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_a_block_goes_on_in_the_mode_that_it_began_in(mode: str, compute: str) -> None:
+    """Where something that runs in its first branch, or a thread, calls model.eval()."""
+
+    class Two(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.act(self.a(x))
+            return x + self.act(self.b(x))
+
+    model, x = net(2, block=Two), torch.randn(8, 6)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", mode=mode, compute=compute
+    )
+    model[0].a.register_forward_pre_hook(lambda module, args: model.eval() and None)
+    for _ in range(6):
+        model.train()
+        out = model[0](x)
+        kept = plan.last_kept()
+        expected = x
+        for rows, layer in zip(list(kept.values())[:2], (model[0].a, model[0].b), strict=True):
+            weight = torch.zeros(8, 1)
+            weight[rows] = 2.0
+            branch = F.linear(expected, layer.weight, layer.bias).tanh()
+            expected = expected + weight * branch
+        torch.testing.assert_close(out, expected)
 
 
 @MODES

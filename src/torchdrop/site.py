@@ -393,7 +393,7 @@ class Site:
             out = self._compute(self.train, k, inputs)
             branch.share = (branch.share or 0.0) + settings.meter() - before
             return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
-        if not self.module.training:
+        if self.evaluate and not self.module.training:
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
@@ -524,7 +524,7 @@ class Site:
             return self._mask_in_graph(k, skip, out)
         if self.settings.meter is not None:
             return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
-        if not self.module.training:
+        if self.evaluate and not self.module.training:
             return self._evaluated(branch, skip, lambda: out)
         self._meets_ranks(branch)
         rows = self._draw(branch, skip.shape[dim])
