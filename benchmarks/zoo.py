@@ -7,8 +7,9 @@ crash is a row. Results are kept as JSON lines, one a model: what is there alrea
 (``--again REGEX`` does). No weights are downloaded; every model is small or gets a small input.
 
 Of every module of timm the three models with the fewest parameters are taken, at the smallest
-square input that they accept; of torchvision every model that has a builder; of transformers the
-families below, with a configuration of two or three layers of width 32.
+square input that they accept, with three layers where they are large and can be made so; of
+torchvision every model that has a builder; of transformers the families below, with a configuration
+of two or three layers of width 32.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from torchdrop.residual import survey
 BATCH = 5  # no model has five heads, windows or experts
 # Models with more parameters are not run in float64, trained or copied: they do not fit.
 LARGE = 110e6
+LAYERS = 3  # of those of timm that can be made with fewer layers
 TIMM_SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512, 640, 768, 1024)
 
 
@@ -85,7 +87,7 @@ def timm_names() -> list[str]:
 def _timm(name: str) -> Subject:
     import timm
 
-    def build(size: int, **options: Any) -> nn.Module:
+    def build(size: int) -> nn.Module:
         tries = [
             {"img_size": size, "drop_path_rate": 0.1}, {"drop_path_rate": 0.1},
             {"img_size": size}, {},
@@ -99,7 +101,16 @@ def _timm(name: str) -> Subject:
                 return model
         raise failure
 
+    options: dict[str, Any] = {}
     config = timm.get_pretrained_cfg(name)
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in build(config.input_size[-1]).parameters())
+        if whole > LARGE:
+            options = {"depth": LAYERS}
+            try:
+                build(config.input_size[-1])
+            except Exception:  # it has no depth to be set
+                options = {}
     channels, full = config.input_size[0], config.input_size[-1]
     for size in [s for s in TIMM_SIZES if s < full]:
         try:
@@ -111,7 +122,8 @@ def _timm(name: str) -> Subject:
     else:
         size = full
     torch.manual_seed(0)
-    return Subject(build(size), torch.randn(BATCH, channels, size, size), f"{size}px")
+    label = ", ".join([f"{size}px", *(f"{k}={v}" for k, v in options.items())])
+    return Subject(build(size), torch.randn(BATCH, channels, size, size), label)
 
 
 def torchvision_names() -> list[str]:

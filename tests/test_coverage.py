@@ -128,7 +128,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(site.Site, "join", lambda self, *a: (join(self, *a), join(self, *a))[1])
     elif name == "FLOPs":
 
-        def compute_all(self: site.Site, k: int, skip: Tensor, inputs: Any, kept: Tensor) -> Tensor:
+        def compute_all(self: site.Site, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
             return self.mask(k, skip, self._compute(self.train, k, inputs))
 
         monkeypatch.setattr(site.Site, "_on_rows", compute_all)
@@ -193,6 +193,27 @@ def test_the_reference_masks_what_is_added(monkeypatch: pytest.MonkeyPatch) -> N
     _wrong(monkeypatch, "masked gradients")
     with pytest.raises(AssertionError):
         zoo.check_masked_gradients(model, x)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_the_second_row_of_batch_norm_is_work(size: int) -> None:
+    """Of two rows one is kept; on a small map BatchNorm needs the other, too, on a large one not."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.body(x)
+            return out
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 4, size, size)
+    dense = zoo.record(model, x)
+    with zoo.attached(model, example_inputs=x):
+        found = zoo.check_work(model, x, dense)
+    assert found == ((1.0, 1.0) if size == 4 else (0.5, 1.0))
 
 
 def test_the_count_of_additions_follows_autograd() -> None:

@@ -217,3 +217,56 @@ def test_a_child_that_overwrites_the_skip_unseen_is_an_error_not_another_result(
     plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], compute="mask")
     with torch.no_grad():
         assert_same(model(x.clone()), dense(x.clone()))
+
+
+class WithShortcut(nn.Module):
+    """Adds what it is given, or its own input where it is given nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = mlp(), mlp()
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        if shortcut is None:
+            shortcut = x
+        x = self.f(x) + shortcut
+        return x + self.g(x)
+
+
+class Tree(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(W, W)
+        self.one, self.two = WithShortcut(), WithShortcut()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.two(self.one(x, self.project(x)))
+        return out
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_what_is_added_depends_on_what_the_parent_gives(example: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Tree(), Tree()).double(), torch.randn(B, W, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", example_inputs=x if example else None
+    )
+    # what a block adds that was handed to it is none of its residuals
+    assert {r.name: len(r.branches) for r in plan.blocks} == {
+        "0.one": 1, "0.two": 2, "1.one": 1, "1.two": 2,
+    }  # fmt: skip
+    out = model.train()(x)
+    kept = iter(plan.last_kept().values())
+
+    def weighed(branch: Tensor) -> Tensor:
+        rows = torch.zeros(B, 1, dtype=x.dtype)
+        rows[next(kept)] = 2.0
+        return rows * branch
+
+    for tree in model:
+        y = tree.one.f(x) + tree.project(x)
+        y = y + weighed(tree.one.g(y))
+        y = y + weighed(tree.two.f(y))
+        x = y + weighed(tree.two.g(y))
+    assert_same(out, x, 1e-12)
+    assert next(kept, None) is None

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Iterable
 from functools import cache, partial
+from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from torchdrop.examples import Example
 from torchdrop.lent import UntraceableError
 from torchdrop.linear import Children
 from torchdrop.splits import Finder, terms
-from torchdrop.tracing import BlockGraph, OnDataError, is_shape_node, trace_block
+from torchdrop.tracing import (
+    A_TENSOR,
+    BlockGraph,
+    OnDataError,
+    is_shape_node,
+    trace_block,
+)
 
 __all__ = ["CONTAINERS", "BlockReader"]
 
@@ -63,7 +72,43 @@ class BlockReader:
                     self.on_data.add(name)
         for name in [n for n, f in finders.items() if f.owner in self._inlined]:
             del finders[name]  # its additions belong to the block that calls it
+        for name, given in self._given_more(finders).items():
+            with contextlib.suppress(UntraceableError):
+                block = trace_block(
+                    finders[name].owner, arguments=given, batch_dim=self._batch_dim or 0
+                )
+                other = self._finder(name, block)
+                if len(other.entries) < len(finders[name].entries):
+                    finders[name] = other
         return finders, unreadable
+
+    def _given_more(self, finders: dict[str, Finder]) -> dict[str, dict[str, Any]]:
+        """The arguments of children that were read without a tensor that their parent gives them.
+
+        What a block adds may depend on it: ``x if shortcut is None else shortcut``.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for parent in finders.values():
+            for node in parent.nodes if self._example is None else ():
+                if node.op != "call_module":
+                    continue
+                child = parent.owner.get_submodule(str(node.target))
+                finder = finders.get(self._names[child])
+                if finder is None or not finder.entries:
+                    continue
+                parameters = inspect.signature(type(child).forward.__get__(child)).parameters
+                given = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
+                more = {
+                    name: A_TENSOR
+                    for name, value in given.items()
+                    if name in parameters
+                    and isinstance(value, fx.Node)
+                    and not is_shape_node(value)
+                    and finder.block.constants.get(name, ...) is None
+                }
+                if more:
+                    found[self._names[child]] = {**finder.block.arguments, **more}
+        return found
 
     def _read(self, module: nn.Module, look_through: Iterable[nn.Module] = ()) -> BlockGraph:
         name = self._names[module]
