@@ -494,7 +494,13 @@ def check_layers(draw: Draw) -> None:
     if name == "StochasticDepth" and not isinstance(arguments["module"], nn.Identity):
         return
     out = attempt(lambda: layer(*inputs), layer)
-    _check_output(out, inputs[0], training or name in ("PathDrop", "ShakeDrop", "StochasticDepth"))
+    if name == "Cutout" and isinstance(inputs[0], list):  # a sample, which holds an image
+        right(type(out) is list and len(out) == len(inputs[0]), f"it gave a {type(out).__name__}")
+    else:
+        x = inputs[0]
+        if len(inputs) == 2 and all(isinstance(y, Tensor) for y in inputs):
+            x = x.to(torch.promote_types(x.dtype, inputs[1].dtype))  # they are added
+        _check_output(out, x, training or name in ("PathDrop", "ShakeDrop", "StochasticDepth"))
     if hasattr(layer, "p"):
         was, value = layer.p, draw(RATES)
         try:

@@ -378,6 +378,8 @@ def test_the_layer_forwards_its_arguments():
         (lambda: Cutout(4, fill="x"), ValueError, r"fill .* 'mean', 'noise', but got 'x'"),
         (lambda: Cutout(4, fill=None), TypeError, r"'mean' or 'noise', but got None"),
         (lambda: cutout(torch.ones(9, 9), 4), ValueError, r"3 dimensions .* or 4 .*, but got 2"),
+        (lambda: Cutout(4)([torch.ones(9)]), ValueError, r"3 dimensions .* or more, but got .*9"),
+        (lambda: Cutout(4).eval()([torch.ones(9)]), ValueError, r"3 dimensions .*, but got .*9"),
         (
             lambda: cutout(torch.ones(3, 9, 9), 4, fill=(1, 2)),
             ValueError,

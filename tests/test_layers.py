@@ -698,7 +698,7 @@ def test_p_can_be_set_and_is_checked(make):
             layer.p = bad
         with pytest.raises(ValueError, match=r"p has to be between 0 and 1, but got"):
             make(bad)
-    for bad in (True, "0.1", None):
+    for bad in (True, "0.1", None, nn.Parameter(torch.tensor(0.5)), nn.Identity()):
         with pytest.raises(TypeError, match=r"p has to be a real number between 0 and 1"):
             layer.p = bad
         with pytest.raises(TypeError, match=r"p has to be a real number between 0 and 1"):

@@ -338,6 +338,7 @@ def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
 
     Raises:
         TypeError: There is no image.
+        ValueError: A tensor has fewer than three dimensions.
     """
     leaves, structure = torch.utils._pytree.tree_flatten(sample)
     kinds = [_kind(leaf) for leaf in leaves]
@@ -351,6 +352,12 @@ def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
             f"input has to be a tensor, a PIL image, or a sample that holds one, "
             f"but got {type(sample).__name__}"
         )
+    for leaf, kind in zip(leaves, kinds, strict=True):
+        if kind not in (None, "pil") and leaf.dim() < 3:
+            raise ValueError(
+                "an image has to have 3 dimensions (channels, height, width) or more, "
+                f"but got a tensor of shape {tuple(leaf.shape)}"
+            )
     return leaves, kinds, structure
 
 
@@ -375,11 +382,6 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
             samples, height, width, device = 1, leaf.height, leaf.width, torch.device("cpu")
         else:
             # A clip is one sample: (frames, C, H, W), or a batch of clips with one dimension more.
-            if x.dim() < 3:
-                raise ValueError(
-                    "an image has to have 3 dimensions (channels, height, width) or more, "
-                    f"but got a tensor of shape {tuple(x.shape)}"
-                )
             batch = x.shape[: -4 if kind == "video" else -3]
             samples, device = (batch[0] if batch else 1), x.device
             height, width = x.shape[-2:]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchdrop import cutout, drop_block, functional, noise, shake_drop
 from torchdrop.checks import check_choice, check_dim, check_flag, check_mode
 from torchdrop.path_drop import PathDrop
-from torchdrop.rated import Rated, traced
+from torchdrop.rated import Checked, Rated, traced
 from torchdrop.stochastic_depth import StochasticDepth
 
 __all__ = [
@@ -306,7 +306,7 @@ class GaussianDropout(Rated):
         return f"p={self.p}"
 
 
-class UniformDropout(nn.Module):
+class UniformDropout(Checked):
     """Multiplies by uniform noise around 1 ("Uout").
 
     With ``u`` uniform in [-1, 1) for each element::

@@ -8,10 +8,20 @@ from torch import Tensor, fx, nn
 
 from torchdrop.schedules import check_rate
 
-__all__ = ["Rated", "traced"]
+__all__ = ["Checked", "Rated", "traced"]
 
 
-class Rated(nn.Module):
+class Checked(nn.Module):
+    """A module whose properties check what they are set to, whatever that is."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # nn.Module would register a Parameter
+        else:
+            super().__setattr__(name, value)
+
+
+class Rated(Checked):
     """A module with a drop probability that may be changed at any time and is checked when it is.
 
     The rate is a plain float. Under torch.compile it turns into a symbol the second time it
