@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop import drop_block
+from torchdrop import compiled, drop_block
+from torchdrop.sampling import shared_numbers
 from torchdrop.site import sites_of
 
 ALPHA = 1e-6
@@ -68,11 +69,10 @@ def caches(model: nn.Module) -> dict[str, int]:
             f.cache_info().currsize for f in vars(drop_block).values() if hasattr(f, "cache_info")
         ),
         "attributes": sum(len(m.__dict__) for m in model.modules()),
+        "calls": sum(len(p.seen or ()) for s in sites for p in (*s.train, *s.evaluate)),
+        "numbers of ranks": len(shared_numbers._streams) + len(shared_numbers._filed),
+        "branches in graphs": len(compiled._shares),
     }
-    ranks = getattr(sites[0].settings, "ranks", None)
-    if ranks is not None:
-        held = [v for v in vars(ranks).values() if hasattr(v, "__len__")]
-        found["decisions"] = sum(len(v) for v in held)
     return found
 
 
