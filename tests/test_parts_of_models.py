@@ -360,12 +360,12 @@ def detector() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("how", ["select", "part"])
+@pytest.mark.parametrize("how", ["whole", "part"])
 def test_a_detector_with_a_frozen_batch_norm(how: str) -> None:
     model = detector()
     dense = copy.deepcopy(model)
-    if how == "select":
-        plan = torchdrop.add_stochastic_depth(model, 0.5, select=lambda r: r.default)
+    if how == "whole":
+        plan = torchdrop.add_stochastic_depth(model, 0.5)
         prefix = "backbone.body."
     else:
         plan = torchdrop.add_stochastic_depth(model.backbone.body, 0.5)  # type: ignore[union-attr]
@@ -386,10 +386,93 @@ def test_a_detector_with_a_frozen_batch_norm(how: str) -> None:
     assert max(plan.observed().values()) > 0
 
 
-def test_a_pyramid_that_cannot_be_read_is_refused_with_the_way_out() -> None:
-    model = detector()
-    images = [torch.rand(3, 64, 64) for _ in range(2)]
-    for options, way_out in (({}, "Give example_inputs"), ({"example_inputs": (images,)}, "Leave")):
-        with pytest.raises(ValueError, match=rf"'backbone\.fpn'.*{way_out}.*select=lambda r: r\.d"):
-            torchdrop.add_stochastic_depth(model, 0.5, **options)
-        assert not torchdrop.has_stochastic_depth(model)
+# the blocks of the backbone, and where they are
+DETECTORS = {
+    "fasterrcnn_resnet50_fpn": (16, "backbone.body.layer"),
+    "fasterrcnn_resnet50_fpn_v2": (16, "backbone.body.layer"),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": (10, "backbone.body."),
+    "fcos_resnet50_fpn": (16, "backbone.body.layer"),
+    "keypointrcnn_resnet50_fpn": (16, "backbone.body.layer"),
+    "maskrcnn_resnet50_fpn": (16, "backbone.body.layer"),
+    "retinanet_resnet50_fpn": (16, "backbone.body.layer"),
+    "ssdlite320_mobilenet_v3_large": (10, "backbone.features."),
+}
+SEGMENTERS = {
+    "deeplabv3_resnet50": (16, "backbone.layer"),
+    "deeplabv3_mobilenet_v3_large": (10, "backbone."),
+    "fcn_resnet50": (16, "backbone.layer"),
+}
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, *SEGMENTERS])
+def test_every_detector_and_segmenter_in_one_line(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    blocks, prefix = {**DETECTORS, **SEGMENTERS}[name]
+    with torch.device("meta"):
+        module = models.detection if name in DETECTORS else models.segmentation
+        model = getattr(module, name)(weights=None, weights_backbone=None)
+    plan = torchdrop.add_stochastic_depth(model, 0.2)
+    assert len(plan.blocks) == blocks
+    assert all(r.name.startswith(prefix) and r.action == "skip" for r in plan.blocks)
+
+
+def test_a_detector_without_residuals_is_refused() -> None:
+    models = pytest.importorskip("torchvision.models.detection")
+    with torch.device("meta"):
+        model = models.ssd300_vgg16(weights=None, weights_backbone=None)
+    with pytest.raises(ValueError, match=r"no residual branches found in this SSD"):
+        torchdrop.add_stochastic_depth(model, 0.2)
+
+
+class Looping(nn.Module):
+    """Adds what comes out of a list of linear layers, in a forward that cannot be read."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(W, W) for _ in range(3))
+        self.act = act
+
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        x = next(iter(maps.values()))
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Activating(Looping):
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        x = next(iter(maps.values()))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+class Inheriting(Activating):
+    """Its own source adds nothing."""
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda: Looping(nn.Identity()), False),
+        (lambda: Looping(Swish()), True),
+        (lambda: Activating(nn.Identity()), True),
+        (lambda: Inheriting(nn.Identity()), True),
+    ],
+)
+def test_a_loop_that_cannot_be_read_is_refused_where_it_may_add_branches(
+    make: Callable[[], nn.Module], refused: bool
+) -> None:
+    model = nn.ModuleDict({"backbone": Net().backbone, "neck": make()})
+    if not refused:
+        assert len(torchdrop.add_stochastic_depth(model, 0.5).blocks) == 3
+        return
+    with pytest.raises(ValueError, match=r"'neck'.*Give example_inputs.*select=lambda r: r\.d"):
+        torchdrop.add_stochastic_depth(model, 0.5)
+    assert not torchdrop.has_stochastic_depth(model)
+    assert len(torchdrop.add_stochastic_depth(model, 0.5, select=lambda r: r.default).blocks) == 3

@@ -22,7 +22,7 @@ from torchdrop.inlined import inlined_drop
 from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
-from torchdrop.residual import Branch, Residual, Survey, adds, survey
+from torchdrop.residual import Branch, Residual, Survey, adds, may_loop_over_branches, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import (
     BY_ORDER,
@@ -306,8 +306,8 @@ def _refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
         inside = any(path == c or path.startswith(f"{c}.") for c in children)
         module = model.get_submodule(path)
         alike = sum(type(m) is type(module) for m in model.modules())
-        loops = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for m in module.children())
-        if not above and not inside and (alike > 1 or loops) and adds(module):
+        apart = not above and not inside
+        if apart and adds(module) and (alike > 1 or may_loop_over_branches(module)):
             way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
 from torchdrop.tracing import BlockGraph, callee, is_shape_node, trace_block
 
-__all__ = ["Children", "depends_on_input"]
+__all__ = ["Children", "depends_on_input", "is_curved"]
 
 _LINEAR_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten,
@@ -50,6 +51,12 @@ _PRODUCTS = {
     "truediv", "div_", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
+
+
+def is_curved(name: str) -> bool:
+    """Whether ``name`` is that of an activation or another function of torch that is not linear."""
+    known = hasattr(nn.functional, name) or (hasattr(torch, name) and hasattr(Tensor, name))
+    return known and not name.startswith("_") and name not in _LINEAR_NAMES | _PRODUCTS
 
 
 def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
