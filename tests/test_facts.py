@@ -186,3 +186,56 @@ def test_working_out_facts_counts_as_no_work_and_draws_nothing():
     assert counter.total == 2 * 4 * 4 * 8 * 8 * 2  # two blocks, four rows of four tokens
     shares = [branch.share for block in plan.blocks for branch in block.branches]
     assert shares == [0.5, 0.5]
+
+
+class Second(nn.Module):
+    """Blocks of (tokens, batch, features)."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks = nn.Sequential(kind(), kind())
+
+    def forward(self, x):
+        return self.blocks(x.transpose(0, 1)).transpose(0, 1)
+
+
+class RootOfFirst(Base):
+    def forward(self, x):
+        side = int(math.sqrt(x.shape[0]))
+        grid = self.fc(x).relu().reshape(side, side, -1, 8).transpose(0, 1)
+        return x + grid.reshape(side * side, -1, 8)
+
+
+class CountsTheSecond(Base):
+    """Rows of a reshape that depend on how many samples there are."""
+
+    def forward(self, x):
+        windows = int(x.shape[1] / 2)
+        return x + self.fc(x).relu().reshape(-1, 2, windows, 8).flip(1).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("kind", "action"), [(RootOfFirst, "skip"), (CountsTheSecond, "layer")])
+@pytest.mark.parametrize("scale", ["train", "eval"])
+def test_a_number_is_compared_along_the_dimension_of_the_batch(kind, action, scale):
+    torch.manual_seed(0)
+    model = Second(kind).double()
+    dense, x = [type(b)().double() for b in model.blocks], torch.randn(8, 4, 8).double()
+    for twin, block in zip(dense, model.blocks, strict=True):
+        twin.load_state_dict(block.state_dict())
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", example_inputs=x, scale=scale
+    )
+    assert [block.action for block in plan.blocks] == [action, action]
+    out, gain = model(x), 2.0 if scale == "train" else 1.0
+    if action == "skip":
+        expected = x.transpose(0, 1)
+        for block, rows in zip(dense, plan.last_kept().values(), strict=True):
+            weight = torch.zeros(1, 8, 1, dtype=x.dtype)
+            weight[0, rows] = gain
+            expected = expected + weight * (block(expected) - expected)
+        torch.testing.assert_close(out, expected.transpose(0, 1), rtol=0, atol=1e-10)
+    expected = x.transpose(0, 1)
+    for block in dense:
+        step = block(expected) - expected
+        expected = expected + (step if scale == "train" else 0.5 * step)
+    torch.testing.assert_close(model.eval()(x), expected.transpose(0, 1), rtol=0, atol=1e-10)

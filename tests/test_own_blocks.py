@@ -270,3 +270,88 @@ def test_what_is_added_depends_on_what_the_parent_gives(example: bool) -> None:
         x = y + weighed(tree.two.g(y))
     assert_same(out, x, 1e-12)
     assert next(kept, None) is None
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("example", [True, False])
+def test_it_is_noticed_as_soon_as_the_child_runs(mode: str, example: bool) -> None:
+    """For some rows, for all of them, or with ``example_inputs`` before anything is dropped."""
+    model, x = written.Stack(Around(), Around()), torch.randn(B, W)
+    message = r"blocks\.0 writes into.*compute='mask'"
+    if example:
+        with pytest.raises(RuntimeError, match=message):
+            torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode, example_inputs=x)
+        assert not torchdrop.has_stochastic_depth(model)
+        return
+    plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], mode=mode)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        model(x.clone())
+    plan.set_p([1.0, 1.0])
+    with torch.no_grad():  # nothing runs, so nothing is written
+        assert_same(model(x.clone()), x)
+
+
+# --- sums of different shapes --------------------------------------------------------------------
+
+
+class Pooling(nn.Module):
+    """Adds one vector to all steps of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.f(x.mean(1, keepdim=True))
+        return x + y
+
+
+class Querying(nn.Module):
+    """Makes several steps of one: the skip is broadcast, and the sum is larger than it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.queries = mlp(), nn.Parameter(torch.randn(5, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.f(x) * self.queries).amax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_a_branch_that_is_broadcast(mode: str, compute: str) -> None:
+    model = written.Stack(Pooling(), Pooling()).double()
+    dense = copy.deepcopy(model)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", mode=mode, compute=compute
+    )
+    x = torch.randn(B, 5, W, dtype=torch.float64)
+    for _ in range(4):
+        model.zero_grad(), dense.zero_grad()
+        out, expected = model(x), x
+        for block, rows in zip(dense.blocks, plan.last_kept().values(), strict=True):
+            weight = torch.zeros(B, 1, 1, dtype=x.dtype)
+            weight[rows] = 2.0
+            expected = expected + weight * block.f(expected.mean(1, keepdim=True))
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+        out.square().sum().backward(), expected.square().sum().backward()
+        for mine, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"compute": "mask"}, {"mode": "batch"}, {"example": 1}])
+def test_a_skip_that_is_broadcast_is_refused(options: dict[str, Any]) -> None:
+    model, x = written.Stack(Querying(), Querying()), torch.randn(B, 1, W)
+    rates = [1e-30, 1e-30]
+    if options.pop("example", 0):
+        with pytest.raises(ValueError, match=r"blocks\.0 of shape .*makes its skip larger"):
+            torchdrop.add_stochastic_depth(model, rates, example_inputs=x)
+        assert not torchdrop.has_stochastic_depth(model)
+        return
+    plan = torchdrop.add_stochastic_depth(model, rates, **options)
+    with pytest.raises(ValueError, match=r"blocks\.0 of shape \(8, 5, 6\) makes its skip.*select="):
+        model(x)
+    if not options:
+        plan.set_p([0.5, 0.5])
+        with pytest.raises(ValueError, match=r"the shape of its skip: on 4 kept rows.*select="):
+            model(x)

@@ -79,10 +79,19 @@ def test_half_precision_does_not_round_the_scale() -> None:
     assert not torch.equal(out, y * torch.tensor(1 / 0.9).bfloat16())
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (2,), (2, 1)])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (2,), (1, 2)])
 def test_a_branch_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 2\) expected \(2, 2\), but got"):
         add_rows(torch.zeros(4, 2), torch.zeros(shape), _rows(0, 2), 1.0)
+
+
+def test_a_branch_with_one_value_for_a_row_is_broadcast() -> None:
+    skip, branch = torch.randn(4, 3, 2), torch.randn(2, 1, 2, requires_grad=True)
+    out = add_rows(skip, branch, _rows(0, 2), 2.0)
+    assert torch.equal(out[[1, 3]], skip[[1, 3]])
+    torch.testing.assert_close(out[[0, 2]], skip[[0, 2]] + 2.0 * branch)
+    out.sum().backward()
+    assert torch.equal(branch.grad, torch.full((2, 1, 2), 6.0))
 
 
 @given(st.integers(1, 6), st.data())

@@ -451,6 +451,7 @@ def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str
         module,
         training=False,
         arguments=block.arguments,
+        batch_dim=splits[0][0].dim or 0,
         look_through={module.get_submodule(path) for path in block.look_through},
         outputs={module.get_submodule(path): items for path, items in block.items.items()},
     )

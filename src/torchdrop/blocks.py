@@ -13,7 +13,7 @@ from torch import fx, nn
 from torchdrop.examples import Example
 from torchdrop.lent import UntraceableError
 from torchdrop.linear import Children
-from torchdrop.splits import Finder, terms
+from torchdrop.splits import Finder, differing, terms
 from torchdrop.tracing import (
     A_TENSOR,
     BlockGraph,
@@ -121,10 +121,17 @@ class BlockReader:
         return trace_block(
             module,
             arguments=self._example.first.calls[name],
-            batch_dim=self._batch_dim or 0,
+            batch_dim=self._dimension(name),
             look_through=set(look_through),
             outputs=self._example.first.items,
         )
+
+    def _dimension(self, name: str) -> int:
+        """On which dimension a block gets the batch, as far as two batch sizes tell; else 0."""
+        if self._batch_dim is not None or self._example is None:
+            return self._batch_dim or 0
+        shapes = self._example.argument_shapes(name).values()
+        return next((dims[0] for pair in shapes if len(dims := differing(*pair)) == 1), 0)
 
     def _find(self, name: str, module: nn.Module) -> Finder:
         """The residual additions of ``module``, also where a child adds skip and branch for it."""

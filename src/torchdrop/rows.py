@@ -71,10 +71,18 @@ def add_rows(
     and in the dtype that ``skip + branch`` has.
 
     Raises:
-        ValueError: ``branch`` does not have the shape of those slices.
+        ValueError: ``branch`` neither has the shape of those slices, nor 1 in place of other
+            dimensions than ``dim``.
     """
     expected = (*skip.shape[:dim], rows.numel(), *skip.shape[dim + 1 :])
     if branch.shape != expected:
+        # one value for all steps or channels of a row may stand for them, as in skip + branch
+        fits = branch.dim() == skip.dim() and all(
+            size == wanted or (size == 1 and place != dim)
+            for place, (size, wanted) in enumerate(zip(branch.shape, expected, strict=True))
+        )
+        if fits:
+            return add_rows(skip, branch.expand(expected), rows, gain, dim, inplace=inplace)
         raise ValueError(
             f"the branch of a residual has to have the shape of its skip: on {rows.numel()} kept "
             f"rows of a skip of shape {tuple(skip.shape)} expected {expected}, "

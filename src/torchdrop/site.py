@@ -390,7 +390,9 @@ class Site:
             return self._join_in_graph(k, skip, inputs)
         if settings.meter is not None:
             before = settings.meter()
+            version = _version(skip)
             out = self._compute(self.train, k, inputs)
+            _check_apart(branch, skip, version, out)
             branch.share = (branch.share or 0.0) + settings.meter() - before
             return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
         if self.evaluate and not self.module.training:
@@ -402,7 +404,10 @@ class Site:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
         if rows is True:
+            version = None if branch.dtypes else _version(skip)
             out = self._compute(self.train, k, inputs)
+            if not branch.dtypes:  # the first time
+                _check_apart(branch, skip, version, out)
             total = add_whole(
                 skip,
                 out,
@@ -465,10 +470,7 @@ class Site:
         else:
             out = self._compute(self.train, k, cut)
         if _version(taken) != version:
-            raise RuntimeError(
-                f"the branch {branch.name} writes into its input, which the skip uses, too; "
-                f"use compute='mask', or leave the block out with select="
-            )
+            raise _writes_into_its_input(branch)
         if computed is not rows:
             place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
             out = take(out, place, dim)
@@ -526,6 +528,8 @@ class Site:
             return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
         if self.evaluate and not self.module.training:
             return self._evaluated(branch, skip, lambda: out)
+        if out.shape != skip.shape:
+            _check_shapes(branch, skip, out)
         self._meets_ranks(branch)
         rows = self._draw(branch, skip.shape[dim])
         if rows is False:
@@ -777,6 +781,32 @@ def _version(x: Any) -> int | None:
         return None
     version: int = x._version
     return version
+
+
+def _check_apart(branch: BranchState, skip: Tensor, version: int | None, out: Tensor) -> None:
+    """Raise where a branch, run for all rows, does what it could not do for some or none."""
+    if _version(skip) != version:
+        raise _writes_into_its_input(branch)
+    _check_shapes(branch, skip, out)
+
+
+def _writes_into_its_input(branch: BranchState) -> Exception:
+    return RuntimeError(
+        f"the branch {branch.name} writes into its input, which the skip uses, too; "
+        f"use compute='mask', or leave the block out with select="
+    )
+
+
+def _check_shapes(branch: BranchState, skip: Tensor, out: Tensor) -> None:
+    """Raise where the sum would not have the shape of the skip, as it has where it is dropped."""
+    try:
+        out.expand(skip.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the branch {branch.name} of shape {tuple(out.shape)} makes its skip larger, of shape "
+            f"{tuple(skip.shape)}: where it is dropped the block would return another shape; "
+            f"leave the block out with select=, or expand the skip before the sum"
+        ) from None
 
 
 @contextmanager
