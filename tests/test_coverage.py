@@ -197,7 +197,7 @@ def test_the_reference_masks_what_is_added(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_the_second_row_of_batch_norm_is_work(size: int) -> None:
-    """Of two rows one is kept; on a small map BatchNorm needs the other, too, on a large one not."""
+    """Of two rows one is kept; on a small map BatchNorm needs the other too, on a large one not."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
