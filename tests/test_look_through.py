@@ -430,3 +430,43 @@ def test_a_size_that_a_child_returns_does_not_keep_its_branch_from_being_skipped
             mask[kept[name]] = 2.0
             expected = expected + mask * block.attention(block.norm(expected), [2, size])[0]
         torch.testing.assert_close(out, expected * size, rtol=0, atol=1e-12)
+
+
+class RestBlock(nn.Module):
+    """Hands on what its attention returns besides, as one slice of the tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), SelfAttention(8)
+
+    def forward(self, x):
+        out = self.attention(self.norm(x))
+        return x + out[0], out[1:]
+
+
+class RestNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(RestBlock() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x, _ = block(x)
+        return x
+
+
+def test_the_rest_of_a_tuple_is_what_it_was_or_is_read_again():
+    torch.manual_seed(0)
+    model, x = RestNet().double(), torch.randn(6, 5, 8, dtype=torch.double)
+    dense = copy.deepcopy(model)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    assert [block.action for block in plan.blocks] == ["skip", "skip"]
+    out, rest = model.blocks[0](x)
+    assert rest == (None,)
+    rows = torch.zeros(6, 1, 1, dtype=x.dtype).index_fill_(0, plan.last_kept()["blocks.0"], 2.0)
+    first = dense.blocks[0]
+    torch.testing.assert_close(out, x + rows * first.attention(first.norm(x))[0])
+    # now it is a tensor: of every row, and nothing of it can be left out
+    model.blocks[0].attention.with_weights = first.attention.with_weights = True
+    out, rest = model.blocks[0](x)
+    torch.testing.assert_close(rest[0], first(x)[1][0])
