@@ -218,3 +218,17 @@ def test_whole_batches_are_skipped_with_breaks_between_graphs() -> None:
         torch.testing.assert_close(out, model(x), rtol=1e-10, atol=1e-12)
     assert 0 in costs
     assert len(costs) == 3
+
+
+def test_a_generator_in_a_graph_is_an_error_and_runs_beside_one() -> None:
+    """torch.compile takes no generator: an error with fullgraph, the same numbers without."""
+    x = torch.ones(8, 3)
+
+    def drop(generator: torch.Generator) -> Tensor:
+        return torchdrop.functional.drop_path(x, 0.5, generator=generator)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Failed to convert"):
+        torch.compile(drop, fullgraph=True, backend="eager")(torch.Generator())
+    torch._dynamo.reset()
+    out = torch.compile(drop, backend="eager")(torch.Generator().manual_seed(3))
+    assert torch.equal(out, drop(torch.Generator().manual_seed(3)))

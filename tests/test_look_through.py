@@ -470,3 +470,37 @@ def test_the_rest_of_a_tuple_is_what_it_was_or_is_read_again():
     model.blocks[0].attention.with_weights = first.attention.with_weights = True
     out, rest = model.blocks[0](x)
     torch.testing.assert_close(rest[0], first(x)[1][0])
+
+
+# --- what a child returns to a hook alone ---------------------------------------------------------
+
+
+def _mixtral(compute):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, use_cache=False,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).train()
+    ids = torch.randint(50, (6, 7))
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", compute=compute, example_inputs={"input_ids": ids}
+    )
+    return model, plan, ids
+
+
+def test_what_hooks_record_of_a_router_is_that_of_the_kept_rows():
+    model, plan, ids = _mixtral("auto")
+    out = model(input_ids=ids, labels=ids)
+    kept = [len(rows) for name, rows in plan.last_kept().items() if name.endswith("mlp")]
+    assert [len(logits) for logits in out.router_logits] == [7 * rows for rows in kept] == [21, 21]
+    assert out.loss.isfinite()
+    assert out.aux_loss > 0.0
+    out.loss.backward()
+    # A loss that wants them for all rows, as this one with a mask does, needs the mask.
+    with pytest.raises(RuntimeError, match="must match"):
+        model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
+    model, _, ids = _mixtral("mask")
+    out = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
+    assert [len(logits) for logits in out.router_logits] == [42, 42]

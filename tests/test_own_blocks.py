@@ -355,3 +355,93 @@ def test_a_skip_that_is_broadcast_is_refused(options: dict[str, Any]) -> None:
         plan.set_p([0.5, 0.5])
         with pytest.raises(ValueError, match=r"the shape of its skip: on 4 kept rows.*select="):
             model(x)
+
+
+class Recurrent(nn.Module):
+    """A block with an input whose batch is on dimension 1: (layers, batch, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(W, W, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        return x + self.lstm(x, state)[0]
+
+
+class Recurrents(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Recurrent() for _ in range(3))
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        for block in self.blocks:
+            x = block(x, state)
+        return x
+
+
+@pytest.mark.parametrize("batch", [2, 5])  # as many as layers, too
+@pytest.mark.parametrize("told", [True, False])
+def test_a_state_with_the_batch_on_another_dimension(batch: int, told: bool) -> None:
+    model = Recurrents().double().train()
+    x = torch.randn(batch, 4, W, dtype=torch.float64)
+    state = tuple(torch.randn(2, batch, W, dtype=torch.float64) for _ in range(2))
+    example = {"x": x, "state": state} if told else None
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=example)
+    # without an example nothing says which dimension of which tensor is the batch: masked
+    assert {b.action for one in plan.blocks for b in one.branches} == {"skip" if told else "mask"}
+    out = model(x, state)
+    kept = list(plan.last_kept().values())
+    for block, rows in zip(model.blocks, kept, strict=True):
+        mask = torch.zeros(batch, 1, 1, dtype=torch.float64)
+        mask[rows] = 2.0
+        x = x + mask * block.lstm(x, state)[0]
+    torch.testing.assert_close(out, x)
+
+
+class Held:
+    def __init__(self, scale: Any) -> None:
+        self.scale = scale
+
+
+class Scaled(nn.Module):
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.hidden = nn.Linear(W, W), nn.Linear(W, W), hidden
+
+    def forward(self, x: Tensor, by: Any) -> Tensor:
+        scale = by.scale if self.hidden else float(by[0])
+        return x + self.second(self.first(x).relu()) * scale
+
+
+class AllScaled(nn.Module):
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled(hidden) for _ in range(3))
+
+    def forward(self, x: Tensor, by: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, by)
+        return x
+
+
+def test_a_tensor_inside_an_object_is_refused_not_left_whole() -> None:
+    x, by = torch.randn(B, W), Held(torch.randn(B, 1))
+    with pytest.raises(ValueError, match="no residual branches"):
+        torchdrop.add_stochastic_depth(AllScaled(True), 0.5, example_inputs={"x": x, "by": by})
+    model = AllScaled(True)
+    torchdrop.add_stochastic_depth(model, 0.5)
+    with pytest.raises(RuntimeError, match="a tensor that does not come from its inputs"):
+        model(x, by)
+
+
+def test_an_array_among_the_arguments_is_a_constant_that_may_change() -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(B, W)
+    model = AllScaled(False)
+    dense = copy.deepcopy(model)
+    torchdrop.add_stochastic_depth(
+        model, 1e-12, example_inputs={"x": x, "by": numpy.array([2.0, 1.0])}
+    )
+    for number in (2.0, 3.0, 2.0):
+        by = numpy.array([number, 1.0])
+        torch.testing.assert_close(model(x, by), dense(x, by))
