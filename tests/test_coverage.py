@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchdrop
 import zoo
-from torchdrop import rows, site
+from torchdrop import rows, site, slot
 from zoo_transformers import FAMILIES
 
 BATCH = 5
@@ -112,7 +112,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Break one thing."""
     call, join, add_rows = site.Site.__call__, site.Site.join, rows.add_rows
     if name == "attached":
-        attach = site.attach_to
+        attach = slot.attach_to
 
         def leave_a_hook(module: nn.Module, what: Any) -> None:
             attach(module, what)
@@ -147,7 +147,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     else:
 
         def leave_an_attribute(module: nn.Module) -> None:
-            site.detach(module)
+            slot.detach(module)
             module.__dict__["left"] = None
 
         monkeypatch.setattr("torchdrop.attach.detach", leave_an_attribute)

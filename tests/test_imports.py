@@ -22,6 +22,7 @@ ORDER = [
     {"cost"},
     {"facts", "lent", "partial", "tracing", "examples", "masks", "layout", "inlined"},
     {"linear", "splits", "blocks", "residual", "rewrite"},
+    {"state", "slot"},
     {"site", "whole", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchdrop
 from test_residual import Base, Parallel, Plain, Stack, W, flat, mlp
 from torchdrop.rewrite import MismatchError, Program, rewrite
-from torchdrop.site import attached
+from torchdrop.slot import attached
 from torchdrop.splits import read_splits
 from torchdrop.tracing import trace_block
 from zoo import BARELY, assert_same

@@ -24,18 +24,10 @@ from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
 from torchdrop.residual import Branch, Residual, Survey, adds, may_loop_over_branches, survey
 from torchdrop.rewrite import Program, rewrite
-from torchdrop.site import (
-    BY_ORDER,
-    BranchState,
-    Bypass,
-    LoopBypass,
-    Settings,
-    Site,
-    attach_to,
-    attached,
-    detach,
-)
+from torchdrop.site import Site
+from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
+from torchdrop.state import BY_ORDER, BranchState, Settings
 from torchdrop.tracing import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
 

@@ -14,7 +14,9 @@ from torchdrop import schedules
 from torchdrop.checks import check_model
 from torchdrop.residual import Branch, Residual
 from torchdrop.sampling import shared_numbers
-from torchdrop.site import BranchState, Site, attached, sites_of
+from torchdrop.site import Site, sites_of
+from torchdrop.slot import attached
+from torchdrop.state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
 

@@ -6,11 +6,9 @@ back to :meth:`Site.join` for each; in evaluation, or with p = 0, it runs the bl
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -20,27 +18,20 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchdrop.compiled import enter, rows_in_graph, set_share, size_in_graph, zeros_for
+from torchdrop.compiled import rows_in_graph, size_in_graph, zeros_for
 from torchdrop.lent import UntraceableError, same
-from torchdrop.masks import drops_layers
 from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
 from torchdrop.sampling import keep_batch, order_rows
-from torchdrop.splits import Cuts, read_splits
+from torchdrop.slot import Standin, attached
+from torchdrop.splits import read_splits
+from torchdrop.state import BY_ORDER, BranchState, Settings
 from torchdrop.tracing import is_cache, trace_block
 
 __all__ = [
-    "BY_ORDER",
-    "BranchState",
-    "Bypass",
-    "LoopBypass",
-    "Settings",
     "Site",
-    "attach_to",
-    "attached",
-    "detach",
     "mask_of",
     "precision_of",
     "sites_of",
@@ -56,104 +47,8 @@ _READINGS = 16
 # How many kinds of calls (shapes, dtypes) are remembered of a block whose reading depends on them.
 _KINDS_OF_CALLS = 1024
 
-# The reason of a branch that is masked because that was asked for.
-BY_ORDER = "compute='mask'"
 
-
-@dataclass
-class Settings:
-    """What all branches of one model share. Holds no module, so that a part can be copied."""
-
-    mode: str
-    sampling: str
-    scale: str
-    schedule: str
-    sync_ranks: bool | None
-    zero_grad: bool
-    blocks: int = 0
-    warned: bool = False
-    meter: Callable[[], int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "meter": None}
-
-
-@dataclass(eq=False)
-class BranchState:
-    """One attached branch: what it is, its rate, and what was delivered."""
-
-    name: str
-    block: str
-    path: str | None
-    index: int
-    skip: str
-    action: str
-    reason: str
-    children: tuple[str, ...]
-    masks: tuple[str, ...]
-    inherited: float
-    gain: float
-    writes_skip: bool
-    has_batch_norm: bool
-    inner: tuple[str, ...]
-    own: tuple[str, ...]
-    dim: int = 0
-    place: int = 0
-    branch_first: bool = False
-    cuts: Cuts | None = None
-    p: float = 0.0
-    share: float | None = None
-    rows_seen: int = 0
-    rows_dropped: int = 0
-    last: tuple[int, Any] | None = None
-    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
-    # What a skip that is narrower than its branch is padded to, by the number of the branch.
-    sizes: dict[int, int] = field(default_factory=dict)
-    sampling: str = "exact"
-    scale: str = "train"
-    # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
-    number: int = field(init=False)
-    certain: bool | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.number = enter(self)
-        self.set_rate(self.p)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.number = enter(self)
-
-    def set_rate(self, p: float) -> None:
-        """Drop with probability ``p`` from now on."""
-        if p == self.p and hasattr(self, "certain"):
-            return
-        self.p = p
-        self.certain = True if p == 0.0 else False if p == 1.0 else None
-        set_share(self.number, p)
-
-    def draw_rows(self, batch: int) -> tuple[Tensor, int]:
-        """All rows of a batch, on the host, the kept ones first, and how many are kept."""
-        rows, kept = order_rows(batch, self.p, self.sampling)
-        self.count(batch, rows[:kept], kept)
-        return rows, kept
-
-    def gain_in_training(self) -> float:
-        """What a kept branch is multiplied by in training."""
-        return self.gain / (1.0 - self.p) if self.scale == "train" else self.gain
-
-    def count(self, seen: int, kept: Any, kept_count: int) -> None:
-        """Book one decision."""
-        # A checkpoint runs the block again inside the backward pass: the same decision, not a
-        # new one.
-        if torch._C._current_graph_task_id() == -1:
-            self.rows_seen += seen
-            self.rows_dropped += seen - kept_count
-            if isinstance(kept, Tensor) and torch._C._are_functorch_transforms_active():
-                kept = kept.tolist()  # a tensor of torch.func must not outlive it
-            self.last = (seen, kept)
-
-
-class Site:
+class Site(Standin):
     """What stands in the ``forward`` slot of a block."""
 
     def __init__(
@@ -167,7 +62,7 @@ class Site:
         look_through: Sequence[str] = (),
         items: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.settings = settings
         self.branches = branches
         # The block as it was read first, and with other attributes or constants than then. Branch
@@ -193,11 +88,6 @@ class Site:
     def settle(self) -> None:
         """Act where a branch has a rate and nobody paused the model; rest otherwise."""
         self.active = not self.paused and any(branch.p > 0.0 for branch in self.branches)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        # Others read it: to choose the columns of a data set, to bind arguments.
-        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     @property
     def __name__(self) -> str:
@@ -671,68 +561,6 @@ class Site:
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
 
-    def for_copy(self, module: nn.Module) -> Site:
-        """The same site, with the same state, for another instance of its block."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, module=module)
-        return twin
-
-
-class _Replicate:
-    """Rebinds what is attached when DataParallel makes a replica of a block."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self) -> nn.Module:
-        module = self.module
-        replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
-        attach_to(replica, module.__dict__["forward"].for_copy(replica))
-        return replica
-
-
-class Bypass:
-    """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return ``x``: what the layer masked is decided elsewhere now."""
-        return x
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward.__get__(self.module))
-
-    def for_copy(self, module: nn.Module) -> Bypass:
-        """The same for another instance of the layer."""
-        return Bypass(module)
-
-
-class LoopBypass(Bypass):
-    """Stands in the ``forward`` slot of a module that leaves out whole layers in its loop.
-
-    While it runs, its own rate is 0: what it left out is decided elsewhere now.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module without its own drop."""
-        module = self.module
-        found = drops_layers(module)
-        if found is None:
-            return type(module).forward(module, *args, **kwargs)
-        holder, rate = found
-        holder.layerdrop = 0.0
-        try:
-            return type(module).forward(module, *args, **kwargs)
-        finally:
-            holder.layerdrop = rate
-
-    def for_copy(self, module: nn.Module) -> LoopBypass:
-        """The same for another instance of the module."""
-        return LoopBypass(module)
-
 
 def _holds_something(cache: Any, layer: int) -> bool:
     try:
@@ -838,24 +666,6 @@ def precision_of(x: Tensor) -> tuple[Any, ...]:
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.dtype, torch.get_autocast_dtype(kind) if autocast else None
-
-
-def attach_to(module: nn.Module, what: Site | Bypass) -> None:
-    """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
-    object.__setattr__(module, "forward", what)
-    object.__setattr__(module, "_replicate_for_data_parallel", _Replicate(module))
-
-
-def detach(module: nn.Module) -> None:
-    """Undo :func:`attach_to`, also where it was interrupted between its two lines."""
-    module.__dict__.pop("_replicate_for_data_parallel", None)
-    del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
-
-
-def attached(module: nn.Module) -> Site | Bypass | None:
-    """What torchdrop put on ``module`` itself, or None."""
-    found = module.__dict__.get("forward")
-    return found if isinstance(found, Site | Bypass) else None
 
 
 def sites_of(model: nn.Module) -> list[Site]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows, take
-from torchdrop.site import BranchState, Settings, Site, mask_of, precision_of
+from torchdrop.site import Site, mask_of, precision_of
+from torchdrop.state import BranchState, Settings
 from torchdrop.tracing import unfold
 
 __all__ = ["LayerSite"]

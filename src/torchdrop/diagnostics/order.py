@@ -16,7 +16,8 @@ from torchdrop.diagnostics.batches import check_model
 from torchdrop.examples import Calls, record
 from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
-from torchdrop.site import Bypass, Site, attached
+from torchdrop.site import Site
+from torchdrop.slot import Bypass, attached
 from torchdrop.splits import read_splits
 from torchdrop.tracing import (
     A_TENSOR,

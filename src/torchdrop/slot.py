@@ -1,0 +1,97 @@
+"""The ``forward`` slot of a module: what stands there, and how it gets there and away again.
+
+It is an attribute of the instance, past its class, and an object instead of a closure, so that what
+is attached can be copied, pickled and known again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Self
+
+from torch import nn
+
+from torchdrop.masks import drops_layers
+
+__all__ = ["Bypass", "LoopBypass", "Standin", "attach_to", "attached", "detach"]
+
+
+class Standin:
+    """What stands in the ``forward`` slot of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in place of the module's own forward."""
+        raise NotImplementedError
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Others read it: to choose the columns of a data set, to bind arguments.
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def for_copy(self, module: nn.Module) -> Self:
+        """The same, with the same state, for another instance of its module."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, module=module)
+        return twin
+
+
+class _Replicate:
+    """Rebinds what is attached when DataParallel makes a replica of a block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        module = self.module
+        replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+        attach_to(replica, module.__dict__["forward"].for_copy(replica))
+        return replica
+
+
+class Bypass(Standin):
+    """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return ``x``: what the layer masked is decided elsewhere now."""
+        return x
+
+
+class LoopBypass(Bypass):
+    """Stands in the ``forward`` slot of a module that leaves out whole layers in its loop.
+
+    While it runs, its own rate is 0: what it left out is decided elsewhere now.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module without its own drop."""
+        module = self.module
+        found = drops_layers(module)
+        if found is None:
+            return type(module).forward(module, *args, **kwargs)
+        holder, rate = found
+        holder.layerdrop = 0.0
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            holder.layerdrop = rate
+
+
+def attach_to(module: nn.Module, what: Standin) -> None:
+    """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
+    object.__setattr__(module, "forward", what)
+    object.__setattr__(module, "_replicate_for_data_parallel", _Replicate(module))
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach_to`, also where it was interrupted between its two lines."""
+    module.__dict__.pop("_replicate_for_data_parallel", None)
+    del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
+
+
+def attached(module: nn.Module) -> Standin | None:
+    """What torchdrop put on ``module`` itself, or None."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, Standin) else None

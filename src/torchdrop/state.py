@@ -1,0 +1,112 @@
+"""What is kept of a model's branches between calls: their rates, and what was delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdrop.compiled import enter, set_share
+from torchdrop.sampling import order_rows
+from torchdrop.splits import Cuts
+
+__all__ = ["BY_ORDER", "BranchState", "Settings"]
+
+# The reason of a branch that is masked because that was asked for.
+BY_ORDER = "compute='mask'"
+
+
+@dataclass
+class Settings:
+    """What all branches of one model share. Holds no module, so that a part can be copied."""
+
+    mode: str
+    sampling: str
+    scale: str
+    schedule: str
+    sync_ranks: bool | None
+    zero_grad: bool
+    blocks: int = 0
+    warned: bool = False
+    meter: Callable[[], int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "meter": None}
+
+
+@dataclass(eq=False)
+class BranchState:
+    """One attached branch: what it is, its rate, and what was delivered."""
+
+    name: str
+    block: str
+    path: str | None
+    index: int
+    skip: str
+    action: str
+    reason: str
+    children: tuple[str, ...]
+    masks: tuple[str, ...]
+    inherited: float
+    gain: float
+    writes_skip: bool
+    has_batch_norm: bool
+    inner: tuple[str, ...]
+    own: tuple[str, ...]
+    dim: int = 0
+    place: int = 0
+    branch_first: bool = False
+    cuts: Cuts | None = None
+    p: float = 0.0
+    share: float | None = None
+    rows_seen: int = 0
+    rows_dropped: int = 0
+    last: tuple[int, Any] | None = None
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
+    # What a skip that is narrower than its branch is padded to, by the number of the branch.
+    sizes: dict[int, int] = field(default_factory=dict)
+    sampling: str = "exact"
+    scale: str = "train"
+    # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
+    number: int = field(init=False)
+    certain: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = enter(self)
+        self.set_rate(self.p)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = enter(self)
+
+    def set_rate(self, p: float) -> None:
+        """Drop with probability ``p`` from now on."""
+        if p == self.p and hasattr(self, "certain"):
+            return
+        self.p = p
+        self.certain = True if p == 0.0 else False if p == 1.0 else None
+        set_share(self.number, p)
+
+    def draw_rows(self, batch: int) -> tuple[Tensor, int]:
+        """All rows of a batch, on the host, the kept ones first, and how many are kept."""
+        rows, kept = order_rows(batch, self.p, self.sampling)
+        self.count(batch, rows[:kept], kept)
+        return rows, kept
+
+    def gain_in_training(self) -> float:
+        """What a kept branch is multiplied by in training."""
+        return self.gain / (1.0 - self.p) if self.scale == "train" else self.gain
+
+    def count(self, seen: int, kept: Any, kept_count: int) -> None:
+        """Book one decision."""
+        # A checkpoint runs the block again inside the backward pass: the same decision, not a
+        # new one.
+        if torch._C._current_graph_task_id() == -1:
+            self.rows_seen += seen
+            self.rows_dropped += seen - kept_count
+            if isinstance(kept, Tensor) and torch._C._are_functorch_transforms_active():
+                kept = kept.tolist()  # a tensor of torch.func must not outlive it
+            self.last = (seen, kept)
