@@ -472,6 +472,27 @@ def test_the_rest_of_a_tuple_is_what_it_was_or_is_read_again():
     torch.testing.assert_close(rest[0], first(x)[1][0])
 
 
+class HandsOn(SelfAttention):
+    """Hands on what it was given, besides."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x, mask)[0], None, x
+
+
+def test_the_rest_of_a_tuple_with_a_tensor_in_it_is_computed_for_all_rows():
+    torch.manual_seed(0)
+    model, x = RestNet().double(), torch.randn(6, 5, 8, dtype=torch.double)
+    for block in model.blocks:
+        block.attention = HandsOn(8).double()
+    first = copy.deepcopy(model.blocks[0])
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    out, rest = model.blocks[0](x)
+    assert rest[0] is None
+    torch.testing.assert_close(rest[1], first.norm(x))
+    rows = torch.zeros(6, 1, 1, dtype=x.dtype).index_fill_(0, plan.last_kept()["blocks.0"], 2.0)
+    torch.testing.assert_close(out, x + rows * first.attention(first.norm(x))[0])
+
+
 # --- what a child returns to a hook alone ---------------------------------------------------------
 
 
