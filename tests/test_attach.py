@@ -413,3 +413,85 @@ def test_barely_dropping_runs_the_generated_forward() -> None:
     site = model[0].__dict__["forward"]
     site.train[0].forward.function = lambda self, site, x: x
     assert_same(model[0](x), x)
+
+
+# --- what would add to the rate, or have none --------------------------------------------------
+
+
+class Drops(nn.Module):
+    """A block that calls the function by itself."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.linear, self.p = nn.Linear(6, 6), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torchdrop.functional.drop_path(self.linear(x).relu(), self.p, self.training)
+
+
+def test_a_function_that_drops_in_the_forward_is_refused_as_its_rate_would_add() -> None:
+    model = nn.Sequential(Drops(0.5), Drops(0.5))
+    with pytest.raises(ValueError, match=r"drops the branch .* by itself \(drop_path\)"):
+        torchdrop.add_stochastic_depth(model, 0.5)
+    assert not torchdrop.has_stochastic_depth(model)
+    plan = torchdrop.add_stochastic_depth(nn.Sequential(Drops(0.0), Drops(0.0)), 0.5)
+    assert len(plan.blocks) == 2  # it does nothing
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_a_layer_around_or_inside_a_block_is_refused_as_its_rate_would_add(around: bool) -> None:
+    def stage() -> nn.Module:
+        return nn.Sequential(Drops(0.0), Drops(0.0))
+
+    if around:
+        model = nn.Sequential(torchdrop.StochasticDepth(stage(), 0.3), stage())
+    else:
+        model = nn.Sequential(*stage(), *stage())
+        for block in model:
+            block.linear = nn.Sequential(torchdrop.StochasticDepth(nn.Linear(6, 6), 0.3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"StochasticDepth with p=0\.3, which would add"):
+        torchdrop.add_stochastic_depth(model, 0.5)
+    assert not torchdrop.has_stochastic_depth(model)
+    for layer in model.modules():
+        if isinstance(layer, torchdrop.StochasticDepth):
+            layer.p = 0.0
+    assert len(torchdrop.add_stochastic_depth(model, 0.5).blocks) == 4
+    # beside each other they have nothing to do with each other
+    apart = nn.Sequential(torchdrop.StochasticDepth(nn.Linear(6, 6), 0.3), *stage())
+    assert len(torchdrop.add_stochastic_depth(apart, 0.5).blocks) == 2
+
+
+def test_the_rate_of_a_layer_that_was_taken_over_cannot_be_set() -> None:
+    class Layered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(6, 6), torchdrop.DropPath(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop(self.linear(x).relu())
+
+    model = nn.Sequential(Layered(), Layered())
+    torchdrop.add_stochastic_depth(model)
+    with pytest.raises(ValueError, match="has taken this layer over"):
+        model[0].drop.p = 0.9
+    assert model[0].drop.p == 0.1
+    torchdrop.remove_stochastic_depth(model)
+    model[0].drop.p = 0.9
+    assert model[0].drop.p == 0.9
+
+
+def test_a_plan_whose_block_was_replaced_refuses_rates() -> None:
+    model = nn.Sequential(Drops(0.0), Drops(0.0))
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    model[1] = Drops(0.0)
+    with pytest.raises(ValueError, match="blocks were replaced"):
+        plan.set_p(0.1)
+    torchdrop.get_plan(model).set_p({"0": 0.1})
+
+
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_a_batch_dim_that_is_not_there_is_named(compute: str) -> None:
+    model = nn.Sequential(Drops(0.0), Drops(0.0))
+    torchdrop.add_stochastic_depth(model, 0.5, batch_dim=5, compute=compute)
+    with pytest.raises(ValueError, match=r"dimension 5 as batch_dim says.*\(4, 6\)"):
+        model(torch.randn(4, 6))

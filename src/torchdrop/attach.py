@@ -28,6 +28,7 @@ from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
 from torchdrop.state import BY_ORDER, BranchState, Settings
+from torchdrop.stochastic_depth import StochasticDepth
 from torchdrop.tracing import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
 
@@ -124,6 +125,7 @@ def add_stochastic_depth(
         raise ValueError(_nothing_found(model, found, select is not None, example is not None))
     if select is None:
         _refuse_unreadable(model, found, example is not None)
+    _refuse_doubled(model, chosen)
     _check_layout(chosen)
     sites = _prepare(model, chosen, settings, compute)
     branches = [branch for site in sites for branch in site.branches]
@@ -308,6 +310,22 @@ def _refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
             )
 
 
+def _refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
+    """Raise where a branch is inside a :class:`StochasticDepth`, or has one inside."""
+    branches = [branch for residual in chosen for branch in residual.branches]
+    for path, module in model.named_modules():
+        if not isinstance(module, StochasticDepth) or module.p == 0.0:
+            continue
+        for branch in branches:
+            within = not path or f"{branch._owner}.".startswith(f"{path}.")
+            if within or any(f"{path}.".startswith(f"{child}.") for child in branch.children):
+                raise ValueError(
+                    f"{path or 'the model'!r} is a torchdrop.StochasticDepth with p={module.p}, "
+                    f"which would add to the rate of {branch.name}; set its p to 0, or leave the "
+                    f"block out with select="
+                )
+
+
 def _check_layout(chosen: Sequence[Residual]) -> None:
     """Raise where it is not sure on which dimension a block carries the batch."""
     says: dict[str, int] = {}
@@ -391,9 +409,9 @@ def _prepare_site(
         if drawn is not None:
             raise ValueError(
                 f"the forward of {owner or 'the model'!r} ({type(module).__name__}) drops the "
-                f"branch {branch.name} by itself ({drawn.name}, one number for each row), and that "
-                f"rate would add to p; set it to 0, make it a layer like torchdrop.DropPath, which "
-                f"is taken over, or leave the block out with select="
+                f"branch {branch.name} by itself ({drawn.name}), and that rate would add to p; "
+                f"set it to 0, make it a layer like torchdrop.DropPath, which is taken over, or "
+                f"leave the block out with select="
             )
     splits: list[tuple[Split, str]] = []
     states: list[BranchState] = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torchdrop.drop_path import drop_path
 from torchdrop.tracing import is_shape_node
 
 __all__ = ["inlined_drop"]
@@ -23,20 +24,31 @@ _PRODUCTS = {"mul", "imul", "mul_", "truediv", "div", "div_", "multiply", "where
 
 
 def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
-    """The random numbers that the way from ``skip`` to ``branch`` is multiplied by, if any.
+    """What drops rows on the way from ``skip`` to ``branch``, if anything does.
+
+    It is a call of torchdrop's own function, or the random numbers that others multiply by.
 
     Numbers of any other shape (noise, dropout) are something else.
     """
     before = _ancestors(skip)
     inside = _ancestors(branch) - before - {skip}
+    node: fx.Node
     for node in graph.nodes:
-        if node not in inside or _name(node) not in _PRODUCTS:
+        if node not in inside:
+            continue
+        if node.target is drop_path and _rate(node) != 0.0:
+            return node
+        if _name(node) not in _PRODUCTS:
             continue
         for factor in node.all_input_nodes:
             drawn = _drawn_by_row(factor, inside)
             if drawn is not None:
                 return drawn
     return None
+
+
+def _rate(node: fx.Node) -> Any:
+    return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
 
 
 def _name(node: fx.Node) -> str:

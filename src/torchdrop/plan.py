@@ -15,7 +15,6 @@ from torchdrop.checks import check_model
 from torchdrop.residual import Branch, Residual
 from torchdrop.sampling import shared_numbers
 from torchdrop.site import Site, sites_of
-from torchdrop.slot import attached
 from torchdrop.state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
@@ -106,11 +105,12 @@ class Plan:
         return [branch for site in self._sites for branch in site.branches]
 
     def _check_attached(self) -> None:
-        if any(attached(site.module) is not site for site in self._sites):
+        there = {id(site) for site in sites_of(self._model)}
+        if any(id(site) not in there for site in self._sites):
             raise ValueError(
-                "this plan's stochastic depth was taken off again, all of it or in part, so that "
-                "nothing follows it any more; torchdrop.get_plan(model) gives the plan of what is "
-                "there now"
+                "this plan's stochastic depth was taken off again, all of it or in part (or its "
+                "blocks were replaced by others), so that nothing follows it any more; "
+                "torchdrop.get_plan(model) gives the plan of what is there now"
             )
 
     @property

@@ -37,7 +37,13 @@ class Rated(Checked):
 
     @p.setter
     def p(self, value: float) -> None:
-        self._p = check_rate(value)
+        rate = check_rate(value)
+        if getattr(self.__dict__.get("forward"), "takes_over", False):
+            raise ValueError(
+                "stochastic depth has taken this layer over and does not follow its p any more; "
+                "use torchdrop.get_plan(model).set_p(...)"
+            )
+        self._p = rate
 
 
 def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

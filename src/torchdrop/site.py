@@ -289,7 +289,11 @@ class Site(Standin):
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        rows = self._draw(branch, skip.shape[branch.dim])
+        try:
+            batch = skip.shape[branch.dim]
+        except IndexError:
+            raise _no_batch(branch, skip) from None
+        rows = self._draw(branch, batch)
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
@@ -421,6 +425,8 @@ class Site(Standin):
         if out.shape != skip.shape:
             _check_shapes(branch, skip, out)
         self._meets_ranks(branch)
+        if dim >= skip.dim():
+            raise _no_batch(branch, skip)
         rows = self._draw(branch, skip.shape[dim])
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
@@ -616,6 +622,14 @@ def _check_apart(branch: BranchState, skip: Tensor, version: int | None, out: Te
     if _version(skip) != version:
         raise _writes_into_its_input(branch)
     _check_shapes(branch, skip, out)
+
+
+def _no_batch(branch: BranchState, skip: Tensor) -> Exception:
+    return ValueError(
+        f"the batch is on dimension {branch.dim} as batch_dim says, but the skip of {branch.name} "
+        f"has the shape {tuple(skip.shape)}; take stochastic depth off and give another batch_dim, "
+        f"or none"
+    )
 
 
 def _writes_into_its_input(branch: BranchState) -> Exception:

@@ -54,6 +54,8 @@ class _Replicate:
 class Bypass(Standin):
     """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
 
+    takes_over = True  # what the layer is told from now on has no effect
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return ``x``: what the layer masked is decided elsewhere now."""
         return x
