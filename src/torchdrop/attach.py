@@ -263,8 +263,10 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool, example: boo
             f"select took none of the {len(found.residuals)} residuals of this {name}; "
             f"torchdrop.find_residuals(model) lists those that are taken by default"
         )
+    unread = found.unreadable and not example
+    hint = "; give example_inputs, so that it is read as it is called" if unread else ""
     text = (
-        f"no residual branches found in this {name}. Looked for additions skip + branch, whose "
+        f"no residual branches found in this {name}{hint}. Looked for additions skip + branch, whose "
         f"branch has parameters and an activation, and whose skip is the identity or a "
         f"linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
         f"with {_count(found.additions, 'addition')}"
@@ -274,10 +276,8 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool, example: boo
         text += f"; left out {', '.join(listed)}: take them with select=lambda r: ..."
     if found.unreadable:
         path, reason = next(iter(found.unreadable.items()))
-        text += (
-            f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}: "
-        )
-        text += "wrap its branch in torchdrop.StochasticDepth" if example else "give example_inputs"
+        text += f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}"
+        text += ": wrap its branch in torchdrop.StochasticDepth" if example else ""
     if not found.residuals and not found.unreadable:
         text += (
             ". Such a network has nothing that can be dropped whole; wrap a part of it in "
