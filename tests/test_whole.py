@@ -168,7 +168,9 @@ def test_what_is_no_residual_or_returns_more_is_not_taken(kind):
 
 
 def test_without_an_example_the_error_says_what_to_do():
-    with pytest.raises(ValueError, match=r"test_whole\.py:\d+ \(self\.times \+= 1.*example_in"):
+    with pytest.raises(
+        ValueError, match=r"give example_in.*test_whole\.py:\d+ \(self\.times \+= 1"
+    ):
         torchdrop.add_stochastic_depth(Stack(), 0.5)
 
 

@@ -266,9 +266,9 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool, example: boo
     unread = found.unreadable and not example
     hint = "; give example_inputs, so that it is read as it is called" if unread else ""
     text = (
-        f"no residual branches found in this {name}{hint}. Looked for additions skip + branch, whose "
-        f"branch has parameters and an activation, and whose skip is the identity or a "
-        f"linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
+        f"no residual branches found in this {name}{hint}. Looked for additions skip + "
+        f"branch, whose branch has parameters and an activation, and whose skip is the identity "
+        f"or a linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
         f"with {_count(found.additions, 'addition')}"
     )
     if found.residuals:
