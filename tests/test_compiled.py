@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -232,3 +233,20 @@ def test_a_generator_in_a_graph_is_an_error_and_runs_beside_one() -> None:
     torch._dynamo.reset()
     out = torch.compile(drop, backend="eager")(torch.Generator().manual_seed(3))
     assert torch.equal(out, drop(torch.Generator().manual_seed(3)))
+
+
+def test_a_model_that_goes_away_while_a_compiler_looks_on_disturbs_nothing() -> None:
+    def branches(model: nn.Module) -> list[int]:
+        plan = torchdrop.add_stochastic_depth(model, 0.5)
+        return [state.number for site in plan._sites for state in site.branches]
+
+    model = nn.Sequential(*(Block(4) for _ in range(2)))
+    numbers = branches(model)
+    shares = iter(compiled._shares)
+    next(shares)
+    del model
+    gc.collect()
+    assert len(list(shares)) > 0  # a dict that had shrunk would raise
+    assert set(numbers) <= set(compiled._gone)
+    branches(nn.Sequential(*(Block(4) for _ in range(2))))
+    assert not set(numbers) & {*compiled._shares, *compiled._gone}

@@ -42,13 +42,19 @@ _branches: weakref.WeakValueDictionary[int, InGraph] = weakref.WeakValueDictiona
 _shares: dict[int, Tensor] = {}
 _numbers = itertools.count()
 
+# Numbers of branches that are gone. A compiler goes through all shares, and the garbage collector
+# may run meanwhile, so that they are let go with the next branch that comes.
+_gone: list[int] = []
+
 
 def enter(branch: InGraph) -> int:
     """Give ``branch`` a number, by which graphs know it."""
+    while _gone:
+        _shares.pop(_gone.pop(), None)
     number = next(_numbers)
     _branches[number] = branch
     _shares[number] = _share(branch.p)
-    weakref.finalize(branch, _shares.pop, number, None)
+    weakref.finalize(branch, _gone.append, number)
     return number
 
 
