@@ -158,7 +158,7 @@ def _torchvision(kind: str, name: str) -> Subject:
     elif kind == "segmentation":
         size = (96, 96)
     elif kind == "detection":
-        size = (128, 128)
+        size = (300, 300) if name == "ssd300_vgg16" else (128, 128)
     torch.manual_seed(0)
     model = models.get_model(name, **options)
     if kind == "detection":

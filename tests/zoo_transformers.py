@@ -264,6 +264,7 @@ FAMILIES: dict[str, Family] = {
     "xlnet": _text(
         "XLNet",
         {"d_model": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "d_inner": 64, "vocab_size": 99},
+        blocks=2 * LAYERS,  # the residual of attention is added in a module of its own
         named=False,
     ),
     # its Fourier transform has no parameters: only the MLP is a branch
