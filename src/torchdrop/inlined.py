@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from torchdrop.drop_path import drop_path
-from torchdrop.tracing import is_shape_node
+from torchdrop.partial import ancestors
+from torchdrop.tracing import callee, is_shape_node
 
 __all__ = ["inlined_drop"]
 
@@ -30,8 +31,7 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
 
     Numbers of any other shape (noise, dropout) are something else.
     """
-    before = _ancestors(skip)
-    inside = _ancestors(branch) - before - {skip}
+    inside = (ancestors(branch) | {branch}) - ancestors(skip) - {skip}
     node: fx.Node
     for node in graph.nodes:
         if node not in inside:
@@ -52,20 +52,7 @@ def _rate(node: fx.Node) -> Any:
 
 
 def _name(node: fx.Node) -> str:
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in found:
-            found.add(current)
-            pending.extend(current.all_input_nodes)
-    return found
+    return callee(node) if node.op in ("call_function", "call_method") else ""
 
 
 def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-__all__ = ["add_padded", "merge_partial_sums", "pad_like"]
+__all__ = ["add_padded", "ancestors", "merge_partial_sums", "pad_like"]
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
@@ -40,7 +40,7 @@ def merge_partial_sums(graph: fx.Graph) -> None:
             continue
         add, part, whole, dim, gone = found
         (skip,) = (operand for operand in add.args if operand is not part)
-        if not isinstance(skip, fx.Node) or skip not in _ancestors(whole):
+        if not isinstance(skip, fx.Node) or skip not in ancestors(whole):
             continue
         with graph.inserting_before(node):
             operands = (whole, skip) if add.args[0] is part else (skip, whole)
@@ -175,7 +175,8 @@ def _alike(one: Any, two: Any) -> bool:
     return type(one) is type(two) and bool(one == two)
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All that ``node`` is computed from."""
     found: set[fx.Node] = set()
     pending = list(node.all_input_nodes)
     while pending:

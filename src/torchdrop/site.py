@@ -32,9 +32,11 @@ from torchdrop.tracing import is_cache, trace_block
 
 __all__ = [
     "Site",
+    "beside",
     "mask_of",
     "precision_of",
     "sites_of",
+    "without_spare",
 ]
 
 # With one kept row, BatchNorm needs more than one value a channel from that row alone. A branch
@@ -289,11 +291,7 @@ class Site(Standin):
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        try:
-            batch = skip.shape[branch.dim]
-        except IndexError:
-            raise _no_batch(branch, skip) from None
-        rows = self._draw(branch, batch)
+        rows = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
@@ -340,7 +338,7 @@ class Site(Standin):
         dim = branch.dim
         batch = skip.shape[dim]
         computed = self._rows_to_compute(branch, rows, skip, dim)
-        on_device = _beside(computed, skip)
+        on_device = beside(computed, skip)
         cuts = self.train[k // len(self.branches)].cuts[k]
         whole, taken = skip, None
         cut: list[Any] = []
@@ -366,9 +364,7 @@ class Site(Standin):
         if _version(taken) != version:
             raise _writes_into_its_input(branch)
         if computed is not rows:
-            place = (computed == rows).nonzero().flatten().to(skip.device, non_blocking=True)
-            out = take(out, place, dim)
-            on_device = _beside(rows, skip)
+            out, on_device = without_spare(out, computed, rows, dim)
         return add_rows(whole, out, on_device, gain, dim, inplace=branch.writes_skip)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
@@ -425,9 +421,7 @@ class Site(Standin):
         if out.shape != skip.shape:
             _check_shapes(branch, skip, out)
         self._meets_ranks(branch)
-        if dim >= skip.dim():
-            raise _no_batch(branch, skip)
-        rows = self._draw(branch, skip.shape[dim])
+        rows = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
         if rows is not True:
@@ -473,9 +467,15 @@ class Site(Standin):
             return skip if branch.writes_skip else skip.clone()
         return add_whole(skip, run(), branch.gain * (1.0 - branch.p), inplace=branch.writes_skip)
 
-    def _draw(self, branch: BranchState, batch: int) -> Any:
-        """True: every row is kept; False: none; else the kept rows, on the host, in any order."""
-        settings = self.settings
+    def _draw(self, branch: BranchState, x: Tensor) -> Any:
+        """True: every row of ``x`` is kept; False: none; else the kept, on the host, unsorted."""
+        if branch.dim >= x.dim():
+            raise ValueError(
+                f"the batch is on dimension {branch.dim} as batch_dim says, but the skip of "
+                f"{branch.name} has the shape {tuple(x.shape)}; take stochastic depth off and give "
+                f"another batch_dim, or none"
+            )
+        batch, settings = x.shape[branch.dim], self.settings
         rows: Any
         if branch.p == 0.0:
             rows, kept = True, batch
@@ -484,7 +484,7 @@ class Site(Standin):
             kept = batch if rows else 0
         else:
             rows, kept = order_rows(batch, branch.p, branch.sampling)
-            rows = kept > 0 if kept == 0 or kept == batch else rows[:kept]
+            rows = rows[:kept] if 0 < kept < batch else kept > 0
         branch.count(batch, rows, kept)
         return rows
 
@@ -604,7 +604,13 @@ def _parameters_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def _beside(rows: Tensor, x: Tensor) -> Tensor:
+def without_spare(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Of ``out``, which was computed on more, what belongs to ``rows``; and these beside it."""
+    place = (computed == rows).nonzero().flatten()
+    return take(out, beside(place, out), dim), beside(rows, out)
+
+
+def beside(rows: Tensor, x: Tensor) -> Tensor:
     """``rows``, which are on the host, on the device of ``x``; nothing waits for the copy."""
     return rows if x.is_cpu else rows.to(x.device, non_blocking=True)
 
@@ -622,14 +628,6 @@ def _check_apart(branch: BranchState, skip: Tensor, version: int | None, out: Te
     if _version(skip) != version:
         raise _writes_into_its_input(branch)
     _check_shapes(branch, skip, out)
-
-
-def _no_batch(branch: BranchState, skip: Tensor) -> Exception:
-    return ValueError(
-        f"the batch is on dimension {branch.dim} as batch_dim says, but the skip of {branch.name} "
-        f"has the shape {tuple(skip.shape)}; take stochastic depth off and give another batch_dim, "
-        f"or none"
-    )
 
 
 def _writes_into_its_input(branch: BranchState) -> Exception:

@@ -22,10 +22,6 @@ class Standin:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run in place of the module's own forward."""
-        raise NotImplementedError
-
     @property
     def __signature__(self) -> inspect.Signature:
         # Others read it: to choose the columns of a data set, to bind arguments.

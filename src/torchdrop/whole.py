@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.residual import Layer
-from torchdrop.rows import add_rows, take
-from torchdrop.site import Site, mask_of, precision_of
+from torchdrop.rows import add_rows
+from torchdrop.site import Site, beside, mask_of, precision_of, without_spare
 from torchdrop.state import BranchState, Settings
 from torchdrop.tracing import unfold
 
@@ -52,8 +52,7 @@ class LayerSite(Site):
                 f"example_inputs like that, or leave the block out with select="
             )
         x = tensors[self.layer.x]
-        dim = branch.dim
-        rows = branch.p < 1.0 if scaled else self._draw(branch, x.shape[dim])
+        rows = branch.p < 1.0 if scaled else self._draw(branch, x)
         whole = branch.action == "mask" or self._meets_ranks(branch)
         if rows is False and not whole:
             given = tuple(tensors.values())
@@ -86,7 +85,7 @@ class LayerSite(Site):
         """What the block returns for ``rows``, and the sum for all rows."""
         branch, dim = self.branches[0], self.branches[0].dim
         computed = self._rows_to_compute(branch, rows, x, dim)
-        on_device = computed.to(x.device, non_blocking=True)
+        on_device = beside(computed, x)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
@@ -101,9 +100,7 @@ class LayerSite(Site):
         out = self._as_it_is(bound)
         added = self._sum_in(out) - some[self.layer.x]
         if computed is not rows:
-            place = (computed == rows).nonzero().flatten().to(x.device, non_blocking=True)
-            added = take(added, place, dim)
-            on_device = rows.to(x.device, non_blocking=True)
+            added, on_device = without_spare(added, computed, rows, dim)
         return out, add_rows(x, added, on_device, gain, dim)
 
     def _as_it_is(self, bound: inspect.BoundArguments) -> Any:
