@@ -54,6 +54,39 @@ def test_every_branch_is_joined_once_in_order(action: str) -> None:
     assert sorted(program.branches) == ([4, 5] if action == "skip" else [])
 
 
+class Two(Base):
+    """Two branches, one after the other, and what else may be done with the first sum."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        if self.use == "written":
+            y = x * 1.0
+            y += self.f(x)
+        else:
+            y = x + self.f(x)
+        if self.use == "activated":
+            y = torch.relu(y)
+        z = y + self.g(y)
+        if self.use == "returned":
+            return z, y
+        return z * y.mean() if self.use == "read" else z
+
+
+@pytest.mark.parametrize(
+    ("use", "spent"),
+    [("", {3}), ("returned", set()), ("read", set()), ("activated", set()), ("written", set())],
+)
+@pytest.mark.parametrize("action", ["skip", "mask"])
+def test_a_skip_is_spent_where_it_is_a_sum_that_nothing_else_uses(
+    use: str, spent: set[int], action: str
+) -> None:
+    program = program_of(Two(use), action, first=2)
+    assert program.spent == (spent if action == "skip" else set())
+
+
 def test_what_a_branch_reads_of_shapes_it_reads_of_its_rows() -> None:
     class Reading(Base):
         def forward(self, x: Tensor) -> Tensor:

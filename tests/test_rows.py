@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import jvp, vmap
 
+import torchdrop.rows
 from torchdrop.cost import saved_bytes
 from torchdrop.rows import add_rows, add_whole, fork, take, touch
 
@@ -157,6 +160,148 @@ def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
     assert some.is_contiguous(memory_format=torch.channels_last)
     (grad,) = torch.autograd.grad(whole.sum() + some.sum(), x)
     assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_sum_takes_over_the_memory_of_a_skip_that_is_spent(name: str) -> None:
+    leaf = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([3, 0])
+
+    def total(spent: bool) -> tuple[Tensor, Tensor]:
+        skip = FORMATS[name](leaf * 1.0)
+        return skip, add_rows(skip, branch, rows, 1.5, spent=spent)
+
+    skip, mine = total(True)
+    before = skip.data_ptr()
+    plain, theirs = total(False)
+    assert plain.data_ptr() != theirs.data_ptr()
+    assert (mine.data_ptr() == before) == (name not in ("sliced", "expanded"))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert mine.stride() == theirs.stride()
+    weight = torch.randn_like(mine)
+    for a, b in zip(
+        torch.autograd.grad((mine.relu_() * weight).sum(), (leaf, branch)),
+        torch.autograd.grad((theirs.relu() * weight).sum(), (leaf, branch)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, spent=True), (leaf, branch)
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, spent=True), (leaf, branch)
+    )
+
+
+def test_a_skip_that_is_wanted_for_backward_is_not_spent_unnoticed() -> None:
+    skip = torch.randn(4, 3, requires_grad=True) * 1.0
+    other = skip.square()
+    total = add_rows(skip, torch.ones(1, 3), torch.tensor([2]), 2.0, spent=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (other + total).sum().backward()
+
+
+def _kept_by_a_hook(keep: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        whole.register_hook(lambda grad: kept.append(keep(grad)))
+        (whole.square().sum() + some.sum()).backward()
+        return kept[0]
+
+    return run
+
+
+def _kept_by_a_hook_of_the_node(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    assert whole.grad_fn is not None
+    whole.grad_fn.register_prehook(lambda grads: kept.append(grads[0]))
+    (whole.square().sum() + some.sum()).backward()
+    return kept[0]
+
+
+def _asked_for(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+    return torch.autograd.grad(whole.square().sum() + some.sum(), (whole, x))[0]
+
+
+def _retained(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+    whole.retain_grad()
+    (whole.square().sum() + some.sum()).backward()
+    assert whole.grad is not None
+    return whole.grad
+
+
+def _given(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+    given = 2 * whole.detach()
+    torch.autograd.backward((whole, some), (given, torch.ones_like(some)))
+    return given
+
+
+def _wanted_by_another(x: Tensor, whole: Tensor, some: Tensor) -> Tensor:
+    total = ((x + whole) / 2).square().sum() + some.sum()  # one gradient for the two
+    return torch.autograd.grad(total, x)[0] - torch.tensor([[1.0], [0.0], [1.0]])
+
+
+HOLDERS = {
+    "hook": _kept_by_a_hook(lambda grad: grad),
+    "hook, a part": _kept_by_a_hook(lambda grad: grad[1:]),
+    "hook, detached": _kept_by_a_hook(lambda grad: grad.detach()),
+    "hook of the node": _kept_by_a_hook_of_the_node,
+    "asked for": _asked_for,
+    "retained": _retained,
+    "given": _given,
+    "wanted by another": _wanted_by_another,
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_gradient_that_another_has_is_not_written_into(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
+    leaf = torch.arange(6.0).view(3, 2).requires_grad_()
+    x = leaf * 1.0
+    whole, some = fork(x, torch.tensor([0, 2]))
+    held = HOLDERS[name](x, whole, some)
+    assert torch.equal(held, (2 * x).detach()[3 - len(held) :])
+    if leaf.grad is not None:  # the gradient itself arrives, whoever has it
+        assert torch.equal(leaf.grad, (2 * x).detach() + torch.tensor([[1.0], [0.0], [1.0]]))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_that_nobody_else_has_is_written_into(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
+    leaf = torch.randn(4, 3, 2, 2).to(memory_format=memory_format).requires_grad_()
+
+    def steps(hook: Callable[[Tensor], object]) -> tuple[list[int], Tensor]:
+        places: list[int] = []
+        x = leaf * 1.0
+        x.register_hook(lambda grad: places.append(grad.data_ptr()))
+        whole, some = fork(x, torch.tensor([0, 2]))
+        whole.register_hook(lambda grad: places.append(grad.data_ptr()))
+        whole.register_hook(hook)
+        (grad,) = torch.autograd.grad(whole.square().sum() + some.sum(), leaf)
+        return places, grad
+
+    (before, after), grad = steps(lambda grad: None)
+    assert before == after
+    # the twin: kept, it is left as it is, and the gradients are the same
+    kept: list[Tensor] = []
+    (before, after), same = steps(kept.append)
+    assert before != after
+    assert torch.equal(grad, same)
+
+
+def test_the_test_of_gradients_written_into_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows, "_references", lambda grads: (1, 1, 1))
+    monkeypatch.setattr(torchdrop.rows._Owned, "references", (1, 1, 1))
+    for name, run in HOLDERS.items():
+        x = torch.arange(6.0).view(3, 2).requires_grad_() * 1.0
+        held = run(x, *fork(x, torch.tensor([0, 2])))
+        assert torch.equal(held, (2 * x).detach()[3 - len(held) :]) == (name == "retained"), name
 
 
 def test_derivatives_of_adding_rows() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -69,6 +69,8 @@ class Program:
         branches: By number, ``forward(self, site, *inputs)`` of each branch that can be skipped.
         cuts: For each of them, the dimension on which each input is cut by rows (None: it is
             not); None where that was not measured.
+        spent: Those whose skip is the sum of another branch, which nothing else uses: its memory is
+            free for the sum.
         tensors: The arguments that vary, as :func:`torchdrop.tracing.unfold` names them.
         constants: The other arguments, which the forward holds fixed.
         attributes: The attributes of the block that it holds fixed.
@@ -81,6 +83,7 @@ class Program:
     forward: Source
     branches: dict[int, Source]
     cuts: dict[int, list[tuple[int, int] | None] | None]
+    spent: set[int]
     tensors: list[str]
     constants: dict[str, Any]
     attributes: dict[str, Any]
@@ -159,8 +162,8 @@ class Program:
             self.forward.text == other.forward.text
             and {k: s.text for k, s in self.branches.items()}
             == {k: s.text for k, s in other.branches.items()}
-            and (self.cuts, self.tensors, self.decided)
-            == (other.cuts, other.tensors, other.decided)
+            and (self.cuts, self.spent, self.tensors, self.decided)
+            == (other.cuts, other.spent, other.tensors, other.decided)
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
         )
@@ -209,6 +212,7 @@ class _Rewriter:
         self.label = label
         self.branches: dict[int, Source] = {}
         self.cuts: dict[int, list[tuple[int, int] | None] | None] = {}
+        self.spent: set[int] = set()
 
     def emit(self, graph: fx.Graph, region: list[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
         """Copy ``region`` into ``graph``, its residual additions replaced by calls of the site."""
@@ -276,13 +280,29 @@ class _Rewriter:
         known = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         self.emit(graph, [n for n in self.nodes if n in split.inside | known], env)
         graph.output(env[split.branch])
+        self.note_spent(graph)
         return _source(f"{self.label}, branch {k}", graph)
 
     def main(self) -> Source:
         graph = _graph()
         env = {_SITE: graph.placeholder("site")}
         self.emit(graph, self.nodes, env)
+        self.note_spent(graph)
         return _source(self.label, graph)
+
+    def note_spent(self, graph: fx.Graph) -> None:
+        """Find the joins in ``graph`` whose skip is the new tensor of another, for them alone."""
+        site = next(iter(graph.nodes))
+        sums = {
+            node: cast("int", node.args[1])
+            for node in graph.nodes
+            if node.target in ("join", "mask") and node.args[0] is site
+        }
+        for node, k in sums.items():
+            skip = node.args[2]
+            alone = skip in sums and len(skip.users) == 1
+            if alone and node.target == "join" and not self.splits[sums[skip]][0].writes_skip:
+                self.spent.add(k)
 
 
 _SITE = fx.Graph().placeholder("site")  # stands for the site in every environment
@@ -304,6 +324,7 @@ def rewrite(
         rewriter.main(),
         rewriter.branches,
         rewriter.cuts,
+        rewriter.spent,
         block.tensors,
         block.constants,
         block.attributes,

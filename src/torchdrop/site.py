@@ -339,7 +339,8 @@ class Site(Standin):
         batch = skip.shape[dim]
         computed = self._rows_to_compute(branch, rows, skip, dim)
         on_device = beside(computed, skip)
-        cuts = self.train[k // len(self.branches)].cuts[k]
+        program = self.train[k // len(self.branches)]
+        cuts = program.cuts[k]
         whole, taken = skip, None
         cut: list[Any] = []
         again: list[tuple[Tensor, Tensor]] = []
@@ -365,7 +366,8 @@ class Site(Standin):
             raise _writes_into_its_input(branch)
         if computed is not rows:
             out, on_device = without_spare(out, computed, rows, dim)
-        return add_rows(whole, out, on_device, gain, dim, inplace=branch.writes_skip)
+        written, spent = branch.writes_skip, k in program.spent and taken is not skip
+        return add_rows(whole, out, on_device, gain, dim, inplace=written, spent=spent)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
         """The same in a graph, in plain operations, for a number of rows fixed by the rate."""
