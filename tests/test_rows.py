@@ -329,7 +329,7 @@ def test_derivatives_of_adding_rows() -> None:
 def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
     rows = torch.arange(16)
-    assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == rows.numel() * 8
+    assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == 0  # the indices, apart
     # the twin: torch's own keeps the branch to know its shape
     assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4
 

@@ -109,7 +109,7 @@ def add_rows(
         skip, branch = skip.to(dtype), branch.to(dtype)
     if inplace or _in_torch_func():
         return _add(skip, branch, rows, gain, dim, _memory_order(skip), inplace=inplace)
-    out: Tensor = _AddRows.apply(skip, branch, rows, gain, dim, spent)
+    out: Tensor = _AddRows.apply(skip, branch, (rows, gain, dim), spent)
     return out
 
 
@@ -144,11 +144,10 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, skip: Tensor, branch: Tensor, rows: Tensor, gain: float, dim: int, spent: bool
+        ctx: Any, skip: Tensor, branch: Tensor, to: tuple[Tensor, float, int], spent: bool
     ) -> Tensor:
-        ctx.gain, ctx.dim = gain, dim
-        ctx.save_for_backward(rows)
-        ctx.save_for_forward(rows)
+        # The indices need none of what saving a tensor does, which takes longer than a small sum.
+        rows, gain, dim = ctx.to = to
         order = _memory_order(skip)
         if spent and (order is not None or skip.is_contiguous()):
             # It shares the version of the skip: who kept the skip for backward is told.
@@ -161,18 +160,17 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (rows,) = ctx.saved_tensors
+        rows, gain, dim = ctx.to
         of_branch = None
         if ctx.needs_input_grad[1]:
-            of_branch = take(grad, rows, ctx.dim)
-            of_branch = of_branch if ctx.gain == 1.0 else of_branch.mul_(ctx.gain)
-        return grad, of_branch, None, None, None, None
+            of_branch = take(grad, rows, dim)
+            of_branch = of_branch if gain == 1.0 else of_branch.mul_(gain)
+        return grad, of_branch, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (rows,) = ctx.saved_tensors
         of_skip, of_branch = tangents[:2]
-        return _add(of_skip, of_branch, rows, ctx.gain, ctx.dim, _memory_order(of_skip))
+        return _add(of_skip, of_branch, *ctx.to, _memory_order(of_skip))
 
 
 class _Fork(torch.autograd.Function):
@@ -180,9 +178,7 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        ctx.dim = dim
-        ctx.save_for_backward(rows)
-        ctx.save_for_forward(rows)
+        ctx.rows, ctx.dim = rows, dim
         order = ctx.order = _memory_order(x)
         if order is None:
             return x.view_as(x), x.index_select(dim, rows)
@@ -196,15 +192,13 @@ class _Fork(torch.autograd.Function):
         # Where nobody else has it, the first is written into: autograd adds up gradients likewise.
         alone = _references(grads) == _Owned.references and not torch.is_grad_enabled()
         whole, some = grads
-        (rows,) = ctx.saved_tensors
         alone = alone and (whole if ctx.order is None else whole.permute(ctx.order)).is_contiguous()
-        return _add(whole, some, rows, 1.0, ctx.dim, ctx.order, inplace=alone), None, None
+        return _add(whole, some, ctx.rows, 1.0, ctx.dim, ctx.order, inplace=alone), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        (rows,) = ctx.saved_tensors
         of_x = tangents[0]
-        return of_x.view_as(of_x), take(of_x, rows, ctx.dim)
+        return of_x.view_as(of_x), take(of_x, ctx.rows, ctx.dim)
 
 
 def _references(grads: tuple[Tensor, ...]) -> tuple[int, int, int] | None:
