@@ -37,6 +37,7 @@ from torchdrop.app.results import write_whole
 from torchdrop.app.timing import in_turn
 from torchdrop.cost import flops
 
+BACKEND = "inductor"
 STEPS = 30
 SETTLED = 10  # the step after which nothing may compile any more
 
@@ -52,9 +53,12 @@ class Row:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        if self.source == "timm":
-            return create_model(self.name, num_classes=10)
-        return get_model(self.name, weights=None, num_classes=10)
+        make = create_model if self.source == "timm" else get_model
+        model = make(self.name, num_classes=10)
+        for parameter in model.parameters():  # a head that begins with zeros says nothing
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        return model
 
 
 ROWS = [
@@ -70,6 +74,11 @@ ROWS = [
     Row("timm", "vit_base_patch16_224", 4, 224),
     Row("timm", "vit_tiny_patch16_224", 32, 224),
 ]
+
+
+def in_graph(model: nn.Module) -> Callable[..., Any]:
+    """``model`` compiled, which stops at a graph break."""
+    return torch.compile(model, fullgraph=True, backend=BACKEND)
 
 
 def compilations() -> int:
@@ -94,7 +103,7 @@ def measure(row: Row, times: int) -> dict[str, Any]:
     x, y = torch.randn(row.batch, 3, row.size, row.size), torch.randint(10, (row.batch,))
     model = row.model().train()
     plan = torchdrop.add_stochastic_depth(model, rate(0), example_inputs=x[:2])
-    step = steps_of(torch.compile(model, fullgraph=True), x, y)
+    step = steps_of(in_graph(model), x, y)
     found: dict[str, Any] = {"training": []}
     begin = time.monotonic()
     for number in range(STEPS):
@@ -105,7 +114,7 @@ def measure(row: Row, times: int) -> dict[str, Any]:
     found["dropped"] = {"asked": rate((STEPS - 1) / 2), "delivered": fmean(rates.values())}
 
     model.eval()
-    graph = torch.compile(model, fullgraph=True)
+    graph = in_graph(model)
     outputs = []
     with torch.no_grad():
         found["evaluation"] = growth(lambda: outputs.append(graph(x)))
@@ -118,8 +127,8 @@ def measure(row: Row, times: int) -> dict[str, Any]:
         eager = {"dense": steps_of(dense, x, y), "torchdrop": steps_of(model, x, y)}
         share = {name: fmean(flops(run) for _ in range(2)) for name, run in eager.items()}
         runs = {
-            "dense": steps_of(torch.compile(dense, fullgraph=True), x, y),
-            "torchdrop": steps_of(torch.compile(model, fullgraph=True), x, y),
+            "dense": steps_of(in_graph(dense), x, y),
+            "torchdrop": steps_of(in_graph(model), x, y),
             **{f"eager {name}": run for name, run in eager.items()},
         }
         taken = list(islice(in_turn(runs, CPU), times + WARM_UP))[WARM_UP:]

@@ -5,9 +5,12 @@
 
 overhead   Microseconds a block and step, on stacks of 9 to 600 blocks that cost next to nothing
            (``x + w * x`` with one parameter): what Python, the draws, the rows and their backward
-           take. In a round three take a step: the dense stack, a stack of none of the blocks, and
-           torchdrop on the stack. The overhead is the time of torchdrop, less that of the empty
-           stack, less the kept share of what the blocks cost dense.
+           take. In a round these take a step: the dense stack, a stack of none of the blocks, and
+           torchdrop on the stack; in row mode by compute="skip", and as compute="auto" chooses, a
+           mask. The overhead is the time of torchdrop, less that of the empty stack, less the kept
+           share of what the blocks cost dense.
+choice     Where a mask takes less time than to skip: steps of stacks of 6 blocks in row mode, by
+           compute="skip" over by compute="mask", beside how much is left out in a branch.
 depth      Steps of CIFAR ResNet-20, -56, -110, -302 and -1202 over dense, beside their FLOPs.
 batch      Steps of CIFAR ResNet-20 over dense, at batches of 1 to 512.
 """
@@ -38,24 +41,48 @@ from torchdrop.cost import flops
 BLOCKS = (9, 27, 54, 150, 600)
 DEPTHS = (20, 56, 110, 302, 1202)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-MODES = {"row": {"p": 0.5, "schedule": "uniform"}, "batch": {"p": 0.5, "schedule": "linear"}}
+MODES: dict[str, dict[str, Any]] = {
+    "row": {"p": 0.5, "schedule": "uniform", "compute": "skip"},
+    "batch": {"p": 0.5, "schedule": "linear"},
+}
+CHOSEN = {**MODES["row"], "compute": "auto"}
+# Rows, tokens and width of what goes through a stack.
+SIZES = {
+    "elementwise": [
+        (32, 1, 8),
+        (32, 1, 64),
+        (64, 4, 64),
+        (32, 16, 64),
+        (32, 16, 128),
+        (64, 16, 256),
+    ],
+    "mlp": [
+        (16, 1, 16),
+        (64, 1, 16),
+        (32, 1, 64),
+        (128, 1, 64),
+        (64, 1, 128),
+        (64, 1, 256),
+        (32, 16, 64),
+    ],
+}
 
 
 class Scale(nn.Module):
     """A branch that costs next to nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(8))
+        self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.weight * x).relu()
 
 
 class Nothing(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.branch = Scale()
+        self.branch = Scale(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -82,13 +109,13 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     for blocks in BLOCKS:
         runs = {"dense": steps_of(stack(blocks), x, y), "empty": steps_of(stack(0), x, y)}
         kept = {}
-        for mode, rates in MODES.items():
+        for mode, rates in {**MODES, "row, chosen": CHOSEN}.items():
             model = stack(blocks).train()
-            plan = torchdrop.add_stochastic_depth(model, mode=mode, **rates)
+            plan = torchdrop.add_stochastic_depth(model, mode=mode.split(",")[0], **rates)
             runs[mode] = steps_of(model, x, y)
             # In row mode every branch runs, on fewer rows: what costs nothing still runs.
             p = fmean(branch.p for block in plan.blocks for branch in block.branches)
-            kept[mode] = 1.0 if mode == "row" else 1.0 - p
+            kept[mode] = 1.0 - p if mode == "batch" else 1.0
         ms = timed(runs, options)
         per_block = {
             mode: 1e3 * (ms[mode] - ms["empty"] - share * (ms["dense"] - ms["empty"])) / blocks
@@ -97,6 +124,53 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append({"blocks": blocks, "ms": ms, "microseconds": per_block})
         cells = "  ".join(f"{mode} {value:7.1f} us" for mode, value in per_block.items())
         print(f"overhead  {blocks:5} blocks  {cells}", flush=True)
+    return found
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shrink(nn.functional.gelu(self.grow(self.norm(x))))
+
+
+def choice(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for kind, sizes in SIZES.items():
+        for rows, tokens, width in sizes:
+            for p in (0.1, 0.5):
+                x, y = torch.randn(rows, tokens, width), torch.randint(10, (rows,))
+                runs = {}
+                for compute in ("dense", "skip", "mask"):
+                    blocks = [Mlp(width) if kind == "mlp" else Nothing(width) for _ in range(6)]
+                    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(tokens * width, 10))
+                    if compute != "dense":
+                        torchdrop.add_stochastic_depth(
+                            model, p, schedule="uniform", compute=compute
+                        )
+                    runs[compute] = steps_of(model, x, y)
+                ms = timed(runs, options)
+                weights = 8 * width**2 if kind == "mlp" else 0
+                entry = {
+                    "kind": kind,
+                    "p": p,
+                    "shape": [rows, tokens, width],
+                    "elements left out": p * x.numel(),
+                    "multiply-adds left out": p * rows * tokens * weights,
+                    "ms": ms,
+                    "skip over mask": ms["skip"] / ms["mask"],
+                }
+                found.append(entry)
+                print(
+                    f"choice    {kind:11} {p} of {rows} x {tokens} x {width}: left out "
+                    f"{entry['elements left out']:.0f} elements, "
+                    f"{entry['multiply-adds left out']:.0f} multiply-adds; "
+                    f"skip over mask {entry['skip over mask']:.2f}",
+                    flush=True,
+                )
     return found
 
 
@@ -140,6 +214,7 @@ def grow(name: str, cases: list[tuple[int, int]], options: argparse.Namespace) -
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Any]]] = {
     "overhead": overhead,
+    "choice": choice,
     "depth": lambda options: grow("depth", [(depth, 16) for depth in DEPTHS], options),
     "batch": lambda options: grow("batch", [(20, batch) for batch in BATCHES], options),
 }

@@ -244,12 +244,61 @@ def _steps(results: dict[str, Any]) -> str:
 
 def _overhead(results: dict[str, Any]) -> str:
     part = results["overhead"]
+    modes = ("row", "row, chosen", "batch")
     rows = [
-        [str(case["blocks"]), *(f"{case['microseconds'][m]:.0f}" for m in ("row", "batch"))]
+        [str(case["blocks"]), *(f"{case['microseconds'][mode]:.0f}" for mode in modes)]
         for case in part["cases"]
     ]
     about = _conditions(part["conditions"], part["conditions"]["load before"])
-    return _table(["blocks", "row, µs", "batch, µs"], rows) + f"\n\n{about}"
+    head = ["blocks", "row, µs", "row, as chosen, µs", "batch, µs"]
+    return _table(head, rows) + f"\n\n{about}"
+
+
+def _choice(results: dict[str, Any]) -> str:
+    part = results["choice"]
+    rows = [
+        [
+            f"{case['kind']}, {' x '.join(map(str, case['shape']))}",
+            f"{case['p']:g}",
+            f"{case['elements left out']:.0f}",
+            f"{case['multiply-adds left out']:.1e}" if case["multiply-adds left out"] else "0",
+            *(f"{1e3 * case['ms'][name] / 6:.0f}" for name in ("dense", "skip", "mask")),
+            f"{case['skip over mask']:.2f}",
+        ]
+        for case in part["cases"]
+    ]
+    about = _conditions(part["conditions"], part["conditions"]["load before"])
+    head = ["branch", "p", "elements left out", "multiply-adds left out"]
+    head += ["dense, µs a block", "skip", "mask", "skip / mask"]
+    return _table(head, rows) + f"\n\n{about}"
+
+
+def _compiled(results: dict[str, Any]) -> str:
+    rows, conditions = [], {}
+    for name, entry in results["rows"].items():
+        what = f"{name}, {entry['row']['batch']} x {entry['row']['size']}"
+        if "failed" in entry:
+            rows.append([what, f"failed: {entry['failed'][0]}", *[""] * 5])
+            continue
+        training = entry["training"]
+        times = [
+            f"{entry[key]:.2f}" for key in ("time_over_dense", "flops_over_dense") if key in entry
+        ]
+        rows.append(
+            [
+                what,
+                str(sum(training)),
+                str(sum(training[10:])),
+                str(entry["evaluation"]),
+                f"{entry['off by']:.1e}",
+                f"{entry['seconds of training']:.0f}",
+                " / ".join(times) or "-",
+            ]
+        )
+        conditions[_conditions(entry["conditions"], entry["load before"])] = None
+    head = ["network, batch", "compilations in 30 steps", "after step 10", "in evaluation"]
+    head += ["eager and compiled differ by", "seconds of the 30 steps", "T / F"]
+    return _table(head, rows) + "\n\n" + "  \n".join(conditions)
 
 
 def _growth(results: dict[str, Any], part: str, first: str) -> str:
@@ -268,6 +317,8 @@ def _growth(results: dict[str, Any], part: str, first: str) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "steps": ("steps.json", _steps),
     "overhead": ("scale.json", _overhead),
+    "choice": ("scale.json", _choice),
+    "compiled": ("compiled.json", _compiled),
     "depth": ("scale.json", lambda results: _growth(results, "depth", "depth")),
     "batch": ("scale.json", lambda results: _growth(results, "batch", "batch")),
 }

@@ -397,6 +397,75 @@ def test_compute_is_an_order(compute: str) -> None:
     assert {r.action for r in plan.blocks} == {compute}
 
 
+class Pointwise(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.seen: list[int] = []
+        norm.register_forward_pre_hook(lambda module, args: self.seen.append(len(args[0])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.norm(x))
+
+
+def _pointwise(rows: int, make: Any = nn.LayerNorm, **given: Any) -> tuple[nn.Module, Any, Tensor]:
+    model = nn.Sequential(*(Pointwise(make(16)) for _ in range(2)))
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", **given)
+    return model, plan, torch.randn(rows, 16)
+
+
+def test_a_small_branch_without_matrices_is_masked_and_the_plan_says_so() -> None:
+    model, plan, x = _pointwise(8)
+    out = model(x)
+    assert [block.seen for block in model] == [[8], [8]]
+    assert {block.action for block in plan.blocks} == {"mask"}
+    assert "no matrices: masked where p times its elements is below 8192" in str(plan)
+    kept = plan.last_kept()
+    assert [len(rows) for rows in kept.values()] == [4, 4]
+    assert plan.observed() == {"0": 0.5, "1": 0.5}
+    torch.manual_seed(20161009)
+    skipping, plan, x = _pointwise(8, compute="skip")
+    torch.testing.assert_close(skipping(x), out)  # the same rows
+    assert [block.seen for block in skipping] == [[4], [4]]
+    assert {block.action for block in plan.blocks} == {"skip"}
+    assert "masked" not in str(plan)
+
+
+def test_a_large_branch_without_matrices_is_skipped() -> None:
+    model, plan, x = _pointwise(1024)
+    model(x)
+    assert [block.seen for block in model] == [[512], [512]]
+    assert {block.action for block in plan.blocks} == {"skip"}
+    model(x[:512])
+    assert [block.seen[1:] for block in model] == [[512], [512]]
+    assert {block.action for block in plan.blocks} == {"mask"}
+
+
+@pytest.mark.parametrize("make", [lambda n: nn.Linear(n, n), nn.BatchNorm1d])
+def test_matrices_and_batch_norm_are_never_masked_by_choice(make: Any) -> None:
+    model, plan, x = _pointwise(8, make)
+    model(x)
+    assert [block.seen for block in model] == [[4], [4]]
+    assert {block.action for block in plan.blocks} == {"skip"}
+
+
+def test_a_masked_branch_that_writes_into_its_input_is_refused() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(x) is Tensor:  # only then: unseen while the block is read
+                x.mul_(2.0)
+            return torch.relu(x * self.weight)
+
+    model = nn.Sequential(*(Pointwise(Doubling()) for _ in range(2)))
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    with pytest.raises(RuntimeError, match="writes into its input"):
+        model(torch.randn(8, 16))
+
+
 def test_remove_in_the_middle_of_training() -> None:
     model, x = net(), torch.randn(4, 6)
     expected = model(x)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 peers = pytest.importorskip("peers", reason="timm")
 scale = pytest.importorskip("scale")
+compiled = pytest.importorskip("compiled")
 steps = pytest.importorskip("steps")
 
 SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
@@ -150,6 +151,7 @@ def test_the_growth_is_measured_and_becomes_tables(monkeypatch, tmp_path):
     monkeypatch.setattr(scale, "BLOCKS", (2, 4))
     monkeypatch.setattr(scale, "DEPTHS", (8,))
     monkeypatch.setattr(scale, "BATCHES", (2,))
+    monkeypatch.setattr(scale, "SIZES", {"elementwise": [(4, 1, 8)], "mlp": [(4, 2, 8)]})
     monkeypatch.setitem(
         scale.PARTS, "batch", lambda options: scale.grow("batch", [(8, 2)], options)
     )
@@ -160,12 +162,37 @@ def test_the_growth_is_measured_and_becomes_tables(monkeypatch, tmp_path):
     content = json.loads(out.read_text())
     (depth,) = content["depth"]["cases"]
     assert depth["flops_over_dense"]["row"] < 0.6
-    assert set(content["overhead"]["cases"][1]["microseconds"]) == {"row", "batch"}
+    overhead = content["overhead"]["cases"][1]["microseconds"]
+    assert set(overhead) == {"row", "batch", "row, chosen"}
+    left_out = [case["multiply-adds left out"] for case in content["choice"]["cases"]]
+    assert left_out == pytest.approx([0, 0, 0.1 * 8 * 8 * 64, 0.5 * 8 * 8 * 64])
     page = hooks.with_tables(
-        "".join(f"<!-- table: {name} -->\n\n" for name in ("overhead", "depth", "batch")), tmp_path
+        "".join(f"<!-- table: {name} -->\n\n" for name in ("overhead", "choice", "depth", "batch")),
+        tmp_path,
     )
-    assert "| blocks | row, µs | batch, µs |" in page
+    assert "| blocks | row, µs | row, as chosen, µs | batch, µs |" in page
+    assert "\n| mlp, 4 x 2 x 8 | 0.5 | 32 | 2.0e+03 |" in page
     assert "\n| 8 | " in page
+
+
+def test_training_in_a_graph_is_counted_and_becomes_a_table(monkeypatch, tmp_path):
+    row = compiled.Row("torchvision", "resnet18", 8, 32)
+    monkeypatch.setattr(compiled, "STEPS", 3)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    found = compiled.measure(row, 1)
+    assert found["training"] == [1, 0, 0]
+    assert found["evaluation"] == 1
+    assert found["off by"] == 0.0
+    assert found["flops_over_dense"] < 0.7
+    about = {"versions": {"torch": "2"}, "clock": "wall", "threads": 1}
+    about["machine"] = {"processor": "a"}
+    entry = {**found, "row": {"batch": 8, "size": 32}, "conditions": about, "load before": [0.5]}
+    content = {"rows": {"resnet18": entry, "other": {**entry, "failed": ["no memory"]}}}
+    (tmp_path / "compiled.json").write_text(json.dumps(content))
+    page = hooks.with_tables("<!-- table: compiled -->", tmp_path)
+    assert "\n| resnet18, 8 x 32 | 1 | 0 | 1 | 0.0e+00 | " in page
+    assert "\n| other, 8 x 32 | failed: no memory |" in page
+    torch._dynamo.reset()
 
 
 def test_the_page_of_speed_shows_every_table_and_says_what_is_missing(tmp_path):

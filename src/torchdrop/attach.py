@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from torchdrop import cost, sampling, schedules
 from torchdrop.checks import check_model
@@ -27,7 +29,7 @@ from torchdrop.rewrite import Program, rewrite
 from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
-from torchdrop.state import BY_ORDER, BranchState, Settings
+from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
 from torchdrop.stochastic_depth import StochasticDepth
 from torchdrop.tracing import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
@@ -82,7 +84,9 @@ def add_stochastic_depth(
         select: Called with every :class:`Residual`, those too that are not taken by default
             (``r.default`` is False: lone, inner, linear); True takes it.
         compute: ``"skip"`` or ``"mask"`` for all branches, or ``"auto"``: skip wherever it is
-            possible, and the plan says where it is not.
+            possible, and the plan says where it is not; except that in row mode a branch without
+            matrices and without BatchNorm is masked on tensors so small that this is faster. Which
+            rows are dropped is the same either way.
         sync_ranks: Batch mode in a process group: whether all ranks decide alike, else a step is as
             slow as the rank that keeps most. None or True: they do, after one broadcast in the
             first training forward, which every rank of the default group has to run. False:
@@ -425,7 +429,8 @@ def _prepare_site(
                 f"use compute='auto', or leave it out with select="
             )
         splits.append((split, action))
-        states.append(_state(model, residual, branch, split, action, reason, order, settings))
+        state = (action, reason, order, settings, compute)
+        states.append(_state(model, residual, branch, split, *state))
     return Site(
         block.module,
         settings,
@@ -449,7 +454,7 @@ def _prepare_layer(
     """The site of a block that is dropped as a whole."""
     assert branch._layer is not None
     action, reason = ("mask", BY_ORDER) if compute == "mask" else (branch.action, branch.reason)
-    state = _state(model, residual, branch, None, action, reason, order, settings)
+    state = _state(model, residual, branch, None, action, reason, order, settings, compute)
     return LayerSite(residual.module, settings, state, branch._layer)
 
 
@@ -483,12 +488,36 @@ def _state(
     reason: str,
     order: dict[str, int],
     settings: Settings,
+    compute: str,
 ) -> BranchState:
     called = [model.get_submodule(child) for child in branch.children]
     norms = any(isinstance(m, _BatchNorm) for top in called for m in top.modules())
     if norms and action == "skip":
         pair = "BatchNorm: one kept row of a small map runs with a second"
         reason = f"{reason}; {pair}" if reason else pair
+    own = tuple(
+        dict.fromkeys(
+            str(source.target)
+            for node in (() if split is None else split.inside)
+            for source in (node, *node.all_input_nodes)
+            if source.op == "get_attr"
+        )
+    )
+    elementwise = (
+        (compute, settings.mode, action) == ("auto", "row", "skip")
+        and split is not None
+        and not norms
+        and not any(
+            _is_matrix(tensor)
+            for tensor in (
+                *(t for top in called for t in (*top.parameters(), *top.buffers())),
+                *(attrgetter(path)(model.get_submodule(branch._owner)) for path in own),
+            )
+        )
+    )
+    if elementwise:
+        small = f"no matrices: masked where p times its elements is below {WORTH_SKIPPING}"
+        reason = f"{reason}; {small}" if reason else small
     return BranchState(
         name=branch.name,
         block=residual.name,
@@ -506,20 +535,18 @@ def _state(
         writes_skip=split is not None and split.writes_skip,
         branch_first=split is not None and split.branch_first,
         has_batch_norm=norms,
+        elementwise=elementwise,
         inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
         dim=(split.dim or 0) if split is not None else branch._layer.dim if branch._layer else 0,
         cuts=None if split is None else split.cuts,
-        own=tuple(
-            dict.fromkeys(
-                str(source.target)
-                for node in (() if split is None else split.inside)
-                for source in (node, *node.all_input_nodes)
-                if source.op == "get_attr"
-            )
-        ),
+        own=own,
         sampling=settings.sampling,
         scale=settings.scale,
     )
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    return is_lazy(tensor) or tensor.numel() > max(tensor.shape, default=1)
 
 
 def _relative(name: str, owner: str) -> str | None:

@@ -296,7 +296,7 @@ class _Rewriter:
         sums = {
             node: cast("int", node.args[1])
             for node in graph.nodes
-            if node.target in ("join", "mask") and node.args[0] is site
+            if node.op == "call_method" and node.args[0] is site and node.target in _SUMS
         }
         for node, k in sums.items():
             skip = node.args[2]
@@ -305,6 +305,7 @@ class _Rewriter:
                 self.spent.add(k)
 
 
+_SUMS = ("join", "mask")  # the calls of a site that return the sum of a skip and a branch
 _SITE = fx.Graph().placeholder("site")  # stands for the site in every environment
 
 

@@ -170,7 +170,8 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         of_skip, of_branch = tangents[:2]
-        return _add(of_skip, of_branch, *ctx.to, _memory_order(of_skip))
+        rows, gain, dim = ctx.to
+        return _add(of_skip, of_branch, rows, gain, dim, _memory_order(of_skip))
 
 
 class _Fork(torch.autograd.Function):

@@ -27,7 +27,7 @@ from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, tak
 from torchdrop.sampling import keep_batch, order_rows
 from torchdrop.slot import Standin, attached
 from torchdrop.splits import read_splits
-from torchdrop.state import BY_ORDER, BranchState, Settings
+from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
 from torchdrop.tracing import is_cache, trace_block
 
 __all__ = [
@@ -295,18 +295,12 @@ class Site(Standin):
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
-        if rows is True:
-            version = None if branch.dtypes else _version(skip)
+        if rows is True or (branch.elementwise and self._too_small(branch, skip)):
+            version = _version(skip)
             out = self._compute(self.train, k, inputs)
-            if not branch.dtypes:  # the first time
+            if rows is not True or not branch.dtypes:  # else not the first time
                 _check_apart(branch, skip, version, out)
-            total = add_whole(
-                skip,
-                out,
-                gain,
-                inplace=branch.writes_skip,
-                branch_first=branch.branch_first,
-            )
+            total = self._masked(branch, skip, out, rows, gain)
         else:
             total = self._on_rows(k, skip, inputs, rows, gain)
         branch.dtypes[precision_of(skip)] = total.dtype
@@ -413,7 +407,6 @@ class Site(Standin):
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
         branch = self._branch(k)
-        dim = branch.dim
         if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
             return self._mask_in_graph(k, skip, out)
         if self.settings.meter is not None:
@@ -426,17 +419,24 @@ class Site(Standin):
         rows = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
+        return self._masked(branch, skip, out, rows, branch.gain_in_training())
+
+    @staticmethod
+    def _masked(branch: BranchState, skip: Tensor, out: Tensor, rows: Any, gain: float) -> Tensor:
+        """``skip`` plus ``out``, which was computed for all rows, in ``rows`` only."""
         if rows is not True:
-            kept = mask_of(rows, skip, dim)
+            kept = mask_of(rows, skip, branch.dim)
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        return add_whole(
-            skip,
-            out,
-            branch.gain_in_training(),
-            inplace=branch.writes_skip,
-            branch_first=branch.branch_first,
-        )
+        first, written = branch.branch_first, branch.writes_skip
+        return add_whole(skip, out, gain, inplace=written, branch_first=first)
+
+    @staticmethod
+    def _too_small(branch: BranchState, skip: Tensor) -> bool:
+        """Whether ``branch``, which has no matrices, takes longer on some rows than on all."""
+        small = branch.p * skip.numel() < WORTH_SKIPPING
+        branch.action = "mask" if small else "skip"
+        return small
 
     def _meets_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` each time, since others wait for it there."""

@@ -13,10 +13,15 @@ from torchdrop.compiled import enter, set_share
 from torchdrop.sampling import order_rows
 from torchdrop.splits import Cuts
 
-__all__ = ["BY_ORDER", "BranchState", "Settings"]
+__all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
 
 # The reason of a branch that is masked because that was asked for.
 BY_ORDER = "compute='mask'"
+
+# A branch without matrices is masked where fewer elements than this would be left out: measured by
+# `python benchmarks/scale.py --only choice`, a mask takes up to a sixth less time below it and ever
+# more above it.
+WORTH_SKIPPING = 2**13
 
 
 @dataclass
@@ -54,6 +59,7 @@ class BranchState:
     gain: float
     writes_skip: bool
     has_batch_norm: bool
+    elementwise: bool  # has no matrices, and may be masked where that is faster
     inner: tuple[str, ...]
     own: tuple[str, ...]
     dim: int = 0
