@@ -67,6 +67,52 @@ def net(depth: int = 3, width: int = 6) -> nn.Sequential:
     return nn.Sequential(*(Block(width) for _ in range(depth))).double()
 
 
+class _Layers(nn.Module):
+    """A loop of blocks, whose graph ends at each of them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.sin(block(x))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, and hides it
+def test_in_batch_mode_each_branch_is_a_graph_and_what_is_dropped_does_not_run() -> None:
+    depth = 12  # beyond dynamo's limit for one function
+    model = _Layers(depth).double()
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode="batch")
+    graphs: list[torch.fx.GraphModule] = []
+    layers_run: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        layers = sum("linear" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*tensors: Any) -> Any:
+            layers_run.append(layers)
+            return graph.forward(*tensors)
+
+        return run
+
+    compiled_model = torch.compile(model, backend=backend)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    known = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        expected = model(x)
+        torch.manual_seed(seed)
+        layers_run.clear()
+        torch.testing.assert_close(compiled_model(x), expected, rtol=1e-10, atol=1e-12)
+        assert sum(layers_run) == 2 * sum(len(rows) > 0 for rows in plan.last_kept().values())
+        known.append(len(graphs))
+    assert known[-1] == known[11]  # nothing is compiled any more
+    assert known[-1] <= 3 * depth  # a branch each, and what is between the blocks
+
+
 def test_under_one_seed_a_graph_computes_what_is_computed_without() -> None:
     model, backend = net(), Compiler()
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")

@@ -10,14 +10,24 @@ many rows as the rate can need; where fewer are kept, the last one is computed a
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["InGraph", "enter", "rows_in_graph", "set_share", "size_in_graph", "zeros_for"]
+__all__ = [
+    "InGraph",
+    "enter",
+    "leave_to_python",
+    "rows_in_graph",
+    "set_share",
+    "size_in_graph",
+    "zeros_for",
+]
 
 # The share of rows that is kept is known to a graph in this many steps; to a draw it is exact.
 _STEPS = 2**30
@@ -117,3 +127,25 @@ def rows_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> tuple[Ten
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     rows, weights = torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device)
     return rows, weights
+
+
+def leave_to_python(*modules: str) -> None:
+    """Let dynamo not compile the functions of these modules by themselves, but what they call.
+
+    In batch mode a graph ends where a decision is drawn, and what is on the way to the next graph,
+    a branch, would be compiled in pieces for every block, until dynamo's limit for one function is
+    reached. What ends in no graph is traced through as ever.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    try:  # what torch._dynamo.skip does; torch._dynamo takes seconds to import
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        leave = frames.set_code_exec_strategy
+    except AttributeError:
+        return
+    for name in modules:
+        for value in list(vars(sys.modules[name]).values()):
+            inside = vars(value).values() if isinstance(value, type) else [value]
+            for member in inside:
+                function = getattr(member, "__func__", member)  # of a static or class method
+                if isinstance(function, FunctionType) and function.__module__ == name:
+                    leave(function.__code__, skip)

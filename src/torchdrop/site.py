@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchdrop.compiled import rows_in_graph, size_in_graph, zeros_for
+from torchdrop.compiled import leave_to_python, rows_in_graph, size_in_graph, zeros_for
 from torchdrop.lent import UntraceableError, same
 from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
@@ -686,3 +686,8 @@ def sites_of(model: nn.Module) -> list[Site]:
     """Every site in ``model``, in the order of its depth."""
     found = [s for m in model.modules() if isinstance(s := attached(m), Site)]
     return sorted(found, key=lambda site: (site.branches[0].index, site.branches[0].place))
+
+
+leave_to_python(
+    __name__, *(f"torchdrop.{name}" for name in ("ranks", "rewrite", "rows", "sampling", "state"))
+)

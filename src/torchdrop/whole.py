@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdrop.compiled import leave_to_python
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows
 from torchdrop.site import Site, beside, mask_of, precision_of, without_spare
@@ -117,3 +118,6 @@ class LayerSite(Site):
             return total
         place = int(self.layer.place)
         return type(out)([*out[:place], total, *out[place + 1 :]])
+
+
+leave_to_python(__name__)
