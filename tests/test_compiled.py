@@ -113,6 +113,22 @@ def test_in_batch_mode_each_branch_is_a_graph_and_what_is_dropped_does_not_run()
     assert known[-1] <= 3 * depth  # a branch each, and what is between the blocks
 
 
+@pytest.mark.parametrize("first", ["add", "compile", "run"])
+def test_stochastic_depth_may_come_before_or_after_the_compiler(first: str) -> None:
+    model, backend, x = net(), Compiler(), torch.randn(8, 6, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5) if first == "add" else None
+    graph = torch.compile(model, fullgraph=True, backend=backend)
+    if first == "run":
+        graph(x)
+    plan = plan or torchdrop.add_stochastic_depth(model, 0.5)
+    for _ in range(3):
+        graph(x)
+    assert backend.graphs == (2 if first == "run" else 1)
+    assert plan.observed() == pytest.approx({"0": 1 / 6, "1": 1 / 3, "2": 0.5}, abs=0.05)
+    torchdrop.remove_stochastic_depth(model)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-10, atol=1e-12)
+
+
 def test_under_one_seed_a_graph_computes_what_is_computed_without() -> None:
     model, backend = net(), Compiler()
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")

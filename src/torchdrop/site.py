@@ -289,18 +289,19 @@ class Site(Standin):
             return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
         if self.evaluate and not self.module.training:
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
-        if self._meets_ranks(branch):
+        if self._meets_ranks(branch) or (branch.elementwise and self._too_small(branch, skip)):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
         rows = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
-        if rows is True or (branch.elementwise and self._too_small(branch, skip)):
-            version = _version(skip)
+        if rows is True:
+            version = None if branch.dtypes else _version(skip)
             out = self._compute(self.train, k, inputs)
-            if rows is not True or not branch.dtypes:  # else not the first time
+            if not branch.dtypes:  # the first time
                 _check_apart(branch, skip, version, out)
-            total = self._masked(branch, skip, out, rows, gain)
+            first, written = branch.branch_first, branch.writes_skip
+            total = add_whole(skip, out, gain, inplace=written, branch_first=first)
         else:
             total = self._on_rows(k, skip, inputs, rows, gain)
         branch.dtypes[precision_of(skip)] = total.dtype
@@ -419,22 +420,17 @@ class Site(Standin):
         rows = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
-        return self._masked(branch, skip, out, rows, branch.gain_in_training())
-
-    @staticmethod
-    def _masked(branch: BranchState, skip: Tensor, out: Tensor, rows: Any, gain: float) -> Tensor:
-        """``skip`` plus ``out``, which was computed for all rows, in ``rows`` only."""
         if rows is not True:
             kept = mask_of(rows, skip, branch.dim)
             # where, not a product: an infinity in a dropped row must not become NaN.
             out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        first, written = branch.branch_first, branch.writes_skip
-        return add_whole(skip, out, gain, inplace=written, branch_first=first)
+        gain, first = branch.gain_in_training(), branch.branch_first
+        return add_whole(skip, out, gain, inplace=branch.writes_skip, branch_first=first)
 
     @staticmethod
     def _too_small(branch: BranchState, skip: Tensor) -> bool:
         """Whether ``branch``, which has no matrices, takes longer on some rows than on all."""
-        small = branch.p * skip.numel() < WORTH_SKIPPING
+        small = branch.p < 1.0 and 0.0 < branch.p * skip.numel() < WORTH_SKIPPING
         branch.action = "mask" if small else "skip"
         return small
 
