@@ -19,7 +19,7 @@ __all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
 BY_ORDER = "compute='mask'"
 
 # A branch without matrices is masked where fewer elements than this would be left out: measured by
-# `python benchmarks/scale.py --only choice`, a mask takes up to a sixth less time below it and ever
+# `python benchmarks/scale.py --only choice`, a mask takes up to an eighth less time below it and ever
 # more above it.
 WORTH_SKIPPING = 2**13
 
