@@ -18,9 +18,8 @@ __all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
 # The reason of a branch that is masked because that was asked for.
 BY_ORDER = "compute='mask'"
 
-# A branch without matrices is masked where fewer elements than this would be left out: measured by
-# `python benchmarks/scale.py --only choice`, a mask takes up to an eighth less time below it and ever
-# more above it.
+# A branch without matrices is masked where fewer elements than this would be left out: a mask takes
+# up to an eighth less time below it, and ever more above (benchmarks/scale.py --only choice).
 WORTH_SKIPPING = 2**13
 
 
