@@ -42,8 +42,8 @@ BLOCKS = (9, 27, 54, 150, 600)
 DEPTHS = (20, 56, 110, 302, 1202)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MODES: dict[str, dict[str, Any]] = {
-    "row": {"p": 0.5, "schedule": "uniform", "compute": "skip"},
-    "batch": {"p": 0.5, "schedule": "linear"},
+    "row": {"mode": "row", "p": 0.5, "schedule": "uniform", "compute": "skip"},
+    "batch": {"mode": "batch", "p": 0.5, "schedule": "linear"},
 }
 CHOSEN = {**MODES["row"], "compute": "auto"}
 # Rows, tokens and width of what goes through a stack.
@@ -111,7 +111,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
         kept = {}
         for mode, rates in {**MODES, "row, chosen": CHOSEN}.items():
             model = stack(blocks).train()
-            plan = torchdrop.add_stochastic_depth(model, mode=mode.split(",")[0], **rates)
+            plan = torchdrop.add_stochastic_depth(model, **rates)
             runs[mode] = steps_of(model, x, y)
             # In row mode every branch runs, on fewer rows: what costs nothing still runs.
             p = fmean(branch.p for block in plan.blocks for branch in block.branches)
@@ -183,7 +183,7 @@ def over_dense(depth: int, batch: int, options: argparse.Namespace) -> dict[str,
         for device in ("cpu", "meta"):  # where nothing is computed, and counting costs little
             model = CifarResNet(depth).train()
             if rates is not None:
-                torchdrop.add_stochastic_depth(model, mode=mode, **rates)
+                torchdrop.add_stochastic_depth(model, **rates)
             models.append(model.to(device))
         runs[mode] = steps_of(models[0], x, y)
         step = steps_of(models[1], x.to("meta"), y.to("meta"), WARM_UP)

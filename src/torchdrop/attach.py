@@ -429,8 +429,8 @@ def _prepare_site(
                 f"use compute='auto', or leave it out with select="
             )
         splits.append((split, action))
-        state = (action, reason, order, settings, compute)
-        states.append(_state(model, residual, branch, split, *state))
+        state = _state(model, residual, branch, split, action, reason, order, settings, compute)
+        states.append(state)
     return Site(
         block.module,
         settings,
