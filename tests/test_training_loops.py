@@ -733,7 +733,8 @@ def test_replicas_in_threads(mode: str) -> None:
         for replica in replicas:
             for p in parameters_of(replica):
                 p += 0.1 * torch.randn_like(p)  # so that those of the model would be wrong
-    xs = [torch.randn(5, 6, dtype=torch.float64) for _ in replicas]
+    # They require gradients: which rows are kept is not seeded, and maybe none are.
+    xs = [torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in replicas]
     with ThreadPoolExecutor(3) as pool:  # as parallel_apply, which needs an accelerator
         outs = list(pool.map(lambda replica, x: replica(x), replicas, xs))
     seen = plan._sites[0].branches[0].rows_seen
@@ -742,12 +743,10 @@ def test_replicas_in_threads(mode: str) -> None:
     for replica, x, out in zip(replicas, xs, outs, strict=True):
         expected = explained(replica, x, out, 0.5)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-        mine = torch.autograd.grad(out.square().sum(), list(parameters_of(replica)))
+        wanted = [x, *parameters_of(replica)]
+        mine = torch.autograd.grad(out.square().sum(), wanted)
         theirs = torch.autograd.grad(
-            expected.square().sum(),
-            list(parameters_of(replica)),
-            allow_unused=True,
-            materialize_grads=True,
+            expected.square().sum(), wanted, allow_unused=True, materialize_grads=True
         )
         assert_gradients_agree(list(mine), list(theirs))
         wrong = explained(model, x, out, 0.5)  # the twin
