@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,6 +201,7 @@ def test_a_graph_computes_no_more_rows_than_the_rate_can_need(p: float, batch: i
     class Rated:
         def __init__(self) -> None:
             self.p = p
+            self.convolves = False
 
     rated = Rated()
     number = compiled.enter(rated)  # type: ignore[arg-type]
@@ -221,6 +223,34 @@ def test_nothing_dropped_and_everything_dropped() -> None:
     assert torch.equal(graph(x), expected)
     plan.set_p(0.5)
     assert torch.equal(graph.eval()(x), expected)
+
+
+def graphs_of_inductor(*, convolves: bool) -> int:
+    """How many graphs a schedule takes that lets the rows of a layer pass inductor's threshold."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = net(2, 4).float()
+    x = torch.randn(16, 512, 4)  # sums over more than 4,096 values are written in another way
+    plan = torchdrop.add_stochastic_depth(model, 0.1, schedule="uniform", example_inputs=x[:2])
+    branches = [site.branches[0] for site in plan._sites]
+    assert not any(branch.convolves for branch in branches)
+    for branch in branches:
+        branch.convolves = convolves
+    graph = torch.compile(model, fullgraph=True)
+    for p in (0.25, 0.4, 0.6, 0.8):
+        plan.set_p(p)
+        torch.manual_seed(0)
+        out = graph(x)
+        out.square().sum().backward()
+        torch.manual_seed(0)
+        torch.testing.assert_close(out, model(x), rtol=1e-5, atol=1e-5)
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++")
+def test_inductor_writes_one_graph_for_all_rates() -> None:
+    assert graphs_of_inductor(convolves=False) == 1
+    assert graphs_of_inductor(convolves=True) == 2  # it knows how many rows there are now
 
 
 @pytest.mark.parametrize("case", ["resnet", "vision transformer"])

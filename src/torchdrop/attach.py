@@ -503,16 +503,14 @@ def _state(
             if source.op == "get_attr"
         )
     )
+    weights = [p for top in called for p in top.parameters()]
+    weights += [attrgetter(path)(model.get_submodule(branch._owner)) for path in own]
     elementwise = (
         (compute, settings.mode, action) == ("auto", "row", "skip")
         and split is not None
         and not norms
         and not any(
-            _is_matrix(tensor)
-            for tensor in (
-                *(t for top in called for t in (*top.parameters(), *top.buffers())),
-                *(attrgetter(path)(model.get_submodule(branch._owner)) for path in own),
-            )
+            _is_matrix(t) for t in (*weights, *(b for top in called for b in top.buffers()))
         )
     )
     if elementwise:
@@ -536,6 +534,7 @@ def _state(
         branch_first=split is not None and split.branch_first,
         has_batch_norm=norms,
         elementwise=elementwise,
+        convolves=any(is_lazy(w) or (w.dim() > 2 and _is_matrix(w)) for w in weights),
         inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
         dim=(split.dim or 0) if split is not None else branch._layer.dim if branch._layer else 0,
         cuts=None if split is None else split.cuts,

@@ -13,19 +13,23 @@ import itertools
 import sys
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Drawn",
     "InGraph",
     "enter",
     "leave_to_python",
     "rows_in_graph",
     "set_share",
     "size_in_graph",
+    "spread_in_graph",
+    "take_in_graph",
     "zeros_for",
 ]
 
@@ -37,6 +41,7 @@ class InGraph(Protocol):
     """What a graph draws for."""
 
     p: float
+    convolves: bool
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """All rows of a batch, on the host, the kept ones first, and how many are kept."""
@@ -63,22 +68,35 @@ def enter(branch: InGraph) -> int:
         _shares.pop(_gone.pop(), None)
     number = next(_numbers)
     _branches[number] = branch
-    _shares[number] = _share(branch.p)
+    set_share(number, branch.p, known=branch.convolves)
     weakref.finalize(branch, _gone.append, number)
     return number
 
 
-def set_share(number: int, p: float) -> None:
-    """Let graphs know that the branch ``number`` is dropped with probability ``p``."""
-    _shares[number] = _share(p)
+def set_share(number: int, p: float, *, known: bool) -> None:
+    """Let graphs know that the branch ``number`` is dropped with probability ``p``.
 
-
-def _share(p: float) -> Tensor:
-    share = torch.empty((round((1.0 - p) * _STEPS), 0), device="cpu")
-    # What torch._dynamo.maybe_mark_dynamic(share, 0) does; torch._dynamo takes seconds to import.
-    share._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
+    Of a symbolic size the compiler still knows the value that it has now, and guards on what it
+    decides by it: on a CPU inductor compiles anew when a sum becomes longer than 4,096, which in
+    a transformer happens in one block after the other. Unless it is ``known``, it does not know
+    the value. But of a convolution of an unknown number of rows inductor mistakes the memory format
+    (torch 2.14).
+    """
+    share = torch.empty((max(round((1.0 - p) * _STEPS), 1), 0), device="cpu")
+    # What torch._dynamo.maybe_mark_dynamic and mark_unbacked do; to import torch._dynamo takes
+    # seconds. The hint is what inductor plans its loops for.
+    marks: dict[str, Any] = {"_dynamo_weak_dynamic_indices": {0}}
+    if not known:
+        marks = {
+            "_dynamo_unbacked_indices": {0},
+            "_dynamo_unbacked_bounds": {0: (1, _STEPS)},
+            "_dynamo_hint_overrides": {0: _STEPS // 2},
+            "_specialize_on": {0: []},
+        }
+    for name, value in marks.items():
+        setattr(share, name, value)
     share._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
-    return share
+    _shares[number] = share
 
 
 def size_in_graph(number: int, batch: Any, least: int) -> Any:
@@ -97,36 +115,88 @@ def zeros_for(unused: Iterable[Tensor]) -> Any:
 _library: Any = torch.library.Library("torchdrop", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "keep_rows(int branch, SymInt batch, SymInt size, ScalarType dtype, Device device)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 
 def _keep_rows(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, kept = _branches[branch].draw_rows(batch)
+    rows = rows[:size].contiguous()
     weights = torch.zeros(size, dtype=dtype, device="cpu")
     weights[:kept] = _branches[branch].gain_in_training()
-    return rows[:size].to(device, non_blocking=True), weights.to(device, non_blocking=True)
+    places = torch.full((batch,), -1, dtype=torch.long, device="cpu")
+    places[rows] = torch.arange(size, device="cpu")
+    there = partial(torch.Tensor.to, device=device, non_blocking=True)
+    return there(rows), there(weights), there(places)
 
 
 def _shapes(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    rows = torch.empty(size, dtype=torch.long, device=device)
-    return rows, torch.empty(size, dtype=dtype, device=device)
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, places = (torch.empty(n, dtype=torch.long, device=device) for n in (size, batch))
+    return rows, torch.empty(size, dtype=dtype, device=device), places
 
 
 _library.impl("keep_rows", _keep_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("torchdrop::keep_rows", _shapes, lib=_library)
 
 
-def rows_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``size`` rows of a batch, the kept ones among them, and the weight of each, or zero."""
+class Drawn(NamedTuple):
+    """Rows of a batch that a graph computes, the kept ones among them."""
+
+    rows: Tensor  #: (size,): which they are
+    weights: Tensor  #: (size,): what each is multiplied by; zero where it is not kept
+    places: Tensor  #: (batch,): where each row of the batch is among them, or -1
+
+
+def rows_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> Drawn:
+    """Draw ``size`` rows of a batch for the branch ``number``."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    rows, weights = torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device)
-    return rows, weights
+    return Drawn(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))
+
+
+# Each is the other's gradient, and both read by index. Of index_add, and of the gradient of
+# index_select, a compiler on the CPU makes atomic additions, one by one.
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        ctx.dim = dim
+        return x.index_select(dim, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(grads[0], *ctx.saved_tensors, ctx.dim), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, some: Tensor, rows: Tensor, places: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        ctx.dim = dim
+        computed = (places >= 0).view([-1 if d == dim else 1 for d in range(some.dim())])
+        return torch.where(computed, some.index_select(dim, places.clamp(min=0)), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Take.apply(grads[0], *ctx.saved_tensors, ctx.dim), None, None, None
+
+
+def take_in_graph(x: Tensor, drawn: Drawn, dim: int) -> Tensor:
+    """The drawn slices of ``x`` along ``dim``."""
+    some: Tensor = _Take.apply(x, drawn.rows, drawn.places, dim)
+    return some
+
+
+def spread_in_graph(some: Tensor, drawn: Drawn, dim: int) -> Tensor:
+    """``some`` where the drawn slices are among those of a batch along ``dim``, zero elsewhere."""
+    whole: Tensor = _Spread.apply(some, drawn.rows, drawn.places, dim)
+    return whole
 
 
 def leave_to_python(*modules: str) -> None:

@@ -18,7 +18,14 @@ from torch import Tensor, fx, nn
 from torch import distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchdrop.compiled import leave_to_python, rows_in_graph, size_in_graph, zeros_for
+from torchdrop.compiled import (
+    leave_to_python,
+    rows_in_graph,
+    size_in_graph,
+    spread_in_graph,
+    take_in_graph,
+    zeros_for,
+)
 from torchdrop.lent import UntraceableError, same
 from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
@@ -345,7 +352,7 @@ class Site(Standin):
             elif value is skip and how[0] == dim and not branch.writes_skip:
                 whole, some = fork(skip, on_device, dim)
             else:
-                some = self._cut(branch, value, on_device, how, batch)
+                some = self._cut(branch, value, partial(take, rows=on_device), how, batch)
             cut.append(some)
             if value is skip:
                 taken = some
@@ -374,31 +381,29 @@ class Site(Standin):
                 return skip.add_(zeros_for(unused)) if unused else skip
             return skip + zeros_for(unused) if unused else skip.clone()
         # The number of rows that are drawn one by one is bounded by the batch alone.
-        drawn = branch.certain is None and self.settings.sampling != "independent"
-        if not drawn or self._meets_ranks(branch):
+        bounded = branch.certain is None and self.settings.sampling != "independent"
+        if not bounded or self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
         size = size_in_graph(branch.number, batch, 2)  # one row might be too few for BatchNorm
-        rows, weights = rows_in_graph(branch.number, batch, size, skip)
+        drawn = rows_in_graph(branch.number, batch, size, skip)
         cuts = self.train[k // len(self.branches)].cuts[k]
+        taking = partial(take_in_graph, drawn=drawn)
         cut = []
         for value, how in zip(inputs, cuts or [(dim, 1)] * len(inputs), strict=True):
             if how is None or (cuts is not None and value.shape[how[0]] == 1):
                 cut.append(value)
             else:
-                cut.append(self._cut(branch, value, rows, how, batch))
-        out = _weighted(self._compute(self.train, k, cut), weights, dim)
-        if branch.writes_skip:
-            return skip.index_add_(dim, rows, out.to(skip.dtype))
-        dtype = torch.promote_types(skip.dtype, out.dtype)
-        return skip.to(dtype).index_add(dim, rows, out.to(dtype))
+                cut.append(self._cut(branch, value, taking, how, batch))
+        out = _weighted(self._compute(self.train, k, cut), drawn.weights, dim)
+        out = spread_in_graph(out, drawn, dim)
+        return skip.add_(out) if branch.writes_skip else skip + out
 
     def _mask_in_graph(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         branch = self._branch(k)
         batch = skip.shape[branch.dim]
         if branch.certain is None:
-            rows, weights = rows_in_graph(branch.number, batch, batch, skip)
-            weights = torch.zeros_like(weights).index_copy(0, rows, weights)
-            out = _weighted(out, weights, branch.dim)
+            drawn = rows_in_graph(branch.number, batch, batch, skip)
+            out = _weighted(out, drawn.weights.index_select(0, drawn.places), branch.dim)
         elif branch.certain:
             out = out * branch.gain if branch.gain != 1.0 else out
         else:
@@ -499,7 +504,11 @@ class Site(Standin):
 
     @staticmethod
     def _cut(
-        branch: BranchState, value: Any, rows: Tensor, how: tuple[int, int], batch: int
+        branch: BranchState,
+        value: Any,
+        take: Callable[..., Tensor],
+        how: tuple[int, int],
+        batch: int,
     ) -> Tensor:
         dim, entries = how
         if not isinstance(value, Tensor):
@@ -514,9 +523,9 @@ class Site(Standin):
                 f"use compute='mask', or leave the block out with select="
             )
         if entries == 1:
-            return take(value, rows, dim)
+            return take(value, dim=dim)
         apart = value.reshape(*value.shape[:dim], batch, entries, *value.shape[dim + 1 :])
-        return take(apart, rows, dim).flatten(dim, dim + 1)
+        return take(apart, dim=dim).flatten(dim, dim + 1)
 
     def _dropped(
         self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype

@@ -59,6 +59,7 @@ class BranchState:
     writes_skip: bool
     has_batch_norm: bool
     elementwise: bool  # has no matrices, and may be masked where that is faster
+    convolves: bool  # or might, going by its parameters
     inner: tuple[str, ...]
     own: tuple[str, ...]
     dim: int = 0
@@ -93,7 +94,7 @@ class BranchState:
             return
         self.p = p
         self.certain = True if p == 0.0 else False if p == 1.0 else None
-        set_share(self.number, p)
+        set_share(self.number, p, known=self.convolves)
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """All rows of a batch, on the host, the kept ones first, and how many are kept."""

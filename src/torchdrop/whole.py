@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from torchdrop.compiled import leave_to_python
 from torchdrop.residual import Layer
-from torchdrop.rows import add_rows
+from torchdrop.rows import add_rows, take
 from torchdrop.site import Site, beside, mask_of, precision_of, without_spare
 from torchdrop.state import BranchState, Settings
 from torchdrop.tracing import unfold
@@ -94,7 +95,8 @@ class LayerSite(Site):
             if how is None or value.shape[how[0]] == 1:
                 some[path] = value
             else:
-                some[path] = self._cut(branch, value, on_device, how, x.shape[dim])
+                taking = partial(take, rows=on_device)
+                some[path] = self._cut(branch, value, taking, how, x.shape[dim])
             return some[path]
 
         bound.arguments.update(unfold(bound.arguments, cut)[0])
