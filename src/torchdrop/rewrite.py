@@ -179,17 +179,20 @@ def kind_of_call(tensors: Iterable[Any]) -> Any:
 
 
 class MismatchError(Exception):
-    """A call is not one of those that a program stands for.
+    """A call is not one of those that a program stands for: what it holds fixed, what was found."""
 
-    Attributes:
-        known: What the program holds fixed.
-        given: What was found instead.
-    """
+    # Not attributes that are set in an __init__, which dynamo cannot trace and would complain of,
+    # instead of showing what is then said.
 
-    def __init__(self, known: str, given: str) -> None:
-        super().__init__(known, given)
-        self.known = known
-        self.given = given
+    @property
+    def known(self) -> str:
+        """What the program holds fixed."""
+        return str(self.args[0])
+
+    @property
+    def given(self) -> str:
+        """What was found instead."""
+        return str(self.args[1])
 
 
 def _source(label: str, graph: fx.Graph) -> Source:
