@@ -326,6 +326,26 @@ def test_derivatives_of_adding_rows() -> None:
     torch.testing.assert_close(vmap(add)(*many), vmap(plain)(*many))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_a_sum_one_by_one_and_many_at_a_time(layout: str, dtype: torch.dtype) -> None:
+    skip, branch = (
+        FORMATS[layout](torch.randn(n, 3, 2, 2, dtype=dtype)).requires_grad_() for n in (5, 2)
+    )
+    rows = torch.tensor([4, 1])
+    mine = add_rows(skip, branch, rows, 1.5)
+    theirs = skip.index_add(0, rows, branch, alpha=1.5)
+    assert torch.equal(mine, theirs)
+    grads = torch.randn(7, 5, 3, 2, 2, dtype=dtype)
+    expected = [torch.autograd.grad(theirs, (skip, branch), g, retain_graph=True) for g in grads]
+    one_by_one = [torch.autograd.grad(mine, (skip, branch), g, retain_graph=True) for g in grads]
+    many = torch.autograd.grad(mine, (skip, branch), grads, is_grads_batched=True)
+    for place in range(2):
+        wanted = torch.stack([e[place] for e in expected])
+        torch.testing.assert_close(torch.stack([o[place] for o in one_by_one]), wanted)
+        torch.testing.assert_close(many[place], wanted)
+
+
 def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
     rows = torch.arange(16)
