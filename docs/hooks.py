@@ -290,7 +290,7 @@ def _compiled(results: dict[str, Any]) -> str:
                 str(sum(training)),
                 str(sum(training[10:])),
                 str(entry["evaluation"]),
-                "-" if entry["off by"] is None else f"{entry['off by']:.1e}",
+                f"{entry['off by']:.1e}",
                 f"{entry['seconds of training']:.0f}",
                 " / ".join(times) or "-",
             ]

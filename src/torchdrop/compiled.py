@@ -85,8 +85,10 @@ def set_share(number: int, p: float, *, known: bool) -> None:
     share = torch.empty((max(round((1.0 - p) * _STEPS), 1), 0), device="cpu")
     # What torch._dynamo.maybe_mark_dynamic and mark_unbacked do; to import torch._dynamo takes
     # seconds. The hint is what inductor plans its loops for.
-    marks: dict[str, Any] = {"_dynamo_weak_dynamic_indices": {0}}
-    if not known:
+    marks: dict[str, Any]
+    if known:
+        marks = {"_dynamo_weak_dynamic_indices": {0}}
+    else:
         marks = {
             "_dynamo_unbacked_indices": {0},
             "_dynamo_unbacked_bounds": {0: (1, _STEPS)},
@@ -124,7 +126,7 @@ def _keep_rows(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, kept = _branches[branch].draw_rows(batch)
-    rows = rows[:size].contiguous()
+    rows = rows[:size]
     weights = torch.zeros(size, dtype=dtype, device="cpu")
     weights[:kept] = _branches[branch].gain_in_training()
     places = torch.full((batch,), -1, dtype=torch.long, device="cpu")

@@ -506,7 +506,7 @@ class Site(Standin):
     def _cut(
         branch: BranchState,
         value: Any,
-        take: Callable[..., Tensor],
+        taking: Callable[..., Tensor],
         how: tuple[int, int],
         batch: int,
     ) -> Tensor:
@@ -523,9 +523,9 @@ class Site(Standin):
                 f"use compute='mask', or leave the block out with select="
             )
         if entries == 1:
-            return take(value, dim=dim)
+            return taking(value, dim=dim)
         apart = value.reshape(*value.shape[:dim], batch, entries, *value.shape[dim + 1 :])
-        return take(apart, dim=dim).flatten(dim, dim + 1)
+        return taking(apart, dim=dim).flatten(dim, dim + 1)
 
     def _dropped(
         self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype

@@ -88,6 +88,7 @@ class LayerSite(Site):
         branch, dim = self.branches[0], self.branches[0].dim
         computed = self._rows_to_compute(branch, rows, x, dim)
         on_device = beside(computed, x)
+        taking = partial(take, rows=on_device)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
@@ -95,7 +96,6 @@ class LayerSite(Site):
             if how is None or value.shape[how[0]] == 1:
                 some[path] = value
             else:
-                taking = partial(take, rows=on_device)
                 some[path] = self._cut(branch, value, taking, how, x.shape[dim])
             return some[path]
 
