@@ -242,6 +242,34 @@ def _steps(results: dict[str, Any]) -> str:
     return _table(head, rows) + "\n\n" + "  \n".join(conditions)
 
 
+def _accelerator(results: dict[str, Any]) -> str:
+    rows, conditions = [], {}
+    for entry in results["rows"]:
+        config, skipping = entry["config"], entry["contestants"]["skipping"]
+        what = f"{config['model']}, {config['batch']} x {config['size']}"
+        what += ", channels last" if config["channels_last"] else ""
+        what += ", compiled" if config["compile"] else ""
+        rows.append(
+            [
+                what,
+                f"{config['mode']}, {config['p']:g} {config['schedule']}",
+                f"{entry['contestants']['dense']['ms']['median']:.1f}",
+                f"{entry['contestants']['masked']['time_over_dense']:.2f}",
+                f"**{skipping['time_over_dense']:.2f}**",
+                f"{skipping['flops_over_dense']:.2f}",
+                f"{skipping['bytes_over_dense']:.2f}",
+                " / ".join(
+                    f"{entry['contestants'][name]['peak_bytes'] / 2**20:.0f}"
+                    for name in ("dense", "skipping")
+                ),
+            ]
+        )
+        versions = ", ".join(f"{name} {entry['versions'][name]}" for name in ("torch", "timm"))
+        conditions[f"{entry['machine']['accelerator']}; {versions}."] = None
+    head = ["network, batch", "mode, p", "dense, ms", "masked", "torchdrop", "F", "bytes", "MiB"]
+    return _table(head, rows) + "\n\n" + "  \n".join(conditions)
+
+
 def _overhead(results: dict[str, Any]) -> str:
     part = results["overhead"]
     modes = ("row", "row, chosen", "batch")
@@ -316,6 +344,7 @@ def _growth(results: dict[str, Any], part: str, first: str) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "steps": ("steps.json", _steps),
+    "accelerator": ("accelerator.json", _accelerator),
     "overhead": ("scale.json", _overhead),
     "choice": ("scale.json", _choice),
     "compiled": ("compiled.json", _compiled),

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop import site
+from torchdrop import sampling, site
 from torchdrop.cost import saved_bytes
 
 models = pytest.importorskip("torchvision.models")
@@ -155,3 +156,28 @@ def test_no_block_waits_for_the_device(sampling: str, compute: str) -> None:
 def test_the_test_of_waiting_can_fail(wait: Any) -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         wait(torch.empty(3, device="meta"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("how", ["attached", "layer"])
+def test_a_cuda_graph_that_would_repeat_its_draw_is_refused(
+    monkeypatch: pytest.MonkeyPatch, recorded: bool, mode: str, how: str
+) -> None:
+    """On fake tensors, which say that they are on a device that need not be there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recorded)
+    monkeypatch.setattr(sampling, "_uniform", lambda *given: 0.7)  # a fake one has no value
+    block = (
+        Rectified() if how == "attached" else torchdrop.StochasticDepth(Rectified(), 0.5, mode=mode)
+    )
+    model = nn.Sequential(block, copy.deepcopy(block))
+    if how == "attached":
+        torchdrop.add_stochastic_depth(model, 0.5, mode=mode, schedule="uniform")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(6, 6, device="cuda")
+        model.to("cuda")
+        if recorded:
+            with pytest.raises(RuntimeError, match="repeat this one draw in every replay"):
+                model(x)
+            model.eval()
+        model(x)

@@ -35,6 +35,7 @@ __all__ = [
     "order_rows",
     "rare_hits",
     "readable",
+    "refuse_recording",
     "shared_numbers",
     "transformed",
 ]
@@ -249,6 +250,17 @@ def _refuse_draws_of_their_own() -> None:
                 "stochastic depth decides on the host what is computed, once for everything that "
                 "vmap maps over; pass randomness='same' to vmap"
             )
+
+
+def refuse_recording(x: Tensor) -> None:
+    """Refuse a CUDA graph that is recorded now: each replay would repeat what is drawn here."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "what stochastic depth computes is drawn on the host, and a CUDA graph that is "
+            "recorded now (torch.cuda.graph, make_graphed_callables) would repeat this one draw in "
+            "every replay; record the model in evaluation, or use "
+            "torch.compile(mode='reduce-overhead'), which draws anew for each replay"
+        )
 
 
 def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:

@@ -31,7 +31,7 @@ from torchdrop.partial import pad_like
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take, touch
-from torchdrop.sampling import keep_batch, order_rows
+from torchdrop.sampling import keep_batch, order_rows, refuse_recording
 from torchdrop.slot import Standin, attached
 from torchdrop.splits import read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
@@ -478,6 +478,7 @@ class Site(Standin):
                 f"{branch.name} has the shape {tuple(x.shape)}; take stochastic depth off and give "
                 f"another batch_dim, or none"
             )
+        refuse_recording(x)
         batch, settings = x.shape[branch.dim], self.settings
         rows: Any
         if branch.p == 0.0:

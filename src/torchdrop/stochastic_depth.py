@@ -253,6 +253,7 @@ class StochasticDepth(Rated):
             return self._unscaled(x, args, kwargs)
         if not self.training:
             return self._expected(x, args, kwargs)
+        sampling.refuse_recording(x)
         alike = self.mode == "batch" and self.sync_ranks is not False
         if meets_ranks([self.module], type(self.module).__name__, alike=alike):
             out = self._masked(x, args, kwargs)
