@@ -179,13 +179,11 @@ class Plan:
         kept = {}
         for branch in self._branches:
             if branch.last is not None:
-                seen, rows = branch.last
-                if isinstance(rows, Tensor):
-                    kept[branch.name] = rows.sort().values
-                elif isinstance(rows, list):
-                    kept[branch.name] = torch.tensor(sorted(rows))
+                rows, number = branch.last
+                if isinstance(rows, bool):
+                    kept[branch.name] = torch.arange(number)
                 else:
-                    kept[branch.name] = torch.arange(seen if rows else 0)
+                    kept[branch.name] = torch.as_tensor(rows[:number]).sort().values
         return kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,6 @@ from torchdrop.tracing import is_cache, trace_block
 __all__ = [
     "Site",
     "beside",
-    "mask_of",
     "precision_of",
     "sites_of",
     "without_spare",
@@ -298,7 +297,7 @@ class Site(Standin):
             return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
         if self._meets_ranks(branch) or (branch.elementwise and self._too_small(branch, skip)):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        rows = self._draw(branch, skip)
+        rows, kept = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
         gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
@@ -310,7 +309,7 @@ class Site(Standin):
             first, written = branch.branch_first, branch.writes_skip
             total = add_whole(skip, out, gain, inplace=written, branch_first=first)
         else:
-            total = self._on_rows(k, skip, inputs, rows, gain)
+            total = self._on_rows(k, skip, inputs, rows[:kept], gain)
         branch.dtypes[precision_of(skip)] = total.dtype
         return total
 
@@ -422,13 +421,14 @@ class Site(Standin):
         if out.shape != skip.shape:
             _check_shapes(branch, skip, out)
         self._meets_ranks(branch)
-        rows = self._draw(branch, skip)
+        rows, kept = self._draw(branch, skip)
         if rows is False:
             return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
         if rows is not True:
-            kept = mask_of(rows, skip, branch.dim)
-            # where, not a product: an infinity in a dropped row must not become NaN.
-            out = torch.where(kept, out, torch.zeros((), dtype=out.dtype, device=out.device))
+            if out.dim() < skip.dim() or out.shape[branch.dim] != skip.shape[branch.dim]:
+                out = out.expand(skip.shape)  # one row that stood for all
+            # filled, not multiplied: an infinity in a dropped row must not become NaN
+            out = out.index_fill(branch.dim, beside(rows[kept:], out), 0.0)
         gain, first = branch.gain_in_training(), branch.branch_first
         return add_whole(skip, out, gain, inplace=branch.writes_skip, branch_first=first)
 
@@ -470,8 +470,11 @@ class Site(Standin):
             return skip if branch.writes_skip else skip.clone()
         return add_whole(skip, run(), branch.gain * (1.0 - branch.p), inplace=branch.writes_skip)
 
-    def _draw(self, branch: BranchState, x: Tensor) -> Any:
-        """True: every row of ``x`` is kept; False: none; else the kept, on the host, unsorted."""
+    def _draw(self, branch: BranchState, x: Tensor) -> tuple[Any, int]:
+        """Who is kept, and how many.
+
+        True for every row of ``x``, False for none; else all, on the host, the kept ones first.
+        """
         if branch.dim >= x.dim():
             raise ValueError(
                 f"the batch is on dimension {branch.dim} as batch_dim says, but the skip of "
@@ -488,9 +491,9 @@ class Site(Standin):
             kept = batch if rows else 0
         else:
             rows, kept = order_rows(batch, branch.p, branch.sampling)
-            rows = rows[:kept] if 0 < kept < batch else kept > 0
+            rows = rows if 0 < kept < batch else kept > 0
         branch.count(batch, rows, kept)
-        return rows
+        return rows, kept
 
     def _rows_to_compute(self, branch: BranchState, rows: Tensor, skip: Tensor, dim: int) -> Tensor:
         """``rows``, and one more where BatchNorm could not stand a single one."""
@@ -583,15 +586,6 @@ def _holds_something(cache: Any, layer: int) -> bool:
         layers = getattr(cache, "layers", ())
         states = getattr(layers[layer], "has_previous_state", {}) if layer < len(layers) else {}
         return any(states.values())
-
-
-def mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
-    """True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
-    kept = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
-    kept[rows] = True
-    shape = [1] * like.dim()
-    shape[dim] = -1
-    return kept.to(like.device, non_blocking=True).view(shape)
 
 
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -70,7 +70,7 @@ class BranchState:
     share: float | None = None
     rows_seen: int = 0
     rows_dropped: int = 0
-    last: tuple[int, Any] | None = None
+    last: tuple[Any, int] | None = None  # who was kept, and how many
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
     # What a skip that is narrower than its branch is padded to, by the number of the branch.
     sizes: dict[int, int] = field(default_factory=dict)
@@ -99,20 +99,20 @@ class BranchState:
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """All rows of a batch, on the host, the kept ones first, and how many are kept."""
         rows, kept = order_rows(batch, self.p, self.sampling)
-        self.count(batch, rows[:kept], kept)
+        self.count(batch, rows, kept)
         return rows, kept
 
     def gain_in_training(self) -> float:
         """What a kept branch is multiplied by in training."""
         return self.gain / (1.0 - self.p) if self.scale == "train" else self.gain
 
-    def count(self, seen: int, kept: Any, kept_count: int) -> None:
-        """Book one decision."""
+    def count(self, batch: int, rows: Any, kept: int) -> None:
+        """Book one decision: of ``batch`` rows the first ``kept`` of ``rows``, or all, or none."""
         # A checkpoint runs the block again inside the backward pass: the same decision, not a
         # new one.
         if torch._C._current_graph_task_id() == -1:
-            self.rows_seen += seen
-            self.rows_dropped += seen - kept_count
-            if isinstance(kept, Tensor) and torch._C._are_functorch_transforms_active():
-                kept = kept.tolist()  # a tensor of torch.func must not outlive it
-            self.last = (seen, kept)
+            self.rows_seen += batch
+            self.rows_dropped += batch - kept
+            if isinstance(rows, Tensor) and torch._C._are_functorch_transforms_active():
+                rows = rows.tolist()  # a tensor of torch.func must not outlive it
+            self.last = (rows, kept)

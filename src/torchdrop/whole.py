@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchdrop.compiled import leave_to_python
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows, take
-from torchdrop.site import Site, beside, mask_of, precision_of, without_spare
+from torchdrop.site import Site, beside, precision_of, without_spare
 from torchdrop.state import BranchState, Settings
 from torchdrop.tracing import unfold
 
@@ -54,7 +54,8 @@ class LayerSite(Site):
                 f"example_inputs like that, or leave the block out with select="
             )
         x = tensors[self.layer.x]
-        rows = branch.p < 1.0 if scaled else self._draw(branch, x)
+        rows, kept = (branch.p < 1.0, 0) if scaled else self._draw(branch, x)
+        rows = rows if isinstance(rows, bool) else rows[:kept]
         whole = branch.action == "mask" or self._meets_ranks(branch)
         if rows is False and not whole:
             given = tuple(tensors.values())
@@ -79,7 +80,7 @@ class LayerSite(Site):
         if rows is True:
             return y
         none = torch.empty(0, dtype=torch.long, device="cpu")
-        return torch.where(mask_of(none if rows is False else rows, x, branch.dim), y, x)
+        return torch.where(_mask_of(none if rows is False else rows, x, branch.dim), y, x)
 
     def _run_on(
         self, rows: Tensor, bound: inspect.BoundArguments, x: Tensor, gain: float
@@ -120,6 +121,15 @@ class LayerSite(Site):
             return total
         place = int(self.layer.place)
         return type(out)([*out[:place], total, *out[place + 1 :]])
+
+
+def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
+    """True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
+    kept = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
+    kept[rows] = True
+    shape = [1] * like.dim()
+    shape[dim] = -1
+    return kept.to(like.device, non_blocking=True).view(shape)
 
 
 leave_to_python(__name__)
