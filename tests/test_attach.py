@@ -419,7 +419,7 @@ def test_a_small_branch_without_matrices_is_masked_and_the_plan_says_so() -> Non
     out = model(x)
     assert [block.seen for block in model] == [[8], [8]]
     assert {block.action for block in plan.blocks} == {"mask"}
-    assert "no matrices: masked where p times its elements is below 8192" in str(plan)
+    assert "no matrices: masked where p times its elements is below 16384" in str(plan)
     kept = plan.last_kept()
     assert [len(rows) for rows in kept.values()] == [4, 4]
     assert plan.observed() == {"0": 0.5, "1": 0.5}
@@ -432,12 +432,12 @@ def test_a_small_branch_without_matrices_is_masked_and_the_plan_says_so() -> Non
 
 
 def test_a_large_branch_without_matrices_is_skipped() -> None:
-    model, plan, x = _pointwise(1024)
+    model, plan, x = _pointwise(2048)
     model(x)
-    assert [block.seen for block in model] == [[512], [512]]
+    assert [block.seen for block in model] == [[1024], [1024]]
     assert {block.action for block in plan.blocks} == {"skip"}
-    model(x[:512])
-    assert [block.seen[1:] for block in model] == [[512], [512]]
+    model(x[:1024])
+    assert [block.seen[1:] for block in model] == [[1024], [1024]]
     assert {block.action for block in plan.blocks} == {"mask"}
 
 

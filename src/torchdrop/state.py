@@ -19,8 +19,8 @@ __all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
 BY_ORDER = "compute='mask'"
 
 # A branch without matrices is masked where fewer elements than this would be left out: a mask takes
-# up to an eighth less time below it, and ever more above (benchmarks/scale.py --only choice).
-WORTH_SKIPPING = 2**13
+# up to a quarter less time below it, and ever more above (benchmarks/scale.py --only choice).
+WORTH_SKIPPING = 2**14
 
 
 @dataclass
