@@ -346,6 +346,26 @@ def test_what_cannot_be_read_is_said():
         variance_shift(nn.Sequential(Undecided()), [torch.randn(6, 5)])
 
 
+class Counting(Block):
+    """Cannot be split, so it is dropped as a whole; its sum cannot be watched, its layers can."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_block_that_is_dropped_as_a_whole_is_said_and_its_layers_are_measured():
+    x = torch.randn(64, 5)
+    model = nn.Sequential(nn.BatchNorm1d(5), Counting(), Counting(), nn.BatchNorm1d(5))
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    assert {block.action for block in plan.blocks} == {"layer"}
+    found = variance_shift(model, [x])
+    assert "dropped as a whole" in found.unreadable["1"]
+    assert {"0", "3"} <= {layer.name for layer in found.layers}
+
+
 class TwoInputs(Block):
     def forward(self, x, gate=None):
         return x + gate * self.branch(x)

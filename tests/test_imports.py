@@ -23,7 +23,7 @@ ORDER = [
     {"facts", "lent", "partial", "tracing", "examples", "masks", "layout", "inlined"},
     {"linear", "splits", "blocks", "residual", "rewrite"},
     {"state", "slot"},
-    {"site", "whole", "attach", "plan"},
+    {"keeper", "site", "whole", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},
 ]

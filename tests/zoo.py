@@ -489,9 +489,9 @@ def _decisions() -> Iterator[dict[str, list[Any]]]:
     taken: dict[str, list[Any]] = defaultdict(list)
     book = BranchState.count
 
-    def count(self: BranchState, seen: int, kept: Any, kept_count: int) -> None:
-        taken[self.name].append((seen, kept))
-        book(self, seen, kept, kept_count)
+    def count(self: BranchState, batch: int, rows: Any, kept: int) -> None:
+        taken[self.name].append((batch, rows[:kept] if isinstance(rows, Tensor) else rows))
+        book(self, batch, rows, kept)
 
     BranchState.count = count  # type: ignore[method-assign]
     try:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import compiled, drop_block
+from torchdrop.keeper import sites_of
 from torchdrop.sampling import shared_numbers
-from torchdrop.site import sites_of
 
 ALPHA = 1e-6
 SIZES = (16, 16, 16, 5, 1, 9, 12, 7)

@@ -21,6 +21,7 @@ from torchdrop import cost, sampling, schedules
 from torchdrop.checks import check_model
 from torchdrop.examples import Example, run_once
 from torchdrop.inlined import inlined_drop
+from torchdrop.keeper import Keeper
 from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.ranks import is_sharded
@@ -363,7 +364,7 @@ def _check_layout(chosen: Sequence[Residual]) -> None:
 
 def _prepare(
     model: nn.Module, chosen: Sequence[Residual], settings: Settings, compute: str
-) -> list[Site]:
+) -> list[Keeper]:
     """A site for each forward that holds chosen residuals; ``model`` is not touched."""
     order = {name: i for i, name in enumerate(dict.fromkeys(r.name for r in chosen))}
     settings.blocks = len(order)
@@ -392,7 +393,7 @@ def _prepare_site(
     settings: Settings,
     compute: str,
     order: dict[str, int],
-) -> Site:
+) -> Keeper:
     module = model.get_submodule(owner)
     if "forward" in module.__dict__:
         raise ValueError(
@@ -556,7 +557,7 @@ def _relative(name: str, owner: str) -> str | None:
 
 
 @contextmanager
-def _metering(sites: Sequence[Site], meter: Callable[[], int]) -> Iterator[None]:
+def _metering(sites: Sequence[Keeper], meter: Callable[[], int]) -> Iterator[None]:
     settings = sites[0].settings
     active = [site.active for site in sites]
     settings.meter = meter
@@ -570,7 +571,7 @@ def _metering(sites: Sequence[Site], meter: Callable[[], int]) -> Iterator[None]
             site.active = was
 
 
-def _measure_shares(model: nn.Module, sites: Sequence[Site], example_inputs: Any) -> None:
+def _measure_shares(model: nn.Module, sites: Sequence[Keeper], example_inputs: Any) -> None:
     """Set ``share`` of every branch: its part of the FLOPs of one forward pass, nothing dropped."""
     for site in sites:
         for branch in site.branches:

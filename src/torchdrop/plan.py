@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from torchdrop import schedules
 from torchdrop.checks import check_model
+from torchdrop.keeper import Keeper, sites_of
 from torchdrop.residual import Branch, Residual
 from torchdrop.sampling import shared_numbers
-from torchdrop.site import Site, sites_of
 from torchdrop.state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
@@ -76,7 +76,7 @@ def resolve_rates(
     return [by_block[b.block] for b in branches]
 
 
-def set_rates(sites: Sequence[Site], rates: Sequence[float]) -> None:
+def set_rates(sites: Sequence[Keeper], rates: Sequence[float]) -> None:
     """Give every branch of ``sites`` its rate, and wake or rest the sites accordingly."""
     remaining = iter(rates)
     for site in sites:
@@ -96,7 +96,7 @@ class Plan:
     loaded copy of the model has a plan of its own, which :func:`get_plan` returns.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Keeper]) -> None:
         self._model = model
         self._sites = list(sites)
 

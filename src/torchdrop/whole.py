@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.compiled import leave_to_python
+from torchdrop.keeper import Keeper, beside, precision_of, without_spare
 from torchdrop.residual import Layer
 from torchdrop.rows import add_rows, take
-from torchdrop.site import Site, beside, precision_of, without_spare
 from torchdrop.state import BranchState, Settings
 from torchdrop.tracing import unfold
 
 __all__ = ["LayerSite"]
 
 
-class LayerSite(Site):
+class LayerSite(Keeper):
     """What stands in the ``forward`` slot of a block that is dropped as a whole."""
 
     def __init__(
         self, module: nn.Module, settings: Settings, branch: BranchState, layer: Layer
     ) -> None:
-        super().__init__(module, settings, [branch], None)
+        super().__init__(module, settings, [branch])
         self.layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,11 +93,7 @@ class LayerSite(Site):
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
-            how = self.layer.cuts[path]
-            if how is None or value.shape[how[0]] == 1:
-                some[path] = value
-            else:
-                some[path] = self._cut(branch, value, taking, how, x.shape[dim])
+            some[path] = self._cut(branch, value, taking, self.layer.cuts[path], x.shape[dim])
             return some[path]
 
         bound.arguments.update(unfold(bound.arguments, cut)[0])

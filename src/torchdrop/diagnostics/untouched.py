@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchdrop.keeper import Keeper, sites_of
 from torchdrop.sampling import shared_numbers
-from torchdrop.site import Site, sites_of
+from torchdrop.site import Site
 
 __all__ = ["Buffers", "untouched"]
 
@@ -105,16 +106,18 @@ def _random_numbers(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(arrays)
 
 
-def _remember(site: Site) -> Callable[[], None]:
+def _remember(site: Keeper) -> Callable[[], None]:
     """What sets ``site`` back to the state of this moment."""
     branches = [(b, dict(b.__dict__), dict(b.dtypes)) for b in site.branches]
-    programs = list(site.train), list(site.evaluate)
+    programs = (site.train, site.evaluate) if isinstance(site, Site) else ()
+    before = [list(known) for known in programs]
 
     def restore() -> None:
         for branch, state, dtypes in branches:
             branch.__dict__.update(state)
             branch.dtypes.clear()
             branch.dtypes.update(dtypes)
-        site.train[:], site.evaluate[:] = programs
+        for known, then in zip(programs, before, strict=True):
+            known[:] = then
 
     return restore

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_map_only
 from torchdrop.diagnostics.batches import Call, calls, check_batches, check_model
 from torchdrop.diagnostics.untouched import untouched
 from torchdrop.examples import Example
+from torchdrop.keeper import sites_of
 from torchdrop.lent import UntraceableError
 from torchdrop.residual import survey
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows import add_whole
-from torchdrop.site import Site, sites_of
+from torchdrop.site import Site
 from torchdrop.splits import Split, read_splits
 from torchdrop.tracing import trace_block
 
@@ -419,11 +420,15 @@ def _residual_sums(
     sums: dict[str, list[_Sum]] = {}
     unreadable: dict[str, str] = {}
     for site in sites_of(model):
-        sums[paths[site.module]] = [
+        path = paths[site.module]
+        if not isinstance(site, Site):
+            unreadable[path] = f"it is {site.branches[0].reason}"
+            continue
+        sums[path] = [
             _Sum(place, branch.name, _channel_dim(_block(site.module, branch.path), channel_dim))
             for place, branch in zip(site.places, site.branches, strict=True)
         ]
-    attached = set(sums)
+    attached = {*sums, *unreadable}
     found = survey(model)
     if set(found.unreadable) - attached:
         found = survey(model, Example(model, example()))
