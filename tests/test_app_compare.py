@@ -343,9 +343,8 @@ def test_results_that_were_stopped_end_like_those_that_were_not(tmp_path, monkey
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     arguments = ["compare", *SMALL, "--epochs=9999", "--methods=none", "--out", str(out)]
-    code = "import sys; from torchdrop.app.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-m", "torchdrop", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

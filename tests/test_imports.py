@@ -26,6 +26,7 @@ ORDER = [
     {"keeper", "site", "whole", "attach", "plan"},
     {"diagnostics"},
     {"integrations", "app"},
+    {"__main__"},
 ]
 
 

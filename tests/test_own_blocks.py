@@ -297,12 +297,12 @@ def test_it_is_noticed_as_soon_as_the_child_runs(mode: str, example: bool) -> No
 class Pooling(nn.Module):
     """Adds one vector to all steps of a sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, over: int = 1) -> None:
         super().__init__()
-        self.f = mlp()
+        self.f, self.over = mlp(), over
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.f(x.mean(1, keepdim=True))
+        y: Tensor = self.f(x.mean(self.over, keepdim=True))
         return x + y
 
 
@@ -317,10 +317,11 @@ class Querying(nn.Module):
         return (x + self.f(x) * self.queries).amax(1, keepdim=True)
 
 
-@pytest.mark.parametrize("compute", ["auto", "mask"])
+@pytest.mark.parametrize(("over", "compute"), [(1, "auto"), (1, "mask"), (0, "mask")])
 @pytest.mark.parametrize("mode", ["row", "batch"])
-def test_a_branch_that_is_broadcast(mode: str, compute: str) -> None:
-    model = written.Stack(Pooling(), Pooling()).double()
+def test_a_branch_that_is_broadcast(mode: str, over: int, compute: str) -> None:
+    """One value for all steps of a row; or, where it may be masked only, one row for all."""
+    model = written.Stack(Pooling(over), Pooling(over)).double()
     dense = copy.deepcopy(model)
     plan = torchdrop.add_stochastic_depth(
         model, 0.5, schedule="uniform", mode=mode, compute=compute
@@ -332,7 +333,7 @@ def test_a_branch_that_is_broadcast(mode: str, compute: str) -> None:
         for block, rows in zip(dense.blocks, plan.last_kept().values(), strict=True):
             weight = torch.zeros(B, 1, 1, dtype=x.dtype)
             weight[rows] = 2.0
-            expected = expected + weight * block.f(expected.mean(1, keepdim=True))
+            expected = expected + weight * block.f(expected.mean(over, keepdim=True))
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
         out.square().sum().backward(), expected.square().sum().backward()
         for mine, theirs in zip(model.parameters(), dense.parameters(), strict=True):

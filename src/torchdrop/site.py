@@ -357,7 +357,7 @@ class Site(Keeper):
             if out.dim() < skip.dim() or out.shape[branch.dim] != skip.shape[branch.dim]:
                 out = out.expand(skip.shape)  # one row that stood for all
             # filled, not multiplied: an infinity in a dropped row must not become NaN
-            out = out.index_fill(branch.dim, beside(rows[kept:], out), 0.0)
+            out = out.index_fill(branch.dim, beside(rows[kept:], out), 0)
         gain, first = branch.gain_in_training(), branch.branch_first
         return add_whole(skip, out, gain, inplace=branch.writes_skip, branch_first=first)
 
