@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 import torchdrop
 from test_residual import Base, Stack, W, flat, mlp, two
+from torchdrop.arguments import unfold
 from torchdrop.lent import UntraceableError
-from torchdrop.tracing import trace_block, unfold
+from torchdrop.tracing import trace_block
 from zoo import BARELY, assert_same, instance_names
 
 # --- what a trace would freeze ---------------------------------------------------------------

@@ -10,17 +10,14 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchdrop.arguments import A_TENSOR
 from torchdrop.examples import Example
 from torchdrop.lent import UntraceableError
 from torchdrop.linear import Children
+from torchdrop.nodes import is_shape_node
+from torchdrop.reader import OnDataError
 from torchdrop.splits import Finder, differing, terms
-from torchdrop.tracing import (
-    A_TENSOR,
-    BlockGraph,
-    OnDataError,
-    is_shape_node,
-    trace_block,
-)
+from torchdrop.tracing import BlockGraph, trace_block
 
 __all__ = ["CONTAINERS", "BlockReader"]
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torchdrop.arguments import unfold
 from torchdrop.lent import same
-from torchdrop.tracing import BlockGraph, Fixed, unfold
+from torchdrop.tracing import BlockGraph, Fixed
 
 __all__ = [
     "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",

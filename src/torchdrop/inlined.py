@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from torchdrop.drop_path import drop_path
+from torchdrop.nodes import callee, is_shape_node
 from torchdrop.partial import ancestors
-from torchdrop.tracing import callee, is_shape_node
 
 __all__ = ["inlined_drop"]
 

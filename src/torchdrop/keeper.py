@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from torchdrop.arguments import is_cache
 from torchdrop.compiled import leave_to_python
 from torchdrop.ranks import is_sharded, meets_ranks
 from torchdrop.rows import take, touch
 from torchdrop.sampling import keep_batch, order_rows, refuse_recording
 from torchdrop.slot import Standin, attached
 from torchdrop.state import BranchState, Settings
-from torchdrop.tracing import is_cache
 
 __all__ = ["Keeper", "beside", "precision_of", "sites_of", "unchanged", "without_spare"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
-from torchdrop.tracing import BlockGraph, callee, is_shape_node, trace_block
+from torchdrop.nodes import callee, is_shape_node
+from torchdrop.tracing import BlockGraph, trace_block
 
 __all__ = ["Children", "depends_on_input", "is_curved"]
 

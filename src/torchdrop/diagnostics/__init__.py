@@ -3,7 +3,8 @@
 from torchdrop.cost import flops, saved_bytes
 from torchdrop.diagnostics.order import OrderFinding, OrderReport, check_order
 from torchdrop.diagnostics.recalibration import recalibrate_batch_norm
-from torchdrop.diagnostics.variance import LayerShift, VarianceShift, variance_shift
+from torchdrop.diagnostics.shift import LayerShift, VarianceShift
+from torchdrop.diagnostics.variance import variance_shift
 
 __all__ = [
     "LayerShift",

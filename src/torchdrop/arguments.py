@@ -1,0 +1,58 @@
+"""The arguments of a call: which are tensors, also inside containers, and what the others are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["A_TENSOR", "is_cache", "unfold"]
+
+# Stands for "whatever tensor comes" among the arguments of a call.
+A_TENSOR = object()
+
+
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a key/value cache, as the decoders of transformers make them."""
+    kind = type(value)
+    return callable(getattr(kind, "get_seq_length", None)) and callable(
+        getattr(kind, "update", None)
+    )
+
+
+def unfold(
+    arguments: Mapping[str, Any], tensor: Callable[[str, Any], Any] = lambda path, value: value
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Sort the arguments of a call into tensors and constants, also inside containers.
+
+    A key/value cache counts as None: it is of no use where rows are cut, and makes a call unlike
+    every other.
+
+    Args:
+        arguments: The arguments by name.
+        tensor: What to put in place of each tensor, from its path and itself.
+
+    Returns:
+        The arguments with their tensors replaced; what replaced the tensors, by path; the
+        constants, by path.
+    """
+    tensors: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+
+    def go(path: str, value: Any) -> Any:
+        if value is A_TENSOR or isinstance(value, Tensor):
+            tensors[path] = tensor(path, value)
+            return tensors[path]
+        if type(value) in (tuple, list):
+            constants[path] = (type(value).__name__, len(value))
+            return type(value)([go(f"{path}.{i}", item) for i, item in enumerate(value)])
+        if type(value) in (dict, OrderedDict):
+            constants[path] = (type(value).__name__, tuple(value))
+            return type(value)((key, go(f"{path}.{key}", item)) for key, item in value.items())
+        value = None if is_cache(value) else value
+        constants[path] = value
+        return value
+
+    return {name: go(name, value) for name, value in arguments.items()}, tensors, constants
