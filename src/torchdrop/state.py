@@ -82,7 +82,7 @@ class BranchState:
 
     def __post_init__(self) -> None:
         self.number = enter(self)
-        self.set_rate(self.p)
+        self.certain = _certain(self.p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -90,11 +90,9 @@ class BranchState:
 
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on."""
-        if p == self.p and hasattr(self, "certain"):
-            return
-        self.p = p
-        self.certain = True if p == 0.0 else False if p == 1.0 else None
-        set_share(self.number, p, known=self.convolves)
+        if p != self.p:
+            self.p, self.certain = p, _certain(p)
+            set_share(self.number, p, known=self.convolves)
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """All rows of a batch, on the host, the kept ones first, and how many are kept."""
@@ -116,3 +114,8 @@ class BranchState:
             if isinstance(rows, Tensor) and torch._C._are_functorch_transforms_active():
                 rows = rows.tolist()  # a tensor of torch.func must not outlive it
             self.last = (rows, kept)
+
+
+def _certain(p: float) -> bool | None:
+    """Whether a row is always kept, or never; None where it is drawn."""
+    return True if p == 0.0 else False if p == 1.0 else None
