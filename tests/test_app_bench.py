@@ -68,7 +68,11 @@ def test_every_stage_and_every_round_is_told(finished):
     names = ("dense", "masked", "skipping")
     assert told[0][0].startswith("making resnet-8")
     assert told[1:4] == [(f"first step, {name}", 0, 4) for name in names]
-    timing = [(done, total) for doing, done, total in told if doing.startswith("timing 4 rounds")]
+    timing = [
+        (done, total)
+        for doing, done, total in told
+        if doing.startswith("timing a step of each, 2 times after 2")
+    ]
     assert timing == [(done, 4) for done in range(5)]  # as many to warm up as are timed
     assert told[-3:] == [(f"counting FLOPs and bytes, {name}", 4, 4) for name in names]
 

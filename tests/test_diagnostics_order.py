@@ -248,3 +248,21 @@ def test_the_examples_in_the_docstrings(name):
     failed, tried = doctest.testmod(module)
     assert tried > 0
     assert failed == 0
+
+
+class TwoDropouts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = self.a(F.dropout(x, 0.5, self.training))
+        return self.b(F.dropout(x, 0.5, self.training))
+
+
+def test_functions_of_one_rate_in_one_forward_are_findings_of_their_own():
+    found = check_order(TwoDropouts())
+    assert [(f.dropout, f.batch_norm, f.further) for f in found] == [
+        ("dropout()", "a", ()),
+        ("dropout()", "b", ()),
+    ]

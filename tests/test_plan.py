@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchdrop
 from test_site import net
@@ -226,3 +226,43 @@ def test_removing_in_a_pause() -> None:
     assert_same(model(x), dense)
     torchdrop.add_stochastic_depth(model, [1.0, 1.0])
     assert not torch.equal(model(x), dense)
+
+
+class Idle(nn.Module):
+    """Of two stacks it calls one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = net(2), net(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x)
+        return out
+
+
+def test_the_plan_says_what_the_example_did_not_reach() -> None:
+    shown = str(torchdrop.add_stochastic_depth(Idle(), 0.5, example_inputs=torch.randn(4, 6)))
+    (note,) = [line for line in shown.splitlines() if "did not come through it" in line]
+    number = note.partition(" ")[0]
+    assert [number in line for line in shown.splitlines()[2:6]] == [False, False, True, True]
+    assert "expected FLOPs" in shown
+    assert "did not come" not in str(torchdrop.add_stochastic_depth(Idle(), 0.5))
+
+
+class Around(nn.Module):
+    """Calls parts of its blocks, and never their forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = net(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.b(block.a(x))
+        return x
+
+
+def test_the_plan_of_blocks_whose_forward_is_never_called_says_so() -> None:
+    plan = torchdrop.add_stochastic_depth(Around(), 0.5, example_inputs=torch.randn(4, 6))
+    assert "did not come through it" in str(plan)
+    assert "give example_inputs" not in str(plan)

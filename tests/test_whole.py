@@ -197,7 +197,9 @@ def test_what_branches_on_data_is_an_error_that_names_the_line(kind, given):
     with pytest.raises(ValueError, match=line) as error:
         torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
     assert "test_whole.py:" in str(error.value)
-    way_out = "wrap its branch in torchdrop.StochasticDepth" if given else "give example_inputs"
+    way_out = (
+        "wrap the whole block in torchdrop.StochasticDepth" if given else "give example_inputs"
+    )
     assert way_out in str(error.value)
     assert not torchdrop.has_stochastic_depth(model)
 

@@ -186,6 +186,13 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------
 # Checks, all before anything changes
 
+# What can be done about a block that cannot be read. Around its branch alone StochasticDepth would
+# add a second skip.
+_BY_HAND = (
+    "wrap the whole block in torchdrop.StochasticDepth, "
+    "or put a torchdrop.DropPath behind its branch"
+)
+
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
@@ -232,7 +239,7 @@ def _check_settings(
 
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        where = f"its part {name!r}" if name else "it"
+        where = f"its part {name!r}" if name else f"this {type(module).__name__}"
         if attached(module) is not None:
             raise ValueError(
                 f"{where} has stochastic depth already; change its rates with "
@@ -278,11 +285,11 @@ def _nothing_found(model: nn.Module, found: Survey, selected: bool, example: boo
     )
     if found.residuals:
         listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
-        text += f"; left out {', '.join(listed)}: take them with select=lambda r: ..."
+        text += f"; left out {', '.join(listed)}: take them with select=lambda r: True"
     if found.unreadable:
         path, reason = next(iter(found.unreadable.items()))
         text += f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}"
-        text += ": wrap its branch in torchdrop.StochasticDepth" if example else ""
+        text += f": {_BY_HAND}" if example else ""
     if not found.residuals and not found.unreadable:
         text += (
             ". Such a network has nothing that can be dropped whole; wrap a part of it in "
@@ -310,8 +317,8 @@ def _refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
             way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
-                f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or wrap "
-                f"its branch in torchdrop.StochasticDepth"
+                f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or "
+                f"{_BY_HAND}"
             )
 
 
@@ -576,6 +583,7 @@ def _measure_shares(model: nn.Module, sites: Sequence[Keeper], example_inputs: A
     for site in sites:
         for branch in site.branches:
             branch.share = None
+    sites[0].settings.measured = True
     with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
         run_once(model, example_inputs)
     for site in sites:

@@ -19,6 +19,8 @@ from torchdrop.state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]
 
+_UNREACHED = "example_inputs did not come through it: it is not dropped in a forward like that"
+
 
 def resolve_rates(
     p: Any, branches: Sequence[BranchState], blocks: int, schedule: str
@@ -243,9 +245,11 @@ class Plan:
             for branch in block.branches:
                 label = branch.name[len(block.name) + 1 :] or "-"
                 action = branch.action
-                if branch.reason:
-                    reasons.setdefault(branch.reason)
-                    action += f" [{list(reasons).index(branch.reason) + 1}]"
+                unreached = settings.measured and branch.share is None
+                for reason in (branch.reason, _UNREACHED if unreached else ""):
+                    if reason:
+                        reasons.setdefault(reason)
+                        action += f" [{list(reasons).index(reason) + 1}]"
                 share = "-" if branch.share is None else f"{branch.share:.1%}"
                 rows.append((block.name, label, branch.skip, f"{branch.p:.3f}", action, share))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -261,7 +265,7 @@ class Plan:
         if known:
             saved = sum(b.share * b.p for b in known if b.share and b.action != "mask")
             lines.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
-        else:
+        elif not settings.measured:
             lines.append("give example_inputs to see the share of each branch in the FLOPs")
         return "\n".join(lines)
 

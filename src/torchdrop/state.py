@@ -35,6 +35,7 @@ class Settings:
     zero_grad: bool
     blocks: int = 0
     warned: bool = False
+    measured: bool = False  # whether an example went through the model, to count FLOPs
     meter: Callable[[], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

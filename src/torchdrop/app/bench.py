@@ -306,7 +306,7 @@ def _measure(
     timed = in_turn({name: s.steps() for name, s in subjects.items()}, device)
     taken: list[dict[str, float]] = []
     rounds = min(WARM_UP, steps) + steps
-    doing = f"timing {rounds} rounds of a step of each"
+    doing = f"timing a step of each, {steps} times after {rounds - steps} to warm up"
     tell(doing, 0, rounds)
     for turn in range(rounds):
         if turn < rounds - steps:

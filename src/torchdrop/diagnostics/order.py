@@ -154,6 +154,7 @@ class _Source:
     path: str
     kind: str
     rate: float | None
+    node: str = ""  # of a function, since a forward may call one twice
 
 
 # For each dropout whose output a value depends on: how many operations ago, and whether the way
@@ -240,8 +241,8 @@ class _Walk:
         self.order: dict[_Source, None] = {}
         self._within: list[nn.Module] = []
 
-    def source(self, path: str, kind: str, rate: float | None) -> _Flow:
-        source = _Source(path, kind, rate)
+    def source(self, path: str, kind: str, rate: float | None, node: str = "") -> _Flow:
+        source = _Source(path, kind, rate, node)
         self.order.setdefault(source)
         return {source: (0, False)}
 
@@ -397,11 +398,11 @@ class _Walk:
         if name in _DROPPING:
             rate = _function_rate(node, name)
             if rate != 0.0:
-                flow = _merge([flow, self.source(label, f"{name}()", rate)])
+                flow = _merge([flow, self.source(label, f"{name}()", rate, node.name)])
         elif name == "scaled_dot_product_attention":
             share = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
             if isinstance(share, int | float) and share > 0.0:
-                flow = _merge([flow, self.source(label, f"{name}()", float(share))])
+                flow = _merge([flow, self.source(label, f"{name}()", float(share), node.name)])
         return _Value(flow)
 
 
