@@ -200,9 +200,9 @@ def test_wrapped_models_are_refused_with_the_order_to_use(ranks: Reports) -> Non
     sharded = "went through fully_shard already; add stochastic depth first and shard afterwards"
     for rank in ranks:
         said = rank["wrapped"]
-        assert said["ddp"].startswith(f"it {ddp}")
+        assert said["ddp"].startswith(f"the model {ddp}")
         assert said["inside"].startswith(f"its part '0' {ddp}")
-        assert said["fsdp"] == f"it {sharded}"
+        assert said["fsdp"] == f"the model {sharded}"
         assert said["one shard"] == f"its part 'blocks.1' {sharded}"
 
 

@@ -305,7 +305,7 @@ def test_wrapped_models_are_refused_with_the_order_to_use(whole: bool) -> None:
             model = wrap(model)
         else:
             model.backbone = wrap(model.backbone)
-        with pytest.raises(ValueError, match=("^it " if whole else "'backbone' ") + message):
+        with pytest.raises(ValueError, match=("^the model " if whole else "'backbone' ") + message):
             torchdrop.add_stochastic_depth(model, 0.5)
         assert not torchdrop.has_stochastic_depth(model)
     # in that order it works

@@ -239,7 +239,7 @@ def _check_settings(
 
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        where = f"its part {name!r}" if name else f"this {type(module).__name__}"
+        where = f"its part {name!r}" if name else "the model"
         if attached(module) is not None:
             raise ValueError(
                 f"{where} has stochastic depth already; change its rates with "
