@@ -266,3 +266,33 @@ def test_the_plan_of_blocks_whose_forward_is_never_called_says_so() -> None:
     plan = torchdrop.add_stochastic_depth(Around(), 0.5, example_inputs=torch.randn(4, 6))
     assert "did not come through it" in str(plan)
     assert "give example_inputs" not in str(plan)
+
+
+class Masked(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.f, self.drop_path = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torchdrop.DropPath(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.drop_path(self.f(x))
+        return out
+
+
+def test_the_plan_says_that_other_rates_rest() -> None:
+    model = nn.Sequential(Masked(0.05), Masked(0.1))
+    plan = torchdrop.add_stochastic_depth(model, 0.2)
+    assert "the model's own drop path (up to 0.1) rests; p=None keeps its rates" in str(plan)
+    plan.set_p(None)
+    assert "rests" not in str(plan)
+    assert "rests" not in str(torchdrop.add_stochastic_depth(net(2), 0.2))
+
+
+def test_the_plan_says_that_it_rests_or_is_gone() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, 0.2)
+    with torchdrop.paused(model):
+        assert str(plan).endswith("paused: nothing is dropped now")
+    assert "paused" not in str(plan)
+    assert "taken off" not in str(plan)
+    torchdrop.remove_stochastic_depth(model)
+    assert "taken off again" in str(plan)

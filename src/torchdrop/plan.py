@@ -106,9 +106,12 @@ class Plan:
     def _branches(self) -> list[BranchState]:
         return [branch for site in self._sites for branch in site.branches]
 
-    def _check_attached(self) -> None:
+    def _is_attached(self) -> bool:
         there = {id(site) for site in sites_of(self._model)}
-        if any(id(site) not in there for site in self._sites):
+        return all(id(site) in there for site in self._sites)
+
+    def _check_attached(self) -> None:
+        if not self._is_attached():
             raise ValueError(
                 "this plan's stochastic depth was taken off again, all of it or in part (or its "
                 "blocks were replaced by others), so that nothing follows it any more; "
@@ -267,6 +270,17 @@ class Plan:
             lines.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
         elif not settings.measured:
             lines.append("give example_inputs to see the share of each branch in the FLOPs")
+        own = max(
+            (b.inherited for b in self._branches if b.masks and b.p != b.inherited), default=0.0
+        )
+        if own:
+            lines.append(f"the model's own drop path (up to {own:g}) rests; p=None keeps its rates")
+        if not self._is_attached():
+            lines.append(
+                "taken off again, all of it or in part: nothing follows this plan any more"
+            )
+        elif any(site.paused for site in self._sites):
+            lines.append("paused: nothing is dropped now")
         return "\n".join(lines)
 
 
