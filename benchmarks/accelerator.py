@@ -2,8 +2,8 @@
 
     python benchmarks/accelerator.py --out runs/accelerator.json      # five minutes on one H100
 
-Each row is a run of ``torchdrop bench``: dense, masked and skipping in turn, its files one after
-the other in one. Results are written after each row; a row that fails says so.
+Each row is a run of ``torchdrop bench``: dense, masked and skipping in turn. What it writes is
+collected in one file, after each row; a row that fails says so.
 """
 
 from __future__ import annotations

@@ -245,7 +245,8 @@ def _steps(results: dict[str, Any]) -> str:
 def _accelerator(results: dict[str, Any]) -> str:
     rows, conditions = [], {}
     for entry in results["rows"]:
-        config, skipping = entry["config"], entry["contestants"]["skipping"]
+        config, by = entry["config"], entry["contestants"]
+        skipping = by["skipping"]
         what = f"{config['model']}, {config['batch']} x {config['size']}"
         what += ", channels last" if config["channels_last"] else ""
         what += ", compiled" if config["compile"] else ""
@@ -253,15 +254,12 @@ def _accelerator(results: dict[str, Any]) -> str:
             [
                 what,
                 f"{config['mode']}, {config['p']:g} {config['schedule']}",
-                f"{entry['contestants']['dense']['ms']['median']:.1f}",
-                f"{entry['contestants']['masked']['time_over_dense']:.2f}",
+                f"{by['dense']['ms']['median']:.1f}",
+                f"{by['masked']['time_over_dense']:.2f}",
                 f"**{skipping['time_over_dense']:.2f}**",
                 f"{skipping['flops_over_dense']:.2f}",
                 f"{skipping['bytes_over_dense']:.2f}",
-                " / ".join(
-                    f"{entry['contestants'][name]['peak_bytes'] / 2**20:.0f}"
-                    for name in ("dense", "skipping")
-                ),
+                " / ".join(f"{by[n]['peak_bytes'] / 2**20:.0f}" for n in ("dense", "skipping")),
             ]
         )
         versions = ", ".join(f"{name} {entry['versions'][name]}" for name in ("torch", "timm"))

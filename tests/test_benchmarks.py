@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 peers = pytest.importorskip("peers", reason="timm")
 scale = pytest.importorskip("scale")
+accelerator = pytest.importorskip("accelerator")
 compiled = pytest.importorskip("compiled")
 steps = pytest.importorskip("steps")
 
@@ -193,6 +194,23 @@ def test_training_in_a_graph_is_counted_and_becomes_a_table(monkeypatch, tmp_pat
     assert "\n| resnet18, 8 x 32 | 1 | 0 | 1 | 0.0e+00 | " in page
     assert "\n| other, 8 x 32 | failed: no memory |" in page
     torch._dynamo.reset()
+
+
+def test_what_bench_writes_is_collected_and_becomes_a_table(monkeypatch, tmp_path, capsys):
+    small = {"model": "resnet-8", "batch": 4, "steps": 1}
+    monkeypatch.setattr(accelerator, "ROWS", [{**small, "model": "resnet-7"}, {**small, "p": 0.5}])
+    out = tmp_path / "accelerator.json"
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", "--device", "cpu", "--out", str(out)])
+    accelerator.main()
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["config"]["device"] == "cpu"
+    assert row["contestants"]["skipping"]["flops_over_dense"] < 1
+    assert str(tmp_path.parent) not in out.read_text()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("resnet-7: ")
+    assert second.startswith("resnet-8: Skipping takes")
+    page = hooks.with_tables("<!-- table: accelerator -->", tmp_path)
+    assert "\n| resnet-8, 4 x 32 | row, 0.5 linear | " in page
 
 
 def test_the_page_of_speed_shows_every_table_and_says_what_is_missing(tmp_path):
