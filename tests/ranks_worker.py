@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop import sampling
+from torchdrop.rows import shared_numbers
 
 TIMEOUT = timedelta(seconds=60)
 WIDTH = 4
@@ -281,7 +281,7 @@ def resumed() -> dict[str, Any]:
                 optimizer.step()
                 runs.append([rows.tolist() for rows in plan.last_kept().values()])
             weights = torch.cat([q.detach().flatten() for q in net.parameters()])
-            sampling.shared_numbers.__init__()  # type: ignore[misc]
+            shared_numbers.shared_numbers.__init__()  # type: ignore[misc]
             torch.manual_seed(1234 + dist.get_rank())
             net = Net()
             plan = torchdrop.add_stochastic_depth(net, 0.1, mode=mode)

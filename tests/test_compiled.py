@@ -15,8 +15,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop import compiled
 from torchdrop.cost import flops
+from torchdrop.rows import in_graph
 
 models = pytest.importorskip("torchvision.models")
 
@@ -204,11 +204,11 @@ def test_a_graph_computes_no_more_rows_than_the_rate_can_need(p: float, batch: i
             self.convolves = False
 
     rated = Rated()
-    number = compiled.enter(rated)  # type: ignore[arg-type]
+    number = in_graph.enter(rated)  # type: ignore[arg-type]
     exactly = batch * (1 - p)
     rounded_up = int(exactly) + (exactly - int(exactly) > 1e-6)
-    assert compiled.size_in_graph(number, batch, 1) == max(rounded_up, 1)
-    assert compiled.size_in_graph(number, batch, 2) == min(max(rounded_up, 2), batch)
+    assert in_graph.size_in_graph(number, batch, 1) == max(rounded_up, 1)
+    assert in_graph.size_in_graph(number, batch, 2) == min(max(rounded_up, 2), batch)
 
 
 def test_nothing_dropped_and_everything_dropped() -> None:
@@ -350,11 +350,11 @@ def test_a_model_that_goes_away_while_a_compiler_looks_on_disturbs_nothing() -> 
 
     model = nn.Sequential(*(Block(4) for _ in range(2)))
     numbers = branches(model)
-    shares = iter(compiled._shares)
+    shares = iter(in_graph._shares)
     next(shares)
     del model
     gc.collect()
     assert len(list(shares)) > 0  # a dict that had shrunk would raise
-    assert set(numbers) <= set(compiled._gone)
+    assert set(numbers) <= set(in_graph._gone)
     branches(nn.Sequential(*(Block(4) for _ in range(2))))
-    assert not set(numbers) & {*compiled._shares, *compiled._gone}
+    assert not set(numbers) & {*in_graph._shares, *in_graph._gone}

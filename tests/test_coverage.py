@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import torchdrop
 import zoo
-from torchdrop import rows, site, slot
+from torchdrop import site, slot
+from torchdrop.rows import take_and_add
 from zoo_transformers import FAMILIES
 
 BATCH = 5
@@ -110,7 +111,7 @@ def test_the_harness_passes_what_is_right(name: str) -> None:
 
 def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Break one thing."""
-    call, join, add_rows = site.Site.__call__, site.Site.join, rows.add_rows
+    call, join, add_rows = site.Site.__call__, site.Site.join, take_and_add.add_rows
     if name == "attached":
         attach = slot.attach_to
 

@@ -9,8 +9,8 @@ from scipy import optimize, stats
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from torchdrop import draws
 from torchdrop import drop_block as module
-from torchdrop import sampling
 from torchdrop.functional import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
 from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d
 
@@ -203,7 +203,7 @@ def test_rare_hits():
     """Each place hit with probability p, independently: counts by place and gaps."""
     for p in (0.002, 0.3, 0.9):
         torch.manual_seed(0)
-        hits = sampling.rare_hits(10**6, p)
+        hits = draws.rare_hits(10**6, p)
         assert torch.equal(hits, hits.unique())
         assert int(hits[0]) >= 0
         assert int(hits[-1]) < 10**6
@@ -212,9 +212,9 @@ def test_rare_hits():
         pairs[hits] = True
         both = int((pairs[::2] & pairs[1::2]).sum())
         assert stats.binomtest(both, 10**6 // 2, p * p).pvalue > ALPHA
-    assert sampling.rare_hits(5, 1.0).tolist() == [0, 1, 2, 3, 4]
-    assert sampling.rare_hits(5, 1e-320).tolist() == []
-    ends = [sampling.rare_hits(10, 0.5).tolist() for _ in range(4000)]
+    assert draws.rare_hits(5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert draws.rare_hits(5, 1e-320).tolist() == []
+    ends = [draws.rare_hits(10, 0.5).tolist() for _ in range(4000)]
     for place in (0, 9):
         assert stats.binomtest(sum(place in e for e in ends), 4000, 0.5).pvalue > ALPHA
 

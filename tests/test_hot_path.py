@@ -13,8 +13,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop import sampling, site
+from torchdrop import site
 from torchdrop.cost import saved_bytes
+from torchdrop.rows import sampling
 
 models = pytest.importorskip("torchvision.models")
 

@@ -13,9 +13,8 @@ ROOT = Path(torchdrop.__file__).parent
 
 # From the bottom up: a file may import from lines above its own, and from its own.
 ORDER = [
-    {"schedules", "sampling", "checks", "rated"},
-    {"ranks"},
-    {"rows", "compiled"},
+    {"schedules", "checks", "rated"},
+    {"rows", "draws"},
     {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
     {"functional"},
     {"layers", "stochastic_depth"},

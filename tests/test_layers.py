@@ -11,8 +11,9 @@ from scipy import stats
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdrop import functional, sampling, stochastic_depth
+from torchdrop import functional, stochastic_depth
 from torchdrop.layers import DropPath, StochasticDepth
+from torchdrop.rows import sampling
 
 ALPHA = 1e-6
 SCALES = ["train", "eval", "none"]
@@ -50,8 +51,8 @@ def decide(monkeypatch):
     """Fix who is kept: a bool for the batch, or a list of rows."""
 
     def fix(kept):
-        monkeypatch.setattr(sampling, "keep_batch", lambda p, sync_ranks: kept)
-        monkeypatch.setattr(sampling, "keep_rows", lambda batch, p: torch.tensor(kept).long())
+        monkeypatch.setattr(stochastic_depth, "keep_batch", lambda p, sync_ranks: kept)
+        monkeypatch.setattr(stochastic_depth, "keep_rows", lambda batch, p: torch.tensor(kept).long())
 
     return fix
 
@@ -153,7 +154,7 @@ def test_row_mode_gathers_nothing_where_all_rows_stay(x, block, decide, monkeypa
     def take(*args):
         raise AssertionError("gathered")
 
-    monkeypatch.setattr(stochastic_depth.rows, "take", take)
+    monkeypatch.setattr(stochastic_depth, "take", take)
     StochasticDepth(block, 0.3, mode="row")(x)
 
 

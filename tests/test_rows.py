@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import jvp, vmap
 
-import torchdrop.rows
+import torchdrop.rows.take_and_add
 from torchdrop.cost import saved_bytes
-from torchdrop.rows import add_rows, add_whole, fork, take, touch
+from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take, touch
 
 FORMATS = {
     "contiguous": lambda x: x.contiguous(),
@@ -258,7 +258,7 @@ HOLDERS = {
 def test_a_gradient_that_another_has_is_not_written_into(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
     leaf = torch.arange(6.0).view(3, 2).requires_grad_()
     x = leaf * 1.0
     whole, some = fork(x, torch.tensor([0, 2]))
@@ -272,7 +272,7 @@ def test_a_gradient_that_another_has_is_not_written_into(
 def test_a_gradient_that_nobody_else_has_is_written_into(
     memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
     leaf = torch.randn(4, 3, 2, 2).to(memory_format=memory_format).requires_grad_()
 
     def steps(hook: Callable[[Tensor], object]) -> tuple[list[int], Tensor]:
@@ -295,9 +295,9 @@ def test_a_gradient_that_nobody_else_has_is_written_into(
 
 
 def test_the_test_of_gradients_written_into_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchdrop.rows, "_WORTH_A_FORK", 0)
-    monkeypatch.setattr(torchdrop.rows, "_references", lambda grads: (1, 1, 1))
-    monkeypatch.setattr(torchdrop.rows._Owned, "references", (1, 1, 1))
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "_references", lambda grads: (1, 1, 1))
+    monkeypatch.setattr(torchdrop.rows.take_and_add._Owned, "references", (1, 1, 1))
     for name, run in HOLDERS.items():
         x = torch.arange(6.0).view(3, 2).requires_grad_() * 1.0
         held = run(x, *fork(x, torch.tensor([0, 2])))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from torchdrop import sampling
+from torchdrop import draws
+from torchdrop.rows import sampling, shared_numbers
 
 ALPHA = 1e-6
 RATES = [0.001, 0.1, 0.3, 0.5, 0.9, 0.999]
@@ -30,13 +31,13 @@ def mask_rate_is_right(draw, p):
 
 @pytest.mark.parametrize("p", RATES)
 def test_mask_rate(p):
-    assert mask_rate_is_right(sampling.keep_mask, p)
+    assert mask_rate_is_right(draws.keep_mask, p)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda s, p: sampling.keep_mask(s, 1 - p), id="p as keep probability"),
+        pytest.param(lambda s, p: draws.keep_mask(s, 1 - p), id="p as keep probability"),
         pytest.param(
             lambda s, p: torch.floor(torch.rand(s, dtype=torch.bfloat16) + (1 - p)) > 0,
             id="drawn in bfloat16",
@@ -48,15 +49,15 @@ def test_mask_rate_can_fail(wrong):
 
 
 def test_mask_laws():
-    assert sampling.keep_mask((1000,), 0.0).all()
-    assert not sampling.keep_mask((1000,), 1.0).any()
-    assert sampling.keep_mask((0, 3), 0.5).shape == (0, 3)
-    assert sampling.keep_mask((2, 3), 0.5, device=torch.device("meta")).is_meta
+    assert draws.keep_mask((1000,), 0.0).all()
+    assert not draws.keep_mask((1000,), 1.0).any()
+    assert draws.keep_mask((0, 3), 0.5).shape == (0, 3)
+    assert draws.keep_mask((2, 3), 0.5, device=torch.device("meta")).is_meta
 
 
 def test_mask_follows_its_generator_and_else_the_global_seed():
     def drawn(**kwargs):
-        return sampling.keep_mask((50,), 0.5, **kwargs)
+        return draws.keep_mask((50,), 0.5, **kwargs)
 
     def seeded():
         return drawn(generator=torch.Generator().manual_seed(7))
@@ -212,7 +213,7 @@ class Rank:
     """One rank's shared numbers, in this process, in a generator state of its own."""
 
     def __init__(self, seed):
-        self.numbers = sampling.SharedNumbers()
+        self.numbers = shared_numbers.SharedNumbers()
         self.seed(seed)
 
     def draw(self, times=1, *, other_draws=0):
@@ -243,8 +244,8 @@ def ranks(monkeypatch):
         pass
 
     group = Group()
-    monkeypatch.setattr(sampling, "_group", lambda: group)
-    monkeypatch.setattr(sampling.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(shared_numbers, "_group", lambda: group)
+    monkeypatch.setattr(shared_numbers.dist, "broadcast_object_list", broadcast)
 
     def make(*seeds):
         said.clear()
@@ -313,7 +314,7 @@ def test_shared_numbers_resume(ranks):
     "state", [{}, {"seed": 1}, {"seed": 1, "count": -1}, {"seed": 1.5, "count": 2}, 3]
 )
 def test_what_is_no_state_of_shared_numbers_is_refused(state):
-    numbers = sampling.SharedNumbers()
+    numbers = shared_numbers.SharedNumbers()
     with pytest.raises(ValueError, match="a seed and a count"):
         numbers.load_state_dict(state)
     assert numbers.state_dict() is None
@@ -332,7 +333,7 @@ def test_what_is_remembered_is_bounded(ranks, monkeypatch):
 
 def shared_rate_is_right(p):
     torch.manual_seed(0)
-    numbers = sampling.SharedNumbers()
+    numbers = shared_numbers.SharedNumbers()
     times = 20_000
     return agrees(sum(numbers.draw() / 2**53 >= p for _ in range(times)), times, 0.1)
 
@@ -343,8 +344,8 @@ def test_the_rate_of_shared_numbers_and_its_twin(ranks):
 
 
 def test_alone_nothing_is_shared(monkeypatch):
-    numbers = sampling.SharedNumbers()
-    monkeypatch.setattr(sampling, "in_group", lambda: True)
+    numbers = shared_numbers.SharedNumbers()
+    monkeypatch.setattr(shared_numbers, "in_group", lambda: True)
     assert numbers.shared()
     with numbers.alone():
         assert not numbers.shared()

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop import compiled, drop_block
+from torchdrop import drop_block
 from torchdrop.keeper import sites_of
-from torchdrop.sampling import shared_numbers
+from torchdrop.rows import in_graph
+from torchdrop.rows.shared_numbers import shared_numbers
 
 ALPHA = 1e-6
 SIZES = (16, 16, 16, 5, 1, 9, 12, 7)
@@ -71,7 +72,7 @@ def caches(model: nn.Module) -> dict[str, int]:
         "attributes": sum(len(m.__dict__) for m in model.modules()),
         "calls": sum(len(p.seen or ()) for s in sites for p in (*s.train, *s.evaluate)),
         "numbers of ranks": len(shared_numbers._streams) + len(shared_numbers._filed),
-        "branches in graphs": len(compiled._shares),
+        "branches in graphs": len(in_graph._shares),
     }
     return found
 

@@ -17,16 +17,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from torchdrop import cost, sampling, schedules
-from torchdrop.checks import check_model
+from torchdrop import cost, schedules
+from torchdrop.checks import MODES, check_model
 from torchdrop.examples import Example, run_once
 from torchdrop.inlined import inlined_drop
 from torchdrop.keeper import Keeper
 from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
-from torchdrop.ranks import is_sharded
 from torchdrop.residual import Branch, Residual, Survey, adds, may_loop_over_branches, survey
 from torchdrop.rewrite import Program, rewrite
+from torchdrop.rows.collectives import is_sharded
+from torchdrop.rows.sampling import ROW_SAMPLERS
 from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
@@ -213,8 +214,8 @@ def _check_settings(
     select: object,
 ) -> Settings:
     _one_of("schedule", schedule, tuple(schedules.DEPTH_RULES))
-    _one_of("mode", mode, sampling.MODES)
-    _one_of("sampling", sampling_, tuple(sampling.ROW_SAMPLERS))
+    _one_of("mode", mode, MODES)
+    _one_of("sampling", sampling_, tuple(ROW_SAMPLERS))
     _one_of("scale", scale, SCALES)
     _one_of("compute", compute, COMPUTES)
     if sync_ranks is not None and not isinstance(sync_ranks, bool):

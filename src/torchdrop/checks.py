@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torchdrop.sampling import MODES
-
 __all__ = [
+    "MODES",
     "check_choice",
     "check_dim",
     "check_flag",
@@ -19,6 +18,8 @@ __all__ = [
     "check_model",
     "check_whole",
 ]
+
+MODES = ("row", "batch")
 
 
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:

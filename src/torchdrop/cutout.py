@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice, check_generator, check_whole
-from torchdrop.sampling import draw, integers, keep_mask, laid_out_like
+from torchdrop.draws import draw, integers, keep_mask, laid_out_like
 from torchdrop.schedules import check_rate
 
 __all__ = [

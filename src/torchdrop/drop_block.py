@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice, check_flag, check_generator, check_input
-from torchdrop.sampling import keep_mask, laid_out_like, rare_hits, readable
+from torchdrop.draws import keep_mask, laid_out_like, rare_hits, readable
 from torchdrop.schedules import check_rate
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
-from torchdrop.sampling import keep_mask, laid_out_like, readable, transformed
+from torchdrop.draws import keep_mask, laid_out_like, readable, transformed
 from torchdrop.schedules import check_rate
 
 __all__ = ["drop_path", "drop_path_add", "spatial_dropout"]

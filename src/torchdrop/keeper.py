@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdrop.arguments import is_cache
-from torchdrop.compiled import leave_to_python
-from torchdrop.ranks import is_sharded, meets_ranks
-from torchdrop.rows import take, touch
-from torchdrop.sampling import keep_batch, order_rows, refuse_recording
+from torchdrop.rows.collectives import is_sharded, meets_ranks
+from torchdrop.rows.in_graph import leave_to_python
+from torchdrop.rows.sampling import keep_batch, order_rows, refuse_recording
+from torchdrop.rows.take_and_add import take, touch
 from torchdrop.slot import Standin, attached
 from torchdrop.state import BranchState, Settings
 

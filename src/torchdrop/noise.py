@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_generator, check_input
-from torchdrop.sampling import draw
+from torchdrop.draws import draw
 from torchdrop.schedules import check_rate
 
 __all__ = ["check_beta", "check_finite_rate", "gaussian_dropout", "uniform_dropout"]

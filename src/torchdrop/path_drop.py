@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from torchdrop import rows
 from torchdrop.checks import (
     check_choice,
     check_dim,
@@ -18,9 +17,11 @@ from torchdrop.checks import (
     check_mode,
     check_whole,
 )
-from torchdrop.ranks import meets_ranks
+from torchdrop.draws import integers, keep_mask, laid_out_like
 from torchdrop.rated import Rated, traced
-from torchdrop.sampling import host_generator, integers, keep_mask, laid_out_like
+from torchdrop.rows.collectives import meets_ranks
+from torchdrop.rows.sampling import host_generator
+from torchdrop.rows.take_and_add import add_rows, take, touch
 from torchdrop.schedules import check_rate
 
 __all__ = ["PATHS", "PathDrop", "path_drop", "path_drop_column"]
@@ -382,7 +383,7 @@ class PathDrop(Rated):
                 continue
             whole = len(index) == samples
             index = index.to(x.device, non_blocking=True)
-            y = _output(branch, x if whole else rows.take(x, index, dim))
+            y = _output(branch, x if whole else take(x, index, dim))
             dtypes.append(y)
             if out is None:
                 shape = list(y.shape)
@@ -394,13 +395,13 @@ class PathDrop(Rated):
                     f"branches have to give one shape, but {type(branch).__name__} gave "
                     f"{tuple(y.shape)} where another gave {expected}"
                 )
-            out = out + y if whole else rows.add_rows(out, y, index, 1.0, dim)
+            out = out + y if whole else add_rows(out, y, index, 1.0, dim)
         assert out is not None  # every row keeps one branch
         count = kept.sum(0).to(out.device)
         shape = [1] * out.dim()
         shape[dim] = samples
         out = (out / count.view(shape)).to(_result_dtype(dtypes))
-        return rows.touch(out, idle) if idle else out
+        return touch(out, idle) if idle else out
 
 
 def _output(branch: Callable[..., Any], x: Tensor) -> Tensor:

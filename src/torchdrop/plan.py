@@ -14,7 +14,7 @@ from torchdrop import schedules
 from torchdrop.checks import check_model
 from torchdrop.keeper import Keeper, sites_of
 from torchdrop.residual import Branch, Residual
-from torchdrop.sampling import shared_numbers
+from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused", "resolve_rates", "set_rates"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input, check_mode
-from torchdrop.sampling import draw, keep_mask
+from torchdrop.draws import draw, keep_mask
 from torchdrop.schedules import check_rate
 
 __all__ = ["check_range", "shake_drop"]

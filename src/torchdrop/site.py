@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchdrop.compiled import (
+from torchdrop.keeper import Keeper, beside, precision_of, unchanged, without_spare
+from torchdrop.lent import UntraceableError, same
+from torchdrop.partial import pad_like
+from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
+from torchdrop.rows.in_graph import (
     leave_to_python,
     rows_in_graph,
     size_in_graph,
@@ -23,11 +27,8 @@ from torchdrop.compiled import (
     take_in_graph,
     zeros_for,
 )
-from torchdrop.keeper import Keeper, beside, precision_of, unchanged, without_spare
-from torchdrop.lent import UntraceableError, same
-from torchdrop.partial import pad_like
-from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
-from torchdrop.rows import add_rows, add_whole, fork, kept_anyway, retaking, take
+from torchdrop.rows.saved_rows import kept_anyway, retaking
+from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take
 from torchdrop.splits import read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
 from torchdrop.tracing import trace_block
@@ -425,5 +426,17 @@ def _check_shapes(branch: BranchState, skip: Tensor, out: Tensor) -> None:
 
 
 leave_to_python(
-    __name__, *(f"torchdrop.{name}" for name in ("ranks", "rewrite", "rows", "sampling", "state"))
+    __name__,
+    *(
+        f"torchdrop.{name}"
+        for name in (
+            "rows.collectives",
+            "rewrite",
+            "rows.saved_rows",
+            "rows.take_and_add",
+            "rows.sampling",
+            "rows.shared_numbers",
+            "state",
+        )
+    ),
 )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdrop import rows, sampling
 from torchdrop.checks import check_dim, check_input, check_mode
-from torchdrop.ranks import meets_ranks
 from torchdrop.rated import Rated, traced
+from torchdrop.rows.collectives import meets_ranks
+from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
+from torchdrop.rows.take_and_add import take, touch
 
 __all__ = ["StochasticDepth"]
 
@@ -253,13 +254,13 @@ class StochasticDepth(Rated):
             return self._unscaled(x, args, kwargs)
         if not self.training:
             return self._expected(x, args, kwargs)
-        sampling.refuse_recording(x)
+        refuse_recording(x)
         alike = self.mode == "batch" and self.sync_ranks is not False
         if meets_ranks([self.module], type(self.module).__name__, alike=alike):
             out = self._masked(x, args, kwargs)
         elif self.mode == "row":
             out = self._by_rows(x, args, kwargs)
-        elif sampling.keep_batch(self.p, self.sync_ranks):
+        elif keep_batch(self.p, self.sync_ranks):
             out = self._kept(x, args, kwargs)
         else:
             out = self._dropped(x, args, kwargs)
@@ -275,15 +276,15 @@ class StochasticDepth(Rated):
             )
         dim = check_dim(self.batch_dim, x.dim())
         batch = x.shape[dim]
-        kept = sampling.keep_rows(batch, self.p)
+        kept = keep_rows(batch, self.p)
         if len(kept) == 0:
             return self._dropped(x, args, kwargs)
         if len(kept) == batch:
             return self._kept(x, args, kwargs)
         index = kept.to(x.device, non_blocking=True)
-        part = rows.take(x, index, dim)
+        part = take(x, index, dim)
         skip = self._skip(x)
-        part_skip = part if skip is x else rows.take(skip, index, dim)
+        part_skip = part if skip is x else take(skip, index, dim)
         out = self._run(part, args, kwargs)
         self._compare(x, tuple(part_skip.shape), tuple(out.shape), tuple(part.shape))
         if self.scale == "train":
@@ -296,9 +297,9 @@ class StochasticDepth(Rated):
         dim = check_dim(self.batch_dim, x.dim())
         kept = torch.zeros(x.shape[dim], dtype=torch.bool, device="cpu")
         if self.mode == "row":
-            kept[sampling.keep_rows(x.shape[dim], self.p)] = True
+            kept[keep_rows(x.shape[dim], self.p)] = True
         else:
-            kept.fill_(sampling.keep_batch(self.p, self.sync_ranks))
+            kept.fill_(keep_batch(self.p, self.sync_ranks))
         skip = self._skip(x)
         out = self._run(x, args, kwargs)
         self._compare(x, tuple(skip.shape), tuple(out.shape))
@@ -323,7 +324,7 @@ class StochasticDepth(Rated):
         if self._is_new(x):
             self._compare(x, tuple(skip.shape), _output_shape(self.module, x, args, kwargs))
         if self.touches_skipped:
-            return rows.touch(skip, self.module.parameters())
+            return touch(skip, self.module.parameters())
         return skip.clone() if skip is x else skip
 
     def _unscaled(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -334,7 +335,7 @@ class StochasticDepth(Rated):
         out = self._run(x, args, kwargs, may_write=True)
         self._compare(x, skip, tuple(out.shape))
         if self.training and self.touches_skipped and self.projection is not None:
-            out = rows.touch(out, self.projection.parameters())  # it did not run either
+            out = touch(out, self.projection.parameters())  # it did not run either
         return out
 
     def _expected(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.arguments import unfold
-from torchdrop.compiled import leave_to_python
 from torchdrop.keeper import Keeper, beside, precision_of, without_spare
 from torchdrop.residual import Layer
-from torchdrop.rows import add_rows, take
+from torchdrop.rows.in_graph import leave_to_python
+from torchdrop.rows.take_and_add import add_rows, take
 from torchdrop.state import BranchState, Settings
 
 __all__ = ["LayerSite"]

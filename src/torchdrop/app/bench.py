@@ -40,8 +40,8 @@ import torchvision
 from torch import Tensor, nn
 
 import torchdrop
+from torchdrop.checks import MODES
 from torchdrop.cost import FlopCounter, SavedBytes
-from torchdrop.sampling import MODES
 from torchdrop.schedules import DEPTH_RULES, check_rate
 
 from .errors import UserError, one_line

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.keeper import Keeper, sites_of
-from torchdrop.sampling import shared_numbers
+from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.site import Site
 
 __all__ = ["Buffers", "untouched"]

@@ -23,7 +23,7 @@ from torchdrop.keeper import sites_of
 from torchdrop.lent import UntraceableError
 from torchdrop.residual import survey
 from torchdrop.rewrite import MismatchError, Program, rewrite
-from torchdrop.rows import add_whole
+from torchdrop.rows.take_and_add import add_whole
 from torchdrop.site import Site
 from torchdrop.splits import Split, read_splits
 from torchdrop.tracing import trace_block

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from torch import distributed as dist
 from torch import nn
 
-from torchdrop.sampling import in_group
+__all__ = ["in_group", "is_sharded", "meets_ranks"]
 
-__all__ = ["is_sharded", "meets_ranks"]
+
+def in_group() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""Which rows of a batch are kept, and how rows are taken out and added back."""
