@@ -10,8 +10,8 @@ from scipy import stats
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
-from torchdrop import drop_path as module
 from torchdrop.functional import drop_path, drop_path_add, spatial_dropout
+from torchdrop.layers import drop_path as module
 
 ALPHA = 1e-6
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -13,11 +13,10 @@ ROOT = Path(torchdrop.__file__).parent
 
 # From the bottom up: a file may import from lines above its own, and from its own.
 ORDER = [
-    {"schedules", "checks", "rated"},
-    {"rows", "draws"},
-    {"drop_path", "drop_block", "noise", "cutout", "shake_drop", "path_drop"},
+    {"schedules", "checks"},
+    {"rows"},
+    {"layers"},
     {"functional"},
-    {"layers", "stochastic_depth"},
     {"cost"},
     {"facts", "lent", "partial", "arguments", "nodes", "masks"},
     {"reader", "tracing", "examples", "layout", "inlined"},

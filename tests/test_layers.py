@@ -11,8 +11,8 @@ from scipy import stats
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdrop import functional, stochastic_depth
-from torchdrop.layers import DropPath, StochasticDepth
+from torchdrop import functional
+from torchdrop.layers import DropPath, StochasticDepth, stochastic_depth
 from torchdrop.rows import sampling
 
 ALPHA = 1e-6
@@ -52,7 +52,9 @@ def decide(monkeypatch):
 
     def fix(kept):
         monkeypatch.setattr(stochastic_depth, "keep_batch", lambda p, sync_ranks: kept)
-        monkeypatch.setattr(stochastic_depth, "keep_rows", lambda batch, p: torch.tensor(kept).long())
+        monkeypatch.setattr(
+            stochastic_depth, "keep_rows", lambda batch, p: torch.tensor(kept).long()
+        )
 
     return fix
 

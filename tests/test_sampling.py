@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from torchdrop import draws
+from torchdrop.layers import draws
 from torchdrop.rows import sampling, shared_numbers
 
 ALPHA = 1e-6

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop import drop_block
 from torchdrop.keeper import sites_of
+from torchdrop.layers import drop_block_gamma
 from torchdrop.rows import in_graph
 from torchdrop.rows.shared_numbers import shared_numbers
 
@@ -67,7 +67,9 @@ def caches(model: nn.Module) -> dict[str, int]:
         "programs": sum(len(s.train) + len(s.evaluate) for s in sites),
         "dtypes": sum(len(b.dtypes) for s in sites for b in s.branches),
         "drop_block": sum(
-            f.cache_info().currsize for f in vars(drop_block).values() if hasattr(f, "cache_info")
+            f.cache_info().currsize
+            for f in vars(drop_block_gamma).values()
+            if hasattr(f, "cache_info")
         ),
         "attributes": sum(len(m.__dict__) for m in model.modules()),
         "calls": sum(len(p.seen or ()) for s in sites for p in (*s.train, *s.evaluate)),

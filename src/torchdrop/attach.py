@@ -22,6 +22,7 @@ from torchdrop.checks import MODES, check_model
 from torchdrop.examples import Example, run_once
 from torchdrop.inlined import inlined_drop
 from torchdrop.keeper import Keeper
+from torchdrop.layers.stochastic_depth import StochasticDepth
 from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
 from torchdrop.residual import Branch, Residual, Survey, adds, may_loop_over_branches, survey
@@ -32,7 +33,6 @@ from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
-from torchdrop.stochastic_depth import StochasticDepth
 from torchdrop.tracing import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
 

@@ -4,12 +4,16 @@
 was passed in comes back.
 """
 
-from torchdrop.cutout import cutout, cutout_boxes
-from torchdrop.drop_block import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
-from torchdrop.drop_path import drop_path, drop_path_add, spatial_dropout
-from torchdrop.noise import gaussian_dropout, uniform_dropout
-from torchdrop.path_drop import path_drop, path_drop_column
-from torchdrop.shake_drop import shake_drop
+from torchdrop.layers.cutout import cutout
+from torchdrop.layers.cutout_boxes import cutout_boxes
+from torchdrop.layers.drop_block import drop_block1d, drop_block2d, drop_block3d
+from torchdrop.layers.drop_block_gamma import drop_block_gamma
+from torchdrop.layers.drop_path import drop_path, drop_path_add
+from torchdrop.layers.gaussian_dropout import gaussian_dropout
+from torchdrop.layers.path_drop import path_drop, path_drop_column
+from torchdrop.layers.shake_drop import shake_drop
+from torchdrop.layers.spatial_dropout import spatial_dropout
+from torchdrop.layers.uniform_dropout import uniform_dropout
 
 __all__ = [
     "cutout",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchdrop.drop_path import drop_path
+from torchdrop.layers.drop_path import drop_path
 from torchdrop.nodes import callee, is_shape_node
 from torchdrop.partial import ancestors
 

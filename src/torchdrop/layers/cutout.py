@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torchdrop.checks import check_choice, check_generator, check_whole
-from torchdrop.draws import draw, integers, keep_mask, laid_out_like
+from torchdrop.checks import check_choice, check_generator
+from torchdrop.layers.cutout_boxes import PLACES, check_count, check_size, cutout_boxes
+from torchdrop.layers.draws import draw, integers, laid_out_like
+from torchdrop.layers.rated import Rated, traced
 from torchdrop.schedules import check_rate
 
-__all__ = [
-    "PLACES",
-    "check_count",
-    "check_fill",
-    "check_sample",
-    "check_size",
-    "cut_sample",
-    "cutout",
-    "cutout_boxes",
-]
-
-PLACES = ("clipped", "inside")
-
-
-def check_size(size: Any) -> tuple[int | float, int | float]:
-    """Return height and width of a hole, each in pixels (int) or as a fraction (float).
-
-    Raises:
-        TypeError: ``size`` is no number and no pair of them.
-        ValueError: A number of pixels is below 1, or a fraction not in (0, 1].
-    """
-    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    numbers = all(isinstance(s, Real) and not isinstance(s, bool) for s in sizes)
-    if len(sizes) != 2 or not numbers:
-        raise TypeError(
-            f"size has to be a number of pixels, a fraction, or a pair (height, width) of them, "
-            f"but got {size!r}"
-        )
-    for s in sizes:
-        if isinstance(s, int) and s < 1:
-            raise ValueError(f"size in pixels has to be 1 or more, but got {size!r}")
-        if not isinstance(s, int) and not 0.0 < s <= 1.0:
-            raise ValueError(
-                f"size as a fraction has to be above 0 and at most 1, but got {size!r}; "
-                "for pixels pass an integer"
-            )
-    return sizes[0], sizes[1]
-
-
-def check_count(holes: object) -> int:
-    """Return the number of holes.
-
-    Raises:
-        TypeError: ``holes`` is no integer.
-        ValueError: It is below 1.
-    """
-    if isinstance(holes, bool) or not isinstance(holes, int):
-        raise TypeError(f"holes has to be an integer, but got {holes!r}")
-    if holes < 1:
-        raise ValueError(f"holes has to be 1 or more, but got {holes}")
-    return holes
+__all__ = ["Cutout", "cutout"]
 
 
 def check_fill(fill: Any) -> None:
@@ -82,61 +35,6 @@ def check_fill(fill: Any) -> None:
         raise TypeError(
             f"fill has to be a number, one number a channel, 'mean' or 'noise', but got {fill!r}"
         )
-
-
-def _pixels(size: int | float, side: int) -> int:
-    """The length of a hole along a side; a fraction is rounded to the nearest pixel, at least 1."""
-    if isinstance(size, int):
-        return size
-    return max(1, int(size * side + 0.5))
-
-
-def cutout_boxes(
-    samples: int,
-    height: int,
-    width: int,
-    size: Any,
-    holes: int = 1,
-    p: float = 1.0,
-    *,
-    place: str = "clipped",
-    device: torch.device | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw the holes of a batch of images, for :func:`cutout`'s ``boxes``.
-
-    Returns:
-        An int64 tensor (samples, holes, 4) of left, top, right, bottom, as torchvision's boxes
-        ("XYXY"): columns left to right - 1 and rows top to bottom - 1 are cut. Boxes lie within
-        the image; those of a sample that is left whole are all zero, and cut nothing.
-
-    Raises:
-        TypeError: ``size`` is no number or pair of them, ``holes`` no integer, ``p`` no number.
-        ValueError: One of them is out of range, or ``place`` unknown.
-    """
-    tall, wide = check_size(size)
-    check_count(holes)
-    rate = check_rate(p)
-    check_choice(place, PLACES, "place")
-    for name, value in (("samples", samples), ("height", height), ("width", width)):
-        check_whole(value, name)
-    check_generator(generator)
-    ends = []
-    for length, side in ((_pixels(wide, width), width), (_pixels(tall, height), height)):
-        if place == "inside":
-            length = min(length, side)
-            first = integers(side - length + 1, (samples, holes), device, generator)
-        else:
-            # The centre lies in the image; of an even hole, it is the pixel after the middle.
-            # (An image without pixels has no centre either.)
-            first = integers(max(side, 1), (samples, holes), device, generator) - length // 2
-        ends.append((first.clamp(min=0), (first + length).clamp(max=side)))
-    (left, right), (top, bottom) = ends
-    boxes = torch.stack([left, top, right, bottom], -1)
-    if rate < 1.0:
-        whole = keep_mask((samples, 1, 1), rate, device=device, generator=generator)
-        boxes = torch.where(whole, 0, boxes)
-    return boxes
 
 
 def _holes(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -407,3 +305,88 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
 def _wrapped(x: Tensor, like: Tensor) -> Tensor:
     wrapped: Tensor = sys.modules["torchvision.tv_tensors"].wrap(x, like=like)
     return wrapped
+
+
+class Cutout(Rated):
+    """Cuts rectangular holes into images, every sample its own.
+
+    With the centre (cy, cx) of each hole uniform over the image, these rows and columns, as far as
+    they lie in it, are replaced by ``fill`` in training::
+
+        cy - h // 2, ..., cy - h // 2 + h - 1        cx - w // 2, ..., cx - w // 2 + w - 1
+
+    In evaluation, and with p = 0, the input comes back as it is. Works on a batch on any device,
+    and as a transform among those of torchvision.transforms.v2: on PIL images, tensors and
+    tv_tensors.Image, alone or in a sample, whose labels, boxes and masks are left alone. There,
+    ``fill`` is in the units of the image (0 to 255 for PIL and uint8)::
+
+        >>> train = v2.Compose([v2.RandomHorizontalFlip(), Cutout(16)])
+        >>> image, label = train(image, label)
+
+    Random numbers are torch's own, on the device of the images: not NumPy's, which the workers of
+    a loader share.
+
+    Args:
+        size: Of a hole: an integer is pixels, a float a fraction of each side; or a pair
+            (height, width) of these.
+        holes: How many holes a sample gets.
+        p: The probability that a sample is cut at all, in [0, 1].
+        place: ``"clipped"``: holes reach over the border and are cut off there (the paper).
+            ``"inside"``: they lie within the image.
+        fill: A number, one number a channel, ``"mean"`` or ``"noise"``
+            (:func:`torchdrop.functional.cutout`, which also replays holes).
+
+    Shape:
+        (channels, height, width) or (batch, channels, height, width); the output has the shape,
+        dtype and memory format of the input.
+
+    Raises:
+        TypeError: ``size``, ``holes``, ``p`` or ``fill`` is none of these.
+        ValueError: One of them is out of range, or ``place`` unknown. When called, also as
+            :func:`torchdrop.functional.cutout`.
+
+    Reference:
+        DeVries & Taylor 2017, Improved Regularization of Convolutional Neural Networks with
+        Cutout, arXiv:1708.04552.
+    """
+
+    def __init__(
+        self,
+        size: int | float | tuple[int | float, int | float],
+        holes: int = 1,
+        *,
+        p: float = 1.0,
+        place: str = "clipped",
+        fill: float | Sequence[float] | str = 0.0,
+    ) -> None:
+        super().__init__()
+        check_size(size)
+        self.size = size
+        self.holes = check_count(holes)
+        self.p = p
+        check_choice(place, PLACES, "place")
+        self.place = place
+        check_fill(fill)
+        self.fill = fill
+
+    def forward(self, *sample: Any) -> Any:
+        """Return an image, a batch or a sample with holes; the very object in evaluation."""
+        node = traced(self, sample, {})
+        if node is not None:
+            return node
+        x: Any = sample[0] if len(sample) == 1 else sample
+        if type(x) in (Tensor, nn.Parameter):
+            return cutout(
+                x, self.size, self.holes, self.p, self.training, place=self.place, fill=self.fill
+            )
+        if not self.training or self.p == 0.0:
+            check_sample(x)
+            return x
+        return cut_sample(x, self.size, self.holes, self.p, place=self.place, fill=self.fill)
+
+    def extra_repr(self) -> str:
+        """The size, the number of holes, p, and the rules that differ from their defaults."""
+        text = f"size={self.size}, holes={self.holes}, p={self.p}"
+        if self.place != "clipped":
+            text += f", place={self.place!r}"
+        return text if self.fill == 0.0 else text + f", fill={self.fill!r}"

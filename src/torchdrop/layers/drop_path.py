@@ -13,10 +13,11 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
-from torchdrop.draws import keep_mask, laid_out_like, readable, transformed
+from torchdrop.layers.draws import keep_mask, readable, transformed
+from torchdrop.layers.rated import Rated, traced
 from torchdrop.schedules import check_rate
 
-__all__ = ["drop_path", "drop_path_add", "spatial_dropout"]
+__all__ = ["DropPath", "drop_path", "drop_path_add"]
 
 # Fewer elements a row than this, and one elementwise kernel over everything beats one kernel a run
 # of rows (about 4 microseconds each, against .8 nanoseconds an element that a second pass costs).
@@ -296,84 +297,70 @@ def drop_path_add(
     return skip + _keep(branch, mask, keep, dim)
 
 
-def check_channels(x: Tensor, batch_dim: object, channel_dim: object) -> tuple[int, int]:
-    """Return both dimensions, counted from the front.
+class DropPath(Rated):
+    """Stochastic depth as a mask: sets whole samples of a residual branch to zero.
 
-    Raises:
-        TypeError: One of them is no integer.
-        ValueError: ``x`` has no such dimension, or they are the same.
-    """
-    if x.dim() < 2:
-        raise ValueError(
-            f"input has to have at least 2 dimensions, of samples and channels, but got {x.dim()}"
-        )
-    batch = check_dim(batch_dim, x.dim())
-    channel = check_dim(channel_dim, x.dim(), "channel_dim")
-    if batch == channel:
-        raise ValueError(f"batch_dim and channel_dim have to differ, but both are {channel}")
-    return batch, channel
+    With ``b ~ Bernoulli(1 - p)`` for each sample (``mode="row"``) or once (``"batch"``)::
 
+        y = b * x / (1 - p)   in training,     y = x   in evaluation and with p = 0
 
-def spatial_dropout(
-    x: Tensor,
-    p: float,
-    training: bool = True,
-    *,
-    channel_dim: int = 1,
-    batch_dim: int = 0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Set whole channels to zero, and scale the others so that the mean stays.
+    It changes what a network learns, not how long that takes: the branch is computed first. See
+    :class:`StochasticDepth` and :func:`torchdrop.add_stochastic_depth` for the time.
 
-    With ``b ~ Bernoulli(1 - p)`` drawn for each channel of each sample::
-
-        spatial_dropout(x) = x / (1 - p)  where b = 1,  and exactly 0  where b = 0
-
-    Which dimension counts channels is said, never guessed from the shape: of a 3-d input
-    ``torch.nn.functional.dropout2d`` drops channels too, with a warning that it will drop rows.
+    ``p`` can be set later and is checked then. Under ``torch.compile`` a rate that changes every
+    step compiles twice (once for the first value, once for any); going to exactly 0 or 1 and
+    back compiles once more for each. torch.fx records the layer as one node, which honours
+    ``eval()``.
 
     Args:
-        x: Of at least two dimensions, one of samples and one of channels, the others of any number
-            and place, of any floating-point dtype. Its memory format is kept.
-        p: The probability of dropping a channel, in [0, 1]. ``p=1`` gives zeros.
-        training: False returns ``x`` itself. So does ``p=0``.
-        channel_dim: The dimension that counts channels: 1 for (batch, channels, height, width) and
-            (batch, channels, length), -1 for (batch, length, channels).
-        batch_dim: The dimension that counts samples.
-        generator: Draws the mask, on the device of ``x``. Eager mode only.
+        p: The probability of dropping, in [0, 1].
+        mode: ``"row"`` or ``"batch"``.
+        batch_dim: The dimension that counts samples: 1 for tensors of (tokens, batch, features).
+        inplace: Let the result overwrite the input where autograd does not need it
+            (:func:`torchdrop.functional.drop_path`).
 
-    Returns:
-        A tensor of the shape, dtype and device of ``x``.
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
-            none), or a dimension no integer.
-        ValueError: ``p`` is NaN or outside [0, 1]; ``x`` has fewer than two dimensions, or not
-            those named; or they are the same.
+        TypeError: ``p`` is no real number (a bool or a string is none), or ``batch_dim`` is no
+            integer.
+        ValueError: ``p`` is NaN or outside [0, 1], or ``mode`` is unknown. When called, also as
+            :func:`torchdrop.functional.drop_path`.
 
     Reference:
-        Tompson et al. 2015, Efficient Object Localization Using Convolutional Networks,
-        arXiv:1411.4280.
+        Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv:1603.09382.
     """
-    if has_torch_function_unary(x):
-        return handle_torch_function(
-            spatial_dropout,
-            (x,),
+
+    def __init__(
+        self, p: float, mode: str = "row", batch_dim: int = 0, inplace: bool = False
+    ) -> None:
+        super().__init__()
+        self.p = p
+        check_mode(mode)
+        self.mode = mode
+        self.batch_dim = check_dim(batch_dim)
+        check_flag(inplace, "inplace")
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with samples dropped; ``x`` itself in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return drop_path(
             x,
-            p,
-            training,
-            channel_dim=channel_dim,
-            batch_dim=batch_dim,
-            generator=generator,
+            self.p,
+            self.training,
+            mode=self.mode,
+            batch_dim=self.batch_dim,
+            inplace=self.inplace,
         )
-    rate = check_rate(p)
-    check_input(x)
-    check_generator(generator)
-    batch, channel = check_channels(x, batch_dim, channel_dim)
-    if not training or rate == 0.0:
-        return x
-    shape = [1] * x.dim()
-    shape[batch], shape[channel] = x.shape[batch], x.shape[channel]
-    mask = keep_mask(shape, rate, device=x.device, generator=generator)
-    keep = 1.0 - rate if rate < 1.0 else 1.0
-    return torch.where(laid_out_like(x, mask), x, 0.0).div_(keep)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults, and p and mode."""
+        text = f"p={self.p}, mode={self.mode!r}"
+        if self.batch_dim != 0:
+            text += f", batch_dim={self.batch_dim}"
+        return text + (", inplace=True" if self.inplace else "")

@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["draw", "integers", "keep_mask", "laid_out_like", "rare_hits", "readable", "transformed"]
+__all__ = [
+    "draw",
+    "integers",
+    "keep_mask",
+    "laid_out_like",
+    "multiply",
+    "rare_hits",
+    "readable",
+    "transformed",
+]
 
 
 def keep_mask(
@@ -116,3 +125,8 @@ def rare_hits(total: int, p: float, generator: torch.Generator | None = None) ->
         reached = float(parts[-1][-1])
     hits = parts[0] if len(parts) == 1 else torch.cat(parts)
     return hits[: int(torch.searchsorted(hits, float(total)))].long()
+
+
+def multiply(x: Tensor, noise: Tensor) -> Tensor:
+    """``x * noise``, multiplied in the precision of the noise and rounded to ``x.dtype`` once."""
+    return (x * noise).to(x.dtype)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input, check_mode
-from torchdrop.draws import draw, keep_mask
+from torchdrop.layers.draws import draw, keep_mask, multiply
+from torchdrop.layers.rated import Rated, traced
 from torchdrop.schedules import check_rate
 
-__all__ = ["check_range", "shake_drop"]
+__all__ = ["ShakeDrop", "shake_drop"]
 
 
 def check_range(ends: Any, name: str) -> tuple[float, float]:
@@ -33,11 +34,6 @@ def check_range(ends: Any, name: str) -> tuple[float, float]:
     return low, high
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``x * factor``, in the precision of the factor and rounded once."""
-    return (x * factor).to(x.dtype)
-
-
 class _Shake(torch.autograd.Function):
     """``ahead * x``, whose derivative is said to be ``back``."""
 
@@ -45,7 +41,7 @@ class _Shake(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, ahead: Tensor, back: Tensor) -> Tensor:
-        return _scaled(x, ahead)
+        return multiply(x, ahead)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -54,7 +50,7 @@ class _Shake(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return _scaled(grads[0], back), None, None
+        return multiply(grads[0], back), None, None
 
 
 def shake_drop(
@@ -139,3 +135,78 @@ def shake_drop(
     back = draw(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
     shaken: Tensor = _Shake.apply(x, torch.where(kept, 1.0, ahead), torch.where(kept, 1.0, back))
     return shaken
+
+
+class ShakeDrop(Rated):
+    """Multiplies a residual branch by one random factor, and its gradient by another.
+
+    With ``b ~ Bernoulli(1 - p)``, and a and c uniform in ``alpha`` and ``beta``, for each sample
+    (``mode="row"``) or once (``"batch"``)::
+
+        y    = (b + a - b * a) * x,    dx = (b + c - b * c) * dy    in training
+        y    = (1 - p + p * E[a]) * x                               in evaluation
+
+    Evaluation multiplies by the expectation, so a branch's ShakeDrop stays in the network.
+
+    Args:
+        p: The probability of shaking, in [0, 1]; with depth, the paper lets it grow linearly to .5
+            (:func:`torchdrop.schedules.linear`).
+        alpha: The range of the factor forward.
+        beta: The range of the factor backward.
+        mode: ``"row"`` or ``"batch"``.
+        batch_dim: The dimension that counts samples.
+
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``p`` is no real number (a bool or a string is none), ``alpha`` or ``beta`` no
+            pair of them, or ``batch_dim`` no integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` no range, or ``mode`` is
+            unknown. When called, also as :func:`torchdrop.functional.shake_drop`.
+
+    Reference:
+        Yamada et al. 2018, ShakeDrop Regularization for Deep Residual Learning, arXiv:1802.02375.
+    """
+
+    def __init__(
+        self,
+        p: float,
+        alpha: tuple[float, float] = (-1.0, 1.0),
+        beta: tuple[float, float] = (0.0, 1.0),
+        *,
+        mode: str = "row",
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.p = p
+        self.alpha = check_range(alpha, "alpha")
+        self.beta = check_range(beta, "beta")
+        check_mode(mode)
+        self.mode = mode
+        self.batch_dim = check_dim(batch_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, shaken in training, times the expectation in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return shake_drop(
+            x,
+            self.p,
+            self.training,
+            alpha=self.alpha,
+            beta=self.beta,
+            mode=self.mode,
+            batch_dim=self.batch_dim,
+        )
+
+    def extra_repr(self) -> str:
+        """The rate, the mode, and the ranges that differ from the paper's."""
+        text = f"p={self.p}, mode={self.mode!r}"
+        if self.alpha != (-1.0, 1.0):
+            text += f", alpha={self.alpha}"
+        if self.beta != (0.0, 1.0):
+            text += f", beta={self.beta}"
+        return text if self.batch_dim == 0 else text + f", batch_dim={self.batch_dim}"

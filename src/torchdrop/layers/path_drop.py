@@ -17,8 +17,8 @@ from torchdrop.checks import (
     check_mode,
     check_whole,
 )
-from torchdrop.draws import integers, keep_mask, laid_out_like
-from torchdrop.rated import Rated, traced
+from torchdrop.layers.draws import integers, keep_mask, laid_out_like
+from torchdrop.layers.rated import Rated, traced
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import host_generator
 from torchdrop.rows.take_and_add import add_rows, take, touch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.checks import check_dim, check_input, check_mode
-from torchdrop.rated import Rated, traced
+from torchdrop.layers.rated import Rated, traced
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
 from torchdrop.rows.take_and_add import take, touch

@@ -1,0 +1,25 @@
+"""Layers for your own model: nn.Module shells, validated when they are made."""
+
+from torchdrop.layers.cutout import Cutout
+from torchdrop.layers.drop_block import DropBlock1d, DropBlock2d, DropBlock3d
+from torchdrop.layers.drop_path import DropPath
+from torchdrop.layers.gaussian_dropout import GaussianDropout
+from torchdrop.layers.path_drop import PathDrop
+from torchdrop.layers.shake_drop import ShakeDrop
+from torchdrop.layers.spatial_dropout import SpatialDropout
+from torchdrop.layers.stochastic_depth import StochasticDepth
+from torchdrop.layers.uniform_dropout import UniformDropout
+
+__all__ = [
+    "Cutout",
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "GaussianDropout",
+    "PathDrop",
+    "ShakeDrop",
+    "SpatialDropout",
+    "StochasticDepth",
+    "UniformDropout",
+]

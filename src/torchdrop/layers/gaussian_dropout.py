@@ -1,0 +1,121 @@
+"""Gaussian dropout: multiplicative normal noise with mean 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchdrop.checks import check_generator, check_input
+from torchdrop.layers.draws import draw, multiply
+from torchdrop.layers.rated import Rated, traced
+from torchdrop.schedules import check_rate
+
+__all__ = ["GaussianDropout", "check_finite_rate", "gaussian_dropout"]
+
+
+def check_finite_rate(p: object) -> float:
+    """:func:`check_rate`, and refuse 1, for which the noise would have infinite variance.
+
+    Raises:
+        TypeError: ``p`` is no real number.
+        ValueError: ``p`` is NaN or outside [0, 1).
+    """
+    rate = check_rate(p)
+    if rate == 1.0:
+        raise ValueError(
+            f"p has to be below 1, since the noise has variance p / (1 - p), but got {p}"
+        )
+    return rate
+
+
+def gaussian_dropout(
+    x: Tensor, p: float, training: bool = True, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Multiply by normal noise with the mean and the variance that dropout's mask has.
+
+    With ``n ~ N(0, 1)`` for each element::
+
+        gaussian_dropout(x) = x * (1 + sqrt(p / (1 - p)) * n)
+
+    A mask of dropout, 0 with probability p and else 1 / (1 - p), has mean 1 and variance
+    p / (1 - p) too. So the mean stays, and the variance of an element with mean m and variance v
+    becomes v + p / (1 - p) * (v + m**2).
+
+    Args:
+        x: Of any shape with at least one dimension and of any floating-point dtype. Its memory
+            format is kept. The noise is float32 (float64 for float64) and the product is rounded
+            once.
+        p: The probability of dropping whose noise this is, in [0, 1).
+        training: False returns ``x`` itself. So does ``p=0``.
+        generator: Draws the noise, on the device of ``x``. Eager mode only.
+
+    Returns:
+        A tensor of the shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor, or ``p`` no real number (a bool or a string
+            is none).
+        ValueError: ``p`` is NaN, outside [0, 1], or 1, which has infinite variance; ``x`` is 0-d.
+
+    Reference:
+        Srivastava et al. 2014, Dropout, section 10.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(gaussian_dropout, (x,), x, p, training, generator=generator)
+    rate = check_finite_rate(p)
+    check_input(x)
+    check_generator(generator)
+    if not training or rate == 0.0:
+        return x
+    # Not math.sqrt, which torch.compile does not take for a rate that changes.
+    return multiply(x, draw(torch.randn, x, generator).mul_((rate / (1.0 - rate)) ** 0.5).add_(1.0))
+
+
+class GaussianDropout(Rated):
+    """Multiplies by normal noise with mean 1 and the variance of dropout's mask.
+
+    With ``n ~ N(0, 1)`` for each element::
+
+        y = x * (1 + sqrt(p / (1 - p)) * n)   in training
+        y = x                                 in evaluation and with p = 0
+
+    Args:
+        p: The probability of dropping whose noise this is, in [0, 1).
+
+    Shape:
+        Any number of dimensions from 1; the output has the shape, dtype and memory format of the
+        input.
+
+    Raises:
+        TypeError: ``p`` is no real number (a bool or a string is none).
+        ValueError: ``p`` is NaN, outside [0, 1], or 1, which has infinite variance. When called,
+            also as :func:`torchdrop.functional.gaussian_dropout`.
+
+    Reference:
+        Srivastava et al. 2014, Dropout, section 10.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    @property
+    def p(self) -> float:
+        """The probability of dropping, in [0, 1)."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._p = check_finite_rate(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with noise; ``x`` itself in evaluation."""
+        node = traced(self, (x,), {})
+        if node is not None:
+            return node
+        return gaussian_dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"p={self.p}"
