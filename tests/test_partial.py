@@ -9,8 +9,8 @@ from torch import nn
 
 import torchdrop
 import zoo
-from torchdrop import partial
-from torchdrop.partial import add_padded, pad_like
+from torchdrop.tracing import padded_sums
+from torchdrop.tracing.padded_sums import add_padded, pad_like
 
 WIDTHS = (4, 4, 6, 7)
 
@@ -210,11 +210,11 @@ class UsedBefore(Partial):
 @pytest.mark.parametrize("kind", [SkipIsWide, OtherRest, UsedBefore])
 def test_what_is_no_padded_sum_is_left_as_it_is(kind):
     blocks = [kind(4) if kind is SkipIsWide else kind(4, 4) for _ in range(2)]
-    graph = torchdrop.tracing.trace_block(blocks[0]).graph
+    graph = torchdrop.tracing.block_graph.trace_block(blocks[0]).graph
     assert not [n for n in graph.nodes if n.target is add_padded]
 
 
 def test_the_parts_may_be_empty():
     left, right = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(add_padded(left, right, 1), left + right)
-    assert torch.equal(partial.pad_like(left, 5, -1), nn.functional.pad(left, [0, 2]))
+    assert torch.equal(padded_sums.pad_like(left, 5, -1), nn.functional.pad(left, [0, 2]))

@@ -16,7 +16,7 @@ from test_residual import Base, Parallel, Plain, Stack, W, flat, mlp
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.slot import attached
 from torchdrop.splits import read_splits
-from torchdrop.tracing import trace_block
+from torchdrop.tracing.block_graph import trace_block
 from zoo import BARELY, assert_same
 
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 import torchdrop
 from test_residual import Base, Stack, W, flat, mlp, two
-from torchdrop.arguments import unfold
-from torchdrop.lent import UntraceableError
-from torchdrop.tracing import trace_block
+from torchdrop.tracing.block_graph import trace_block
+from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.untraceable import UntraceableError
 from zoo import BARELY, assert_same, instance_names
 
 # --- what a trace would freeze ---------------------------------------------------------------

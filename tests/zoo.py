@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 import torchdrop
 from torchdrop import cost
-from torchdrop.nodes import callee
 from torchdrop.residual import Survey, survey
 from torchdrop.splits import terms
 from torchdrop.state import BranchState
+from torchdrop.tracing.nodes import callee
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
 BARELY = 1e-30

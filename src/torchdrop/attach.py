@@ -33,7 +33,7 @@ from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
 from torchdrop.splits import Split, read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
-from torchdrop.tracing import BlockGraph, trace_block
+from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.whole import LayerSite
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]

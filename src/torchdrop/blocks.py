@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchdrop.arguments import A_TENSOR
 from torchdrop.examples import Example
-from torchdrop.lent import UntraceableError
 from torchdrop.linear import Children
-from torchdrop.nodes import is_shape_node
-from torchdrop.reader import OnDataError
 from torchdrop.splits import Finder, differing, terms
-from torchdrop.tracing import BlockGraph, trace_block
+from torchdrop.tracing.block_graph import BlockGraph, trace_block
+from torchdrop.tracing.call_arguments import A_TENSOR
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.untraceable import OnDataError, UntraceableError
 
 __all__ = ["CONTAINERS", "BlockReader"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.arguments import unfold
-from torchdrop.lent import same
-from torchdrop.tracing import BlockGraph, Fixed
+from torchdrop.tracing.block_graph import BlockGraph, Fixed
+from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.watched_attributes import same
 
 __all__ = [
     "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",
@@ -80,7 +80,7 @@ class Recording:
             for the first of a tuple), by its path.
         forms: What it returned, with None for each tensor, by its path.
         items: For modules that return a tuple, what each item was: None; the place of the argument
-            (a number, or a name) that it was; :class:`torchdrop.tracing.Fixed` where it was a
+            (a number, or a name) that it was; :class:`torchdrop.tracing.block_graph.Fixed` where it was a
             number or a list of them; or ``...`` for anything else.
         times: How often each module was called.
     """

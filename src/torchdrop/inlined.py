@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from torchdrop.layers.drop_path import drop_path
-from torchdrop.nodes import callee, is_shape_node
-from torchdrop.partial import ancestors
+from torchdrop.tracing.nodes import callee, is_shape_node
+from torchdrop.tracing.padded_sums import ancestors
 
 __all__ = ["inlined_drop"]
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from torchdrop.nodes import callee
+from torchdrop.tracing.nodes import callee
 
 __all__ = ["same_layout", "told"]
 

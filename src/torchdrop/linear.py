@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
-from torchdrop.nodes import callee, is_shape_node
-from torchdrop.tracing import BlockGraph, trace_block
+from torchdrop.tracing.block_graph import BlockGraph, trace_block
+from torchdrop.tracing.nodes import callee, is_shape_node
+from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["Children", "depends_on_input", "is_curved"]
 

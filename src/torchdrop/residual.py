@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import nn
 
-from torchdrop.arguments import unfold
 from torchdrop.blocks import CONTAINERS, BlockReader
 from torchdrop.checks import check_model
 from torchdrop.examples import Example, carries, same_rows
 from torchdrop.linear import Children, is_curved
 from torchdrop.masks import drops_layers, is_mask, mask_rate
 from torchdrop.splits import Cuts, Entry, Finder, Split, called_in, differing, terms
-from torchdrop.tracing import BlockGraph
+from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.call_arguments import unfold
 
 __all__ = [
     "Branch",
@@ -382,7 +382,7 @@ class Layer:
     """A block that is dropped as a whole.
 
     Attributes:
-        x: Which of its arguments the block adds to, as :func:`torchdrop.arguments.unfold` names it.
+        x: Which of its arguments the block adds to, as :func:`unfold` names it.
         dim: The dimension of that which carries the batch.
         cuts: How each of its tensors carries the batch, by that name.
         place: Where in what it returns the sum is: "" for a tensor, "0" for the first of a tuple.

@@ -21,12 +21,12 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from torchdrop.arguments import unfold
-from torchdrop.lent import same
-from torchdrop.nodes import is_shape_node, passed_through
-from torchdrop.partial import pad_like
 from torchdrop.splits import Split, outside_inputs
-from torchdrop.tracing import BlockGraph
+from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.nodes import is_shape_node, passed_through
+from torchdrop.tracing.padded_sums import pad_like
+from torchdrop.tracing.watched_attributes import same
 
 __all__ = ["MismatchError", "Program", "Source", "kind_of_call", "rewrite"]
 
@@ -73,7 +73,7 @@ class Program:
             not); None where that was not measured.
         spent: Those whose skip is the sum of another branch, which nothing else uses: its memory is
             free for the sum.
-        tensors: The arguments that vary, as :func:`torchdrop.arguments.unfold` names them.
+        tensors: The arguments that vary, as :func:`unfold` names them.
         constants: The other arguments, which the forward holds fixed.
         attributes: The attributes of the block that it holds fixed.
         decisions: ``decisions(*tensors)``: what the block branches on before its graph begins.

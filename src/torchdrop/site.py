@@ -16,8 +16,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchdrop.keeper import Keeper, beside, precision_of, unchanged, without_spare
-from torchdrop.lent import UntraceableError, same
-from torchdrop.partial import pad_like
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows.in_graph import (
     leave_to_python,
@@ -31,7 +29,10 @@ from torchdrop.rows.saved_rows import kept_anyway, retaking
 from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take
 from torchdrop.splits import read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
-from torchdrop.tracing import trace_block
+from torchdrop.tracing.block_graph import trace_block
+from torchdrop.tracing.padded_sums import pad_like
+from torchdrop.tracing.untraceable import UntraceableError
+from torchdrop.tracing.watched_attributes import same
 
 __all__ = ["Site"]
 

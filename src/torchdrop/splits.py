@@ -15,9 +15,9 @@ from torchdrop.examples import ArgumentShapes, Shapes, carries, same_rows
 from torchdrop.layout import same_layout, told
 from torchdrop.linear import Children, depends_on_input
 from torchdrop.masks import is_mask
-from torchdrop.nodes import is_shape_node, passed_through
-from torchdrop.partial import add_padded
-from torchdrop.tracing import BlockGraph
+from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.nodes import is_shape_node, passed_through
+from torchdrop.tracing.padded_sums import add_padded
 
 __all__ = [
     "Cuts", "Entry", "Finder", "Split", "called_in", "differing", "outside_inputs", "read_splits",

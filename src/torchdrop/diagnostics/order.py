@@ -12,16 +12,16 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from torchdrop.arguments import A_TENSOR
 from torchdrop.diagnostics.batches import check_model
 from torchdrop.examples import Calls, record
-from torchdrop.lent import UntraceableError
 from torchdrop.masks import is_mask
-from torchdrop.nodes import is_shape_node
 from torchdrop.site import Site
 from torchdrop.slot import Bypass, attached
 from torchdrop.splits import read_splits
-from torchdrop.tracing import BlockGraph, trace_block
+from torchdrop.tracing.block_graph import BlockGraph, trace_block
+from torchdrop.tracing.call_arguments import A_TENSOR
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["OrderFinding", "OrderReport", "check_order"]
 

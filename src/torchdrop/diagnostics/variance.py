@@ -20,13 +20,13 @@ from torchdrop.diagnostics.shift import LayerShift, VarianceShift
 from torchdrop.diagnostics.untouched import untouched
 from torchdrop.examples import Example
 from torchdrop.keeper import sites_of
-from torchdrop.lent import UntraceableError
 from torchdrop.residual import survey
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows.take_and_add import add_whole
 from torchdrop.site import Site
 from torchdrop.splits import Split, read_splits
-from torchdrop.tracing import trace_block
+from torchdrop.tracing.block_graph import trace_block
+from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["variance_shift"]
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
-import sys
 import threading
 import traceback
 import warnings
@@ -18,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchdrop.lent import UntraceableError
-from torchdrop.nodes import is_shape_node, passed_through
-from torchdrop.partial import merge_partial_sums
-from torchdrop.reader import Reader, RecordFactories
+from torchdrop.tracing.nodes import is_shape_node, passed_through
+from torchdrop.tracing.padded_sums import merge_partial_sums
+from torchdrop.tracing.random_states import RandomStates, TorchDraws
+from torchdrop.tracing.tracer import Reader, RecordFactories
+from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["BlockGraph", "Fixed", "trace_block"]
 
@@ -78,45 +75,6 @@ class Fixed:
     value: Any
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whether this thread draws random numbers of torch."""
-
-    drawn = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-class _RandomStates:
-    """The global random numbers of Python, numpy and torch, as they are now."""
-
-    def __init__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self._python = random.getstate()
-        self._torch = torch.get_rng_state()
-        self._numpy = numpy.random.get_state() if numpy is not None else None
-
-    def changed(self, *, alone: bool) -> bool:
-        """Whether any was drawn; of those of torch that is known here of one thread ``alone``."""
-        now = _RandomStates()
-        arrays = False
-        if self._numpy is not None and now._numpy is not None:
-            arrays = self._numpy[2] != now._numpy[2]
-            arrays = arrays or bool((self._numpy[1] != now._numpy[1]).any())
-        if alone and not torch.equal(self._torch, now._torch):
-            return True
-        return arrays or self._python != now._python
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
 def trace_block(
     module: nn.Module,
     *,
@@ -144,15 +102,15 @@ def trace_block(
     """
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functions that wonder about proxies
-        before = _RandomStates()
+        before = RandomStates()
         # Random numbers that decide in Python are refused: the graph would hold one decision for
         # ever. Other threads may draw meanwhile: those of torch are told apart from this one's,
         # and where they draw others, the block is read again.
         alone = threading.active_count() == 1
         for left in reversed(range(1 if alone else _READINGS_IN_COMPANY)):
             reader = Reader(arguments, training, batch_dim, look_through)
-            draws = _Draws()  # type: ignore[no-untyped-call]
-            states = _RandomStates()
+            draws = TorchDraws()  # type: ignore[no-untyped-call]
+            states = RandomStates()
             try:
                 with (
                     reader.lender.watching(module, reader.is_asking),

@@ -20,16 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from torchdrop.arguments import A_TENSOR, unfold
-from torchdrop.facts import DataError, Facts, stand_in_for
-from torchdrop.lent import Lender, UntraceableError
-from torchdrop.nodes import DEVICES, is_shape_node, passed_through
+from torchdrop.tracing.call_arguments import A_TENSOR, unfold
+from torchdrop.tracing.nodes import DEVICES, is_shape_node, passed_through
+from torchdrop.tracing.shape_facts import DataError, Facts, stand_in_for
+from torchdrop.tracing.untraceable import OnDataError, UntraceableError
+from torchdrop.tracing.watched_attributes import Lender
 
-__all__ = ["OnDataError", "Reader", "RecordFactories"]
-
-
-class OnDataError(UntraceableError):
-    """The forward of a block branches on data: on fewer rows it might do something else."""
+__all__ = ["Reader", "RecordFactories"]
 
 
 class _Proxy(fx.Proxy):

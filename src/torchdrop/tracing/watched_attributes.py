@@ -18,11 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Lender", "UntraceableError", "same"]
+from torchdrop.tracing.untraceable import UntraceableError
 
-
-class UntraceableError(Exception):
-    """The forward of a block cannot be read: it sets an attribute, say."""
+__all__ = ["Lender", "same"]
 
 
 def same(known: Any, given: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Read one forward as a graph with torch.fx. Knows nothing of probabilities."""

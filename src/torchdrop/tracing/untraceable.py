@@ -1,0 +1,13 @@
+"""The errors of a forward that cannot be read."""
+
+from __future__ import annotations
+
+__all__ = ["OnDataError", "UntraceableError"]
+
+
+class UntraceableError(Exception):
+    """The forward of a block cannot be read: it sets an attribute, say."""
+
+
+class OnDataError(UntraceableError):
+    """The forward of a block branches on data: on fewer rows it might do something else."""
