@@ -41,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torchdrop
 import zoo
 import zoo_transformers
-from torchdrop.examples import Example
-from torchdrop.residual import survey
+from torchdrop.finding.example_calls import Example
+from torchdrop.finding.survey import survey
 
 BATCH = 5  # no model has five heads, windows or experts
 # Models with more parameters are not run in float64, trained or copied: they do not fit.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchdrop
-from torchdrop.masks import drops_layers
+from torchdrop.finding.existing_drops import drops_layers
 
 
 class SelfAttention(nn.Module):

@@ -435,7 +435,7 @@ def test_frozen_and_tied_parameters() -> None:
 
 
 def test_other_threads_run_models_while_one_is_read() -> None:
-    from torchdrop.residual import survey
+    from torchdrop.finding.survey import survey
 
     runner, x = two(Branching)(), flat()
     expected = runner(x)

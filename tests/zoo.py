@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 import torchdrop
 from torchdrop import cost
-from torchdrop.residual import Survey, survey
-from torchdrop.splits import terms
+from torchdrop.finding.residual_sums import terms
+from torchdrop.finding.survey import Survey, survey
 from torchdrop.state import BranchState
 from torchdrop.tracing.nodes import callee
 

@@ -6,6 +6,8 @@ from torchdrop.attach import (
     has_stochastic_depth,
     remove_stochastic_depth,
 )
+from torchdrop.finding.residual import Residual
+from torchdrop.finding.survey import find_residuals
 from torchdrop.layers import (
     Cutout,
     DropBlock1d,
@@ -20,7 +22,6 @@ from torchdrop.layers import (
     UniformDropout,
 )
 from torchdrop.plan import Plan, get_plan, paused
-from torchdrop.residual import Residual, find_residuals
 
 __version__ = "0.1.0"
 

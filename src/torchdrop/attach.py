@@ -19,19 +19,20 @@ from torch.nn.parameter import is_lazy
 
 from torchdrop import cost, schedules
 from torchdrop.checks import MODES, check_model
-from torchdrop.examples import Example, run_once
-from torchdrop.inlined import inlined_drop
+from torchdrop.finding.example_calls import Example, run_once
+from torchdrop.finding.existing_drops import inlined_drop, is_mask
+from torchdrop.finding.residual import Branch, Residual
+from torchdrop.finding.residual_sums import Split, read_splits
+from torchdrop.finding.source_code import adds, may_loop_over_branches
+from torchdrop.finding.survey import Survey, survey
 from torchdrop.keeper import Keeper
 from torchdrop.layers.stochastic_depth import StochasticDepth
-from torchdrop.masks import is_mask
 from torchdrop.plan import Plan, resolve_rates, set_rates
-from torchdrop.residual import Branch, Residual, Survey, adds, may_loop_over_branches, survey
 from torchdrop.rewrite import Program, rewrite
 from torchdrop.rows.collectives import is_sharded
 from torchdrop.rows.sampling import ROW_SAMPLERS
 from torchdrop.site import Site
 from torchdrop.slot import Bypass, LoopBypass, attach_to, attached, detach
-from torchdrop.splits import Split, read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.whole import LayerSite

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from torchdrop import schedules
 from torchdrop.checks import check_model
+from torchdrop.finding.residual import Branch, Residual
 from torchdrop.keeper import Keeper, sites_of
-from torchdrop.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.state import BranchState
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from torchdrop.splits import Split, outside_inputs
+from torchdrop.finding.residual_sums import Split, outside_inputs
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.call_arguments import unfold
 from torchdrop.tracing.nodes import is_shape_node, passed_through

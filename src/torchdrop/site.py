@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchdrop.finding.residual_sums import read_splits
 from torchdrop.keeper import Keeper, beside, precision_of, unchanged, without_spare
 from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows.in_graph import (
@@ -27,7 +28,6 @@ from torchdrop.rows.in_graph import (
 )
 from torchdrop.rows.saved_rows import kept_anyway, retaking
 from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take
-from torchdrop.splits import read_splits
 from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.padded_sums import pad_like

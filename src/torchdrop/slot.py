@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from torchdrop.masks import drops_layers
+from torchdrop.finding.existing_drops import drops_layers
 
 __all__ = ["Bypass", "LoopBypass", "Standin", "attach_to", "attached", "detach"]
 

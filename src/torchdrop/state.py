@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdrop.finding.residual_sums import Cuts
 from torchdrop.rows.in_graph import enter, set_share
 from torchdrop.rows.sampling import order_rows
-from torchdrop.splits import Cuts
 
 __all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdrop.finding.residual import Layer
 from torchdrop.keeper import Keeper, beside, precision_of, without_spare
-from torchdrop.residual import Layer
 from torchdrop.rows.in_graph import leave_to_python
 from torchdrop.rows.take_and_add import add_rows, take
 from torchdrop.state import BranchState, Settings

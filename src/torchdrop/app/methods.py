@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _NeverCal
 
 import torchdrop
 from torchdrop import functional, schedules
-from torchdrop.residual import Branch, Residual
+from torchdrop.finding.residual import Branch, Residual
 from torchdrop.schedules import check_rate
 
 from .errors import UserError, one_line

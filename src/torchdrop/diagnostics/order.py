@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from torchdrop.diagnostics.batches import check_model
-from torchdrop.examples import Calls, record
-from torchdrop.masks import is_mask
+from torchdrop.finding.example_calls import Calls, record
+from torchdrop.finding.existing_drops import is_mask
+from torchdrop.finding.residual_sums import read_splits
 from torchdrop.site import Site
 from torchdrop.slot import Bypass, attached
-from torchdrop.splits import read_splits
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node

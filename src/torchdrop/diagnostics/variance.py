@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_map_only
 from torchdrop.diagnostics.batches import Call, calls, check_batches, check_model
 from torchdrop.diagnostics.shift import LayerShift, VarianceShift
 from torchdrop.diagnostics.untouched import untouched
-from torchdrop.examples import Example
+from torchdrop.finding.example_calls import Example
+from torchdrop.finding.residual_sums import Split, read_splits
+from torchdrop.finding.survey import survey
 from torchdrop.keeper import sites_of
-from torchdrop.residual import survey
 from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows.take_and_add import add_whole
 from torchdrop.site import Site
-from torchdrop.splits import Split, read_splits
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.untraceable import UntraceableError
 

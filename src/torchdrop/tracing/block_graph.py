@@ -94,7 +94,7 @@ def trace_block(
             are tensors, those with one keep it.
         batch_dim: Which dimension of the tensors is the batch.
         look_through: Children that are not leaves: their forwards become part of the graph.
-        outputs: What children returned in that call, as :class:`torchdrop.examples.Example` has
+        outputs: What children returned in that call, as ``Recording.items`` has
             it: an item that was None is None in the graph, one that was an argument is it.
 
     Raises:

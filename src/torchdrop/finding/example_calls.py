@@ -80,7 +80,7 @@ class Recording:
             for the first of a tuple), by its path.
         forms: What it returned, with None for each tensor, by its path.
         items: For modules that return a tuple, what each item was: None; the place of the argument
-            (a number, or a name) that it was; :class:`torchdrop.tracing.block_graph.Fixed` where it was a
+            (a number, or a name) that it was; a :class:`Fixed` where it was a
             number or a list of them; or ``...`` for anything else.
         times: How often each module was called.
     """

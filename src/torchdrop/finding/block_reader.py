@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchdrop.examples import Example
-from torchdrop.linear import Children
-from torchdrop.splits import Finder, differing, terms
+from torchdrop.finding.example_calls import Example
+from torchdrop.finding.linearity import Children
+from torchdrop.finding.residual_sums import Finder, differing, terms
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node

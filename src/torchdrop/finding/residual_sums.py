@@ -11,10 +11,10 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from torchdrop.examples import ArgumentShapes, Shapes, carries, same_rows
-from torchdrop.layout import same_layout, told
-from torchdrop.linear import Children, depends_on_input
-from torchdrop.masks import is_mask
+from torchdrop.finding.batch_dim import same_layout, told
+from torchdrop.finding.example_calls import ArgumentShapes, Shapes, carries, same_rows
+from torchdrop.finding.existing_drops import is_mask
+from torchdrop.finding.linearity import Children, depends_on_input
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.nodes import is_shape_node, passed_through
 from torchdrop.tracing.padded_sums import add_padded

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.masks import is_mask
+from torchdrop.finding.existing_drops import is_mask
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.nodes import callee, is_shape_node
 from torchdrop.tracing.untraceable import UntraceableError

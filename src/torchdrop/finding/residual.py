@@ -1,0 +1,116 @@
+"""What is known of one residual block and of its branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from torchdrop.finding.residual_sums import Cuts, Split
+from torchdrop.tracing.block_graph import BlockGraph
+
+__all__ = ["Branch", "Layer", "Residual"]
+
+
+@dataclass(eq=False)
+class Branch:
+    """One residual branch of a block.
+
+    Attributes:
+        name: The block's name; where a block has several branches, with the largest child of the
+            branch behind a colon ("encoder.layers.encoder_layer_0:mlp").
+        skip: ``"identity"`` or ``"projection"``.
+        action: ``"skip"``: only the kept rows are computed. ``"layer"``: the same, but of the
+            block as a whole, ``x + keep * (block(x) - x)``, since its branches cannot be told
+            apart. ``"mask"``: all rows are computed, for the reason given in ``reason``.
+        reason: Why the action is what it is; empty where it is plainly ``"skip"``.
+        p: The drop probability. Before anything is attached: the rate of the masking layers that
+            the branch already has, 0 without any.
+        children: The paths, from the model, of the modules that the branch calls.
+        masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch, and of
+            a module around it that leaves out whole layers itself (``layerdrop``).
+        share: The branch's share of the FLOPs of a forward pass; None where it was not measured,
+            which takes ``example_inputs``.
+    """
+
+    name: str
+    skip: str
+    action: str
+    reason: str
+    p: float
+    children: tuple[str, ...]
+    masks: tuple[str, ...]
+    share: float | None = None
+    _split: Split | None = field(default=None, repr=False)
+    _traced: BlockGraph | None = field(default=None, repr=False)
+    _owner: str = field(default="", repr=False)
+    _layer: Layer | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False, repr=False)
+class Residual:
+    """One block: a unit of depth, with one or several branches that share a drop probability.
+
+    Attributes:
+        name: The path of the block from the model.
+        module: The block.
+        branches: Its branches in the order in which they are added.
+        default: Whether ``add_stochastic_depth`` takes the block without being asked; a lone,
+            inner or linear one only if ``select`` says so.
+        why_not: Why ``default`` is False.
+    """
+
+    name: str
+    module: nn.Module
+    branches: list[Branch]
+    default: bool = True
+    why_not: str = ""
+    _owner: str = field(default="", repr=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        count = len(self.branches)
+        text = (
+            f"{self.name} ({type(self.module).__name__}): {count} branch{'es' * (count > 1)}, "
+            f"{self.skip} skip, {self.action}, p={self.p:.3g}"
+        )
+        return f"<{text}>" if self.default else f"<{text}; left out: {self.why_not}>"
+
+    @property
+    def skip(self) -> str:
+        """``"identity"``, or ``"projection"`` where the skip of any branch is one."""
+        return "projection" if any(b.skip == "projection" for b in self.branches) else "identity"
+
+    @property
+    def action(self) -> str:
+        """What is done with the branches; several different actions are joined by a slash."""
+        return "/".join(dict.fromkeys(b.action for b in self.branches))
+
+    @property
+    def reason(self) -> str:
+        """The reasons of the branches."""
+        return "; ".join(dict.fromkeys(b.reason for b in self.branches if b.reason))
+
+    @property
+    def p(self) -> float:
+        """The drop probability; the largest where branches were given different ones."""
+        return max(b.p for b in self.branches)
+
+
+@dataclass(eq=False)
+class Layer:
+    """A block that is dropped as a whole.
+
+    Attributes:
+        x: Which of its arguments the block adds to, as :func:`unfold` names it.
+        dim: The dimension of that which carries the batch.
+        cuts: How each of its tensors carries the batch, by that name.
+        place: Where in what it returns the sum is: "" for a tensor, "0" for the first of a tuple.
+        returns: What it returns, without tensors.
+    """
+
+    x: str
+    dim: int
+    cuts: Cuts
+    place: str
+    returns: Any

@@ -1,0 +1,82 @@
+"""What the source code of a class tells, where its forward cannot be read."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+from torch import nn
+
+from torchdrop.finding.linearity import Children, is_curved
+
+__all__ = ["adds", "may_loop_over_branches"]
+
+
+def adds(module: nn.Module) -> bool:
+    """Whether a method of ``module``'s class adds anything, as far as its source tells."""
+    methods = _methods(module)
+    if methods is None:
+        return True
+    counts = {
+        target.id
+        for node in methods
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("len(")
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in methods:
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
+            operand = node.right if isinstance(node, ast.BinOp) else node.value
+            number = isinstance(operand, ast.Constant)  # i + 1, calls += 1
+            if not number and not (isinstance(operand, ast.Name) and operand.id in counts):
+                return True
+        if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+            return True
+    return False
+
+
+def may_loop_over_branches(module: nn.Module) -> bool:
+    """Whether ``module`` may add branches in a loop over a list of its children.
+
+    A branch is not linear. So one of these children is not, or another child of one argument, or a
+    function that the class calls: the convolutions of a feature pyramid make no branches.
+    """
+    lists = [c for c in module.children() if isinstance(c, nn.ModuleList | nn.ModuleDict)]
+    if not lists:
+        return False
+    elements = [element for each in lists for element in each.children()]
+    elements += [c for c in module.children() if c not in lists and _takes_one(c)]
+    if not all(map(Children().linear, elements)):
+        return True
+    calls = [node.func for node in _methods(module) or () if isinstance(node, ast.Call)]
+    names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls}
+    return any(map(is_curved, names))
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether one argument is enough for ``module``, as it is for an activation."""
+    try:
+        inspect.signature(type(module).forward).bind(module, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _methods(module: nn.Module) -> list[ast.AST] | None:
+    """All that the methods of ``module``'s class consist of, inherited ones too; None if hidden."""
+    methods: dict[str, list[ast.FunctionDef]] = {}
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(("torch.nn.modules.", "builtins")):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        except (OSError, TypeError, SyntaxError, ValueError):
+            return None  # no source to read: it may do anything
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef):
+                above = methods.setdefault(method.name, [])
+                if not above or "super()" in ast.unparse(above[-1]):
+                    above.append(method)
+    methods.pop("__init__", None)
+    return [node for each in methods.values() for method in each for node in ast.walk(method)]

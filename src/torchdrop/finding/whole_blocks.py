@@ -1,0 +1,92 @@
+"""Blocks that cannot be split into skip and branch, and can be dropped as a whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from torchdrop.finding.block_reader import CONTAINERS
+from torchdrop.finding.example_calls import Example, carries, same_rows
+from torchdrop.finding.residual import Branch, Layer, Residual
+from torchdrop.finding.residual_sums import Cuts, differing
+from torchdrop.finding.source_code import adds
+from torchdrop.tracing.call_arguments import unfold
+
+__all__ = ["whole_layers"]
+
+
+def whole_layers(
+    model: nn.Module,
+    example: Example,
+    found: Sequence[Residual],
+    unreadable: dict[str, str],
+    uses: Counter[nn.Module],
+    batch_dim: int | None,
+) -> list[Residual]:
+    """The blocks of a stack that could not be read, each as one branch."""
+    if example.larger is None:
+        return []
+    layers: list[Residual] = []
+    for name, why in unreadable.items():
+        module = model.get_submodule(name)
+        taken = [r for r in [*found, *layers] if r.default]
+        branches = [child for r in taken for b in r.branches for child in b.children]
+        apart = not any(f"{r.name}.".startswith(f"{name}.") for r in taken) and not any(
+            f"{name}.".startswith(f"{child}.") for child in branches
+        )
+        layer = _layer(name, example, batch_dim) if apart and _in_stack(model, name, uses) else None
+        if layer is None or not adds(module):
+            continue
+        branch = Branch(
+            name=name,
+            skip="identity",
+            action="layer",
+            reason=f"dropped as a whole, since it cannot be read: {why}",
+            p=0.0,
+            children=(name,),
+            masks=(),
+            _owner=name,
+            _layer=layer,
+        )
+        layers.append(Residual(name, module, [branch], _owner=name))
+    return layers
+
+
+def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
+    """Whether a module is one of several of its class in a container, or is called repeatedly."""
+    module = model.get_submodule(name)
+    container = model.get_submodule(name.rpartition(".")[0])
+    alike = [child for child in container.children() if type(child) is type(module)]
+    return uses[module] > 1 or (isinstance(container, CONTAINERS) and len(alike) > 1)
+
+
+def _layer(name: str, example: Example, batch_dim: int | None) -> Layer | None:
+    """How a block can be dropped as a whole; None where it does not map a tensor to its like."""
+    first, larger = example.first, example.larger
+    if larger is None or name not in first.returned or name not in larger.returned:
+        return None
+    both = [unfold(recording.calls[name])[1] for recording in (first, larger)]
+    if list(both[0]) != list(both[1]) or not both[0]:
+        return None
+    x = next(iter(both[0]))
+    few, many = (tuple(tensors[x].shape) for tensors in both)
+    dims = differing(few, many)
+    if len(dims) != 1 or batch_dim not in (None, dims[0]):
+        return None
+    (dim,) = dims
+    returned = first.returned[name]
+    place = "" if "" in returned else "0"
+    if returned.get(place) != few or larger.returned[name].get(place) != many:
+        return None
+    if set(returned) != {place}:
+        return None  # it returns more that carries the batch, or that others need
+    cuts: Cuts = {}
+    for path in both[0]:
+        pair = [tensors[path] for tensors in both]
+        cut = carries(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
+        if cut is None or (cut[1] > 1 and not same_rows(pair[0], pair[1], cut[0])):
+            return None
+        cuts[path] = cut if cut[1] else None
+    return Layer(x, dim, cuts, place, first.forms[name])
