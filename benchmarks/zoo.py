@@ -199,7 +199,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:400]}"
 
 
-def _summary(plan: torchdrop.plan.Plan) -> dict[str, Any]:
+def _summary(plan: torchdrop.attaching.plan.Plan) -> dict[str, Any]:
     """What is attached."""
     branches = [b for block in plan.blocks for b in block.branches]
     return {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import diagnostics, functional, schedules
-from torchdrop.keeper import sites_of
+from torchdrop.running.block_site import sites_of
 
 PACKAGE = str(Path(torchdrop.__file__).parent)
 Draw = Callable[[Any], Any]

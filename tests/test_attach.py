@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from test_site import Block, net
-from torchdrop import attach
+from torchdrop.attaching import attach
 from zoo import BARELY, assert_same, fingerprint, instance_names, same_randomness
 
 torchvision = pytest.importorskip("torchvision")

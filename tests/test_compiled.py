@@ -186,7 +186,7 @@ def test_rows_in_a_graph_follow_the_same_law(
 
 
 def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchdrop.state import BranchState
+    from torchdrop.running.branch_state import BranchState
 
     def all_that_are_computed(self: BranchState, batch: int) -> tuple[Tensor, int]:
         return torch.randperm(batch), 2

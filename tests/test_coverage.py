@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import torchdrop
 import zoo
-from torchdrop import site, slot
 from torchdrop.rows import take_and_add
+from torchdrop.running import forward_slot, split_site
+from torchdrop.running.split_site import Site as SplitSite
 from zoo_transformers import FAMILIES
 
 BATCH = 5
@@ -111,32 +112,32 @@ def test_the_harness_passes_what_is_right(name: str) -> None:
 
 def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Break one thing."""
-    call, join, add_rows = site.Site.__call__, site.Site.join, take_and_add.add_rows
+    call, join, add_rows = SplitSite.__call__, SplitSite.join, take_and_add.add_rows
     if name == "attached":
-        attach = slot.attach_to
+        attach = forward_slot.attach_to
 
         def leave_a_hook(module: nn.Module, what: Any) -> None:
             attach(module, what)
             module.register_forward_hook(lambda *_: None)
 
-        monkeypatch.setattr("torchdrop.attach.attach_to", leave_a_hook)
+        monkeypatch.setattr("torchdrop.attaching.attach.attach_to", leave_a_hook)
     elif name == "evaluation":
         monkeypatch.setattr(
-            site.Site, "__call__", lambda self, *a, **k: call(self, *a, **k) * (1 + 1e-6)
+            SplitSite, "__call__", lambda self, *a, **k: call(self, *a, **k) * (1 + 1e-6)
         )
     elif name == "nothing dropped":
         # the branch is computed twice: the same sum, but its hooks fire twice
-        monkeypatch.setattr(site.Site, "join", lambda self, *a: (join(self, *a), join(self, *a))[1])
+        monkeypatch.setattr(SplitSite, "join", lambda self, *a: (join(self, *a), join(self, *a))[1])
     elif name == "FLOPs":
 
-        def compute_all(self: site.Site, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
+        def compute_all(self: SplitSite, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
             return self.mask(k, skip, self._compute(self.train, k, inputs))
 
-        monkeypatch.setattr(site.Site, "_on_rows", compute_all)
+        monkeypatch.setattr(SplitSite, "_on_rows", compute_all)
     elif name == "all gradients":
-        monkeypatch.setattr(site.Site, "_dropped", lambda self, branch, skip, *_: skip.clone())
+        monkeypatch.setattr(SplitSite, "_dropped", lambda self, branch, skip, *_: skip.clone())
     elif name == "copies":
-        monkeypatch.setattr(site.Site, "__deepcopy__", lambda self, memo: self, raising=False)
+        monkeypatch.setattr(SplitSite, "__deepcopy__", lambda self, memo: self, raising=False)
     elif name == "masked gradients":
 
         def unscaled(
@@ -144,14 +145,14 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ) -> Any:
             return add_rows(skip, out, kept, gain * (1 + 1e-8), *a, **k)
 
-        monkeypatch.setattr(site, "add_rows", unscaled)
+        monkeypatch.setattr(split_site, "add_rows", unscaled)
     else:
 
         def leave_an_attribute(module: nn.Module) -> None:
-            slot.detach(module)
+            forward_slot.detach(module)
             module.__dict__["left"] = None
 
-        monkeypatch.setattr("torchdrop.attach.detach", leave_an_attribute)
+        monkeypatch.setattr("torchdrop.attaching.attach.detach", leave_an_attribute)
 
 
 @pytest.mark.parametrize("name", NAMES)

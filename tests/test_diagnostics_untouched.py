@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torchdrop
 from torchdrop.app.models import CifarResNet
 from torchdrop.diagnostics import recalibrate_batch_norm, variance_shift
-from torchdrop.keeper import sites_of
+from torchdrop.running.block_site import sites_of
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -13,9 +13,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop import site
 from torchdrop.cost import saved_bytes
 from torchdrop.rows import sampling
+from torchdrop.running import split_site
 
 models = pytest.importorskip("torchvision.models")
 
@@ -46,7 +46,7 @@ def test_bytes_kept_by_a_vision_transformer() -> None:
 
 
 def test_the_test_of_bytes_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site, "kept_anyway", lambda x: False)
+    monkeypatch.setattr(split_site, "kept_anyway", lambda x: False)
     kept, bar = bytes_kept(models.resnet18(), torch.randn(16, 3, 64, 64), 0.5)
     assert kept > bar
 

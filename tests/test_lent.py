@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.slot import attached
+from torchdrop.running.forward_slot import attached
 from zoo import BARELY, assert_same, instance_names
 
 W = 6

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from torchdrop.plan import Plan
-from torchdrop.state import BranchState
+from torchdrop.attaching.plan import Plan
+from torchdrop.running.branch_state import BranchState
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "soak" / "long_run.py"
 SPEC = importlib.util.spec_from_file_location("long_run", PATH)

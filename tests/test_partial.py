@@ -111,7 +111,9 @@ def test_dropped_rows_are_padded_skips(kind):
 
 
 def test_the_check_of_dropped_rows_can_fail(monkeypatch):
-    monkeypatch.setattr("torchdrop.site.pad_like", lambda *args: pad_like(*args) + 1e-6)
+    monkeypatch.setattr(
+        "torchdrop.running.split_site.pad_like", lambda *args: pad_like(*args) + 1e-6
+    )
     assert difference(Concatenated) > 1e-8
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import torchdrop
 from test_residual import Base, Parallel, Plain, Stack, W, flat, mlp
 from torchdrop.finding.residual_sums import read_splits
-from torchdrop.rewrite import MismatchError, Program, rewrite
-from torchdrop.slot import attached
+from torchdrop.running.forward_slot import attached
+from torchdrop.running.program import MismatchError, Program
+from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
 from zoo import BARELY, assert_same
 

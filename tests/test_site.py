@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop.slot import attached
+from torchdrop.running.forward_slot import attached
 from zoo import BARELY, assert_same, without_randomness
 
 models = pytest.importorskip("torchvision.models")

@@ -299,7 +299,7 @@ def test_a_seed_in_mid_run_fixes_what_follows(mode: str) -> None:
 def test_a_plan_saves_its_shared_numbers_with_weights_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchdrop import plan as module
+    from torchdrop.attaching import plan as module
 
     plan = torchdrop.add_stochastic_depth(net(2), [0.1, 0.2])
     monkeypatch.setattr(module.shared_numbers, "_streams", {7: (None, 12)})

@@ -26,7 +26,7 @@ import torchdrop
 from torchdrop import cost
 from torchdrop.finding.residual_sums import terms
 from torchdrop.finding.survey import Survey, survey
-from torchdrop.state import BranchState
+from torchdrop.running.branch_state import BranchState
 from torchdrop.tracing.nodes import callee
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
@@ -148,7 +148,9 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attached(model: nn.Module, p: Any = 0.5, **options: Any) -> Iterator[torchdrop.plan.Plan]:
+def attached(
+    model: nn.Module, p: Any = 0.5, **options: Any
+) -> Iterator[torchdrop.attaching.plan.Plan]:
     plan = torchdrop.add_stochastic_depth(model, p, schedule="uniform", **options)
     try:
         yield plan
@@ -369,7 +371,7 @@ def _fixed_part(model: nn.Module, inputs: Any, dense: Dense) -> float:
     return (batch * small - whole) / (batch - 1) / whole
 
 
-def _states(plan: torchdrop.plan.Plan) -> list[Any]:
+def _states(plan: torchdrop.attaching.plan.Plan) -> list[Any]:
     return [state for site in plan._sites for state in site.branches]
 
 
@@ -479,7 +481,7 @@ def _readings() -> Iterator[list[Survey]]:
         taken.append(survey(*args, **options))
         return taken[-1]
 
-    with patch("torchdrop.attach.survey", note):
+    with patch("torchdrop.attaching.attach.survey", note):
         yield taken
 
 

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.keeper import sites_of
 from torchdrop.layers import drop_block_gamma
 from torchdrop.rows import in_graph
 from torchdrop.rows.shared_numbers import shared_numbers
+from torchdrop.running.block_site import sites_of
 
 ALPHA = 1e-6
 SIZES = (16, 16, 16, 5, 1, 9, 12, 7)

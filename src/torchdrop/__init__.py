@@ -1,11 +1,12 @@
 """Stochastic depth that really skips the work, for any PyTorch model, in one line."""
 
 from torchdrop import cost, diagnostics, functional, schedules
-from torchdrop.attach import (
+from torchdrop.attaching.attach import (
     add_stochastic_depth,
     has_stochastic_depth,
     remove_stochastic_depth,
 )
+from torchdrop.attaching.plan import Plan, get_plan, paused
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.survey import find_residuals
 from torchdrop.layers import (
@@ -21,7 +22,6 @@ from torchdrop.layers import (
     StochasticDepth,
     UniformDropout,
 )
-from torchdrop.plan import Plan, get_plan, paused
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,8 @@ from torchdrop.diagnostics.batches import check_model
 from torchdrop.finding.example_calls import Calls, record
 from torchdrop.finding.existing_drops import is_mask
 from torchdrop.finding.residual_sums import read_splits
-from torchdrop.site import Site
-from torchdrop.slot import Bypass, attached
+from torchdrop.running.forward_slot import Bypass, attached
+from torchdrop.running.split_site import Site
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from torchdrop.keeper import Keeper, sites_of
 from torchdrop.rows.shared_numbers import shared_numbers
-from torchdrop.site import Site
+from torchdrop.running.block_site import Keeper, sites_of
+from torchdrop.running.split_site import Site
 
 __all__ = ["Buffers", "untouched"]
 

@@ -21,10 +21,11 @@ from torchdrop.diagnostics.untouched import untouched
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.residual_sums import Split, read_splits
 from torchdrop.finding.survey import survey
-from torchdrop.keeper import sites_of
-from torchdrop.rewrite import MismatchError, Program, rewrite
 from torchdrop.rows.take_and_add import add_whole
-from torchdrop.site import Site
+from torchdrop.running.block_site import sites_of
+from torchdrop.running.program import MismatchError, Program
+from torchdrop.running.rewrite import rewrite
+from torchdrop.running.split_site import Site
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.untraceable import UntraceableError
 

@@ -16,8 +16,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchdrop.finding.residual_sums import read_splits
-from torchdrop.keeper import Keeper, beside, precision_of, unchanged, without_spare
-from torchdrop.rewrite import MismatchError, Program, kind_of_call, rewrite
 from torchdrop.rows.in_graph import (
     leave_to_python,
     rows_in_graph,
@@ -28,7 +26,10 @@ from torchdrop.rows.in_graph import (
 )
 from torchdrop.rows.saved_rows import kept_anyway, retaking
 from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take
-from torchdrop.state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
+from torchdrop.running.block_site import Keeper, beside, precision_of, unchanged, without_spare
+from torchdrop.running.branch_state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
+from torchdrop.running.program import MismatchError, Program, kind_of_call
+from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.padded_sums import pad_like
 from torchdrop.tracing.untraceable import UntraceableError
@@ -432,12 +433,12 @@ leave_to_python(
         f"torchdrop.{name}"
         for name in (
             "rows.collectives",
-            "rewrite",
+            "running.program",
             "rows.saved_rows",
             "rows.take_and_add",
             "rows.sampling",
             "rows.shared_numbers",
-            "state",
+            "running.branch_state",
         )
     ),
 )

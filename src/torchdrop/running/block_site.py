@@ -21,8 +21,8 @@ from torchdrop.rows.collectives import is_sharded, meets_ranks
 from torchdrop.rows.in_graph import leave_to_python
 from torchdrop.rows.sampling import keep_batch, order_rows, refuse_recording
 from torchdrop.rows.take_and_add import take, touch
-from torchdrop.slot import Standin, attached
-from torchdrop.state import BranchState, Settings
+from torchdrop.running.branch_state import BranchState, Settings
+from torchdrop.running.forward_slot import Standin, attached
 from torchdrop.tracing.call_arguments import is_cache
 
 __all__ = ["Keeper", "beside", "precision_of", "sites_of", "unchanged", "without_spare"]

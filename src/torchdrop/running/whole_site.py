@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.finding.residual import Layer
-from torchdrop.keeper import Keeper, beside, precision_of, without_spare
 from torchdrop.rows.in_graph import leave_to_python
 from torchdrop.rows.take_and_add import add_rows, take
-from torchdrop.state import BranchState, Settings
+from torchdrop.running.block_site import Keeper, beside, precision_of, without_spare
+from torchdrop.running.branch_state import BranchState, Settings
 from torchdrop.tracing.call_arguments import unfold
 
 __all__ = ["LayerSite"]

@@ -1,0 +1,226 @@
+"""Every reason not to add stochastic depth to a model, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchdrop import schedules
+from torchdrop.checks import MODES
+from torchdrop.finding.residual import Residual
+from torchdrop.finding.source_code import adds, may_loop_over_branches
+from torchdrop.finding.survey import Survey
+from torchdrop.layers.stochastic_depth import StochasticDepth
+from torchdrop.rows.collectives import is_sharded
+from torchdrop.rows.sampling import ROW_SAMPLERS
+from torchdrop.running.branch_state import Settings
+from torchdrop.running.forward_slot import attached
+
+__all__ = [
+    "COMPUTES",
+    "SCALES",
+    "check_attachable",
+    "check_batch_dims",
+    "check_settings",
+    "nothing_found",
+    "refuse_doubled",
+    "refuse_unreadable",
+]
+
+SCALES = ("train", "eval")
+
+
+COMPUTES = ("auto", "skip", "mask")
+
+
+# What can be done about a block that cannot be read. Around its branch alone StochasticDepth would
+# add a second skip.
+_BY_HAND = (
+    "wrap the whole block in torchdrop.StochasticDepth, "
+    "or put a torchdrop.DropPath behind its branch"
+)
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(
+            f"{name} has to be one of {', '.join(map(repr, allowed))}, but got {value!r}"
+        )
+
+
+def check_settings(
+    schedule: object,
+    mode: Any,
+    sampling_: Any,
+    scale: Any,
+    compute: object,
+    sync_ranks: object,
+    zero_grad: object,
+    batch_dim: object,
+    select: object,
+) -> Settings:
+    """The settings that all branches share, from the arguments of ``add_stochastic_depth``.
+
+    Raises:
+        TypeError, ValueError: What is wrong with an argument.
+    """
+    _one_of("schedule", schedule, tuple(schedules.DEPTH_RULES))
+    _one_of("mode", mode, MODES)
+    _one_of("sampling", sampling_, tuple(ROW_SAMPLERS))
+    _one_of("scale", scale, SCALES)
+    _one_of("compute", compute, COMPUTES)
+    if sync_ranks is not None and not isinstance(sync_ranks, bool):
+        raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
+    if not isinstance(zero_grad, bool):
+        raise TypeError(f"zero_grad has to be True or False, but got {zero_grad!r}")
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int | None):
+        raise TypeError(f"batch_dim has to be an integer or None, but got {batch_dim!r}")
+    if batch_dim is not None and batch_dim < 0:
+        raise ValueError(f"batch_dim has to be 0 or more, but got {batch_dim}")
+    if select is not None and not callable(select):
+        raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
+    return Settings(
+        mode=mode,
+        sampling=sampling_,
+        scale=scale,
+        schedule=str(schedule),
+        sync_ranks=sync_ranks,
+        zero_grad=zero_grad,
+    )
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Raise where stochastic depth would come too late: the model is wrapped, or has it already.
+
+    Raises:
+        ValueError: What is in the way, and what to do first.
+    """
+    for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "the model"
+        if attached(module) is not None:
+            raise ValueError(
+                f"{where} has stochastic depth already; change its rates with "
+                f"torchdrop.get_plan(model).set_p(...), or call "
+                f"torchdrop.remove_stochastic_depth(model) first"
+            )
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is TorchScript already; add stochastic depth to the Python model first"
+            )
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            raise ValueError(
+                f"{where} is wrapped in {kind}; add stochastic depth to the model first "
+                f"and wrap it afterwards"
+            )
+        if is_sharded(module):
+            raise ValueError(
+                f"{where} went through fully_shard already; add stochastic depth first "
+                f"and shard afterwards"
+            )
+        if kind == "OptimizedModule":
+            raise ValueError(
+                f"{where} went through torch.compile already; add stochastic depth to the model "
+                f"itself and compile afterwards"
+            )
+
+
+def nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool) -> str:
+    """The message of the error for a model in which no residual is taken."""
+    name = type(model).__name__
+    if selected:
+        return (
+            f"select took none of the {len(found.residuals)} residuals of this {name}; "
+            f"torchdrop.find_residuals(model) lists those that are taken by default"
+        )
+    unread = found.unreadable and not example
+    hint = "; give example_inputs, so that it is read as it is called" if unread else ""
+    text = (
+        f"no residual branches found in this {name}{hint}. Looked for additions skip + "
+        f"branch, whose branch has parameters and an activation, and whose skip is the identity "
+        f"or a linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
+        f"with {_count(found.additions, 'addition')}"
+    )
+    if found.residuals:
+        listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
+        text += f"; left out {', '.join(listed)}: take them with select=lambda r: True"
+    if found.unreadable:
+        path, reason = next(iter(found.unreadable.items()))
+        text += f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}"
+        text += f": {_BY_HAND}" if example else ""
+    if not found.residuals and not found.unreadable:
+        text += (
+            ". Such a network has nothing that can be dropped whole; wrap a part of it in "
+            "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"
+        )
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
+    """Raise where a block that may hold a residual could not be read."""
+    taken = [r for r in found.residuals if r.default]
+    children = [child for r in taken for b in r.branches for child in b.children]
+    for path, reason in found.unreadable.items():
+        prefix = f"{path}." if path else ""
+        above = any(r.name.startswith(prefix) for r in taken)
+        inside = any(path == c or path.startswith(f"{c}.") for c in children)
+        module = model.get_submodule(path)
+        alike = sum(type(m) is type(module) for m in model.modules())
+        apart = not above and not inside
+        if apart and adds(module) and (alike > 1 or may_loop_over_branches(module)):
+            way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
+            raise ValueError(
+                f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
+                f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or "
+                f"{_BY_HAND}"
+            )
+
+
+def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
+    """Raise where a branch is inside a :class:`StochasticDepth`, or has one inside."""
+    branches = [branch for residual in chosen for branch in residual.branches]
+    for path, module in model.named_modules():
+        if not isinstance(module, StochasticDepth) or module.p == 0.0:
+            continue
+        for branch in branches:
+            within = not path or f"{branch._owner}.".startswith(f"{path}.")
+            if within or any(f"{path}.".startswith(f"{child}.") for child in branch.children):
+                raise ValueError(
+                    f"{path or 'the model'!r} is a torchdrop.StochasticDepth with p={module.p}, "
+                    f"which would add to the rate of {branch.name}; set its p to 0, or leave the "
+                    f"block out with select="
+                )
+
+
+def check_batch_dims(chosen: Sequence[Residual]) -> None:
+    """Raise where it is not sure on which dimension a block carries the batch."""
+    says: dict[str, int] = {}
+    silent = []
+    for residual in chosen:
+        for branch in residual.branches:
+            if branch._split is None:
+                continue
+            for path, dim in branch._split.told.items():
+                says.setdefault(f"{branch._owner}.{path}".lstrip("."), dim)
+            if branch._split.dim is None and not branch._split.told:
+                silent.append(branch.name)
+    first = {dim: path for path, dim in reversed(says.items())}
+    if len(first) == 2:
+        raise ValueError(
+            f"{first[0]!r} has batch_first=True and {first[1]!r} has batch_first=False: all blocks "
+            f"have to carry the batch on one dimension; give that as batch_dim=, or give "
+            f"example_inputs, with which two batch sizes tell it for each block"
+        )
+    if 1 in first and silent:
+        raise ValueError(
+            f"{first[1]!r} has batch_first=False, so its block carries the batch on dimension 1; "
+            f"of {silent[0]!r} nothing tells the dimension: give batch_dim=, or example_inputs, "
+            f"with which two batch sizes tell it"
+        )
