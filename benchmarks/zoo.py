@@ -206,7 +206,7 @@ def _summary(plan: torchdrop.attaching.plan.Plan) -> dict[str, Any]:
         "blocks": len(plan.blocks),
         "branches": len(branches),
         **Counter(b.action for b in branches),
-        "identity": sum(b.skip == "identity" for b in branches),
+        "identity": sum(b.shortcut == "identity" for b in branches),
         "masks": sum(len(b.masks) for b in branches),
         "reasons": sorted({b.reason for b in branches if b.reason}),
     }

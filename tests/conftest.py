@@ -17,4 +17,4 @@ def _seeded() -> None:
 @pytest.fixture(params=[0, 2**60], ids=["of its own", "of torch"])
 def way_to_fork(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors fork by torch's operations, large ones by a function of our own."""
-    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", request.param)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", request.param)

@@ -343,9 +343,9 @@ def test_an_interrupt_leaves_the_model_as_it_was(
 
     model = net(3, block=Masked)
     calls = {"attaching": 2, "a mask": 5}.get(moment, 0)
-    real = attach.attach_to
+    real = attach.put_in_slot
 
-    def attach_to(*args: Any) -> None:
+    def put_in_slot(*args: Any) -> None:
         nonlocal calls
         calls -= 1
         if calls == 0:
@@ -357,9 +357,9 @@ def test_an_interrupt_leaves_the_model_as_it_was(
         raise KeyboardInterrupt
 
     if moment in ("attaching", "a mask"):
-        monkeypatch.setattr(attach, "attach_to", attach_to)
+        monkeypatch.setattr(attach, "put_in_slot", put_in_slot)
     elif moment == "measuring":
-        monkeypatch.setattr(attach, "_measure_shares", measure)
+        monkeypatch.setattr(attach, "measure_shares", measure)
     else:
         Masked.interrupts = True
     before, names = fingerprint(model), instance_names(model)

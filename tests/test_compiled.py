@@ -198,12 +198,12 @@ def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.5, 0.8, 0.999, 1.0])
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 100])
 def test_a_graph_computes_no_more_rows_than_the_rate_can_need(p: float, batch: int) -> None:
-    class Rated:
+    class LayerWithRate:
         def __init__(self) -> None:
             self.p = p
             self.convolves = False
 
-    rated = Rated()
+    rated = LayerWithRate()
     number = in_graph.enter(rated)  # type: ignore[arg-type]
     exactly = batch * (1 - p)
     rounded_up = int(exactly) + (exactly - int(exactly) > 1e-6)

@@ -16,7 +16,7 @@ import torchdrop
 import zoo
 from torchdrop.rows import take_and_add
 from torchdrop.running import forward_slot, split_site
-from torchdrop.running.split_site import Site as SplitSite
+from torchdrop.running.split_site import SplitSite
 from zoo_transformers import FAMILIES
 
 BATCH = 5
@@ -114,13 +114,13 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Break one thing."""
     call, join, add_rows = SplitSite.__call__, SplitSite.join, take_and_add.add_rows
     if name == "attached":
-        attach = forward_slot.attach_to
+        attach = forward_slot.put_in_slot
 
         def leave_a_hook(module: nn.Module, what: Any) -> None:
             attach(module, what)
             module.register_forward_hook(lambda *_: None)
 
-        monkeypatch.setattr("torchdrop.attaching.attach.attach_to", leave_a_hook)
+        monkeypatch.setattr("torchdrop.attaching.attach.put_in_slot", leave_a_hook)
     elif name == "evaluation":
         monkeypatch.setattr(
             SplitSite, "__call__", lambda self, *a, **k: call(self, *a, **k) * (1 + 1e-6)
@@ -152,7 +152,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             forward_slot.detach(module)
             module.__dict__["left"] = None
 
-        monkeypatch.setattr("torchdrop.attaching.attach.detach", leave_an_attribute)
+        monkeypatch.setattr("torchdrop.attaching.attach.clear_slot", leave_an_attribute)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -124,7 +124,7 @@ def test_what_is_dropped_is_a_union_of_whole_blocks(shape, block):
     # A place may start a block if the whole of it is gone; those blocks cover all that is gone.
     starts = gone
     for dim, b in enumerate(sizes, start=2):
-        starts = starts.unfold(dim, b, 1).all(-1)
+        starts = starts.flatten_arguments(dim, b, 1).all(-1)
     covered = torch.zeros_like(gone)
     for start in starts.nonzero().tolist():
         box = (slice(s, s + b) for s, b in zip(start[2:], sizes, strict=True))

@@ -46,7 +46,7 @@ def test_bytes_kept_by_a_vision_transformer() -> None:
 
 
 def test_the_test_of_bytes_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_site, "kept_anyway", lambda x: False)
+    monkeypatch.setattr(split_site, "saved_by_producer", lambda x: False)
     kept, bar = bytes_kept(models.resnet18(), torch.randn(16, 3, 64, 64), 0.5)
     assert kept > bar
 

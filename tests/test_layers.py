@@ -620,10 +620,10 @@ def test_wrapping_renames_keys_as_the_docstring_says():
 
 def test_fx_sees_one_node_that_honours_eval(x, block):
     parent = nn.Sequential(nn.Identity(), StochasticDepth(block, 1.0))
-    traced = fx.symbolic_trace(parent)
-    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
-    assert torch.equal(traced.train()(x), x)
-    assert torch.equal(traced.eval()(x), block(x))
+    as_fx_node = fx.symbolic_trace(parent)
+    assert [n.target for n in as_fx_node.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    assert torch.equal(as_fx_node.train()(x), x)
+    assert torch.equal(as_fx_node.eval()(x), block(x))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.running.forward_slot import attached
+from torchdrop.running.forward_slot import occupant_of
 from zoo import BARELY, assert_same, instance_names
 
 W = 6
@@ -132,7 +132,7 @@ def test_what_was_read_may_change(change: str) -> None:
 def test_a_forward_that_notes_nothing_would_go_on_as_before() -> None:
     model, dense = pair()
     torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
-    (program,) = attached(model[0]).train  # type: ignore[union-attr]
+    (program,) = occupant_of(model[0]).train  # type: ignore[union-attr]
     assert {"config.half", "leaf.scale", "out.config.scale"} < program.attributes.keys()
     program.attributes.clear()
     program.__post_init__()
@@ -148,7 +148,7 @@ def test_what_was_not_read_may_change_at_no_cost() -> None:
         model[0].config.unused = step
         x = torch.randn(4, W)
         assert_same(model(x), dense(x))
-    assert len(attached(model[0]).train) == 1  # type: ignore[union-attr]
+    assert len(occupant_of(model[0]).train) == 1  # type: ignore[union-attr]
 
 
 def test_what_is_gone_is_noticed() -> None:

@@ -250,7 +250,7 @@ def test_a_quantisation_aware_model(fused: bool) -> None:
     model(x)  # the ranges
     dense = copy.deepcopy(model)
     plan = torchdrop.add_stochastic_depth(model, [1.0, 0.5, 0.5])
-    assert [r.skip for r in plan.blocks] == ["identity", "projection", "identity"]
+    assert [r.shortcut for r in plan.blocks] == ["identity", "projection", "identity"]
     assert [r.action for r in plan.blocks] == ["skip"] * 3
     assert_same(model.eval()(x), dense.eval()(x))
     model.train(), dense.train()

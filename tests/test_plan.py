@@ -151,7 +151,7 @@ def test_shares_count_attention_that_evaluation_would_fuse() -> None:
 
 def test_a_block_prints_in_one_line() -> None:
     found = torchdrop.find_residuals(models.resnet18())
-    assert repr(found[2]) == "<layer2.0 (BasicBlock): 1 branch, projection skip, skip, p=0>"
+    assert repr(found[2]) == "<layer2.0 (BasicBlock): 1 branch, projection shortcut, skip, p=0>"
 
 
 # --- paused ----------------------------------------------------------------------------------

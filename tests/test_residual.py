@@ -679,7 +679,7 @@ def test_the_one_block_that_does_not_stride_is_a_block() -> None:
 
 def test_a_maximum_over_a_dimension_pools_the_skip() -> None:
     (first, _) = torchdrop.find_residuals(Stack(Pooled(), Pooled()))
-    assert (first.skip, first.action) == ("projection", "skip")
+    assert (first.shortcut, first.action) == ("projection", "skip")
 
 
 # --- several inputs --------------------------------------------------------------------------
@@ -781,7 +781,7 @@ def test_a_unet_with_a_time_embedding(batch: int) -> None:
     example = tuple(t[:batch] for t in inputs)
     plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
     assert [r.action for r in plan.blocks] == ["skip"] * 4
-    assert [r.skip for r in plan.blocks] == ["identity", "projection", "identity", "projection"]
+    assert [r.shortcut for r in plan.blocks] == ["identity", "projection", "identity", "projection"]
     against_mask(model, inputs, plan)
 
 

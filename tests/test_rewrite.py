@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import torchdrop
 from test_residual import Base, Parallel, Plain, Stack, W, flat, mlp
-from torchdrop.finding.residual_sums import read_splits
-from torchdrop.running.forward_slot import attached
+from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.running.forward_slot import occupant_of
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
@@ -40,7 +40,7 @@ class Recorder:
 
 def program_of(module: nn.Module, action: str = "skip", first: int = 0) -> Program:
     block = trace_block(module)
-    splits = [(entry.split, action) for entry in read_splits(block)]
+    splits = [(entry.split, action) for entry in read_residual_sums(block)]
     return rewrite(block, splits, "block", first)
 
 
@@ -82,10 +82,10 @@ class Two(Base):
 )
 @pytest.mark.parametrize("action", ["skip", "mask"])
 def test_a_skip_is_spent_where_it_is_a_sum_that_nothing_else_uses(
-    use: str, spent: set[int], action: str
+    use: str, reuses_skip: set[int], action: str
 ) -> None:
     program = program_of(Two(use), action, first=2)
-    assert program.spent == (spent if action == "skip" else set())
+    assert program.reuses_skip == (reuses_skip if action == "skip" else set())
 
 
 def test_what_a_branch_reads_of_shapes_it_reads_of_its_rows() -> None:
@@ -171,6 +171,6 @@ def test_the_site_knows_the_program_of_each_branch() -> None:
     block = model.blocks[0]
     for gain in (1.0, 2.0, 3.0, 1.0):
         assert_same(block(x, gain), Held.forward(block, x, gain))
-    site = attached(block)
+    site = occupant_of(block)
     assert [sorted(p.branches) for p in site.train] == [[0, 1], [2, 3], [4, 5]]  # type: ignore[union-attr]
     assert_same(copy.deepcopy(block)(x, 3.0), Held.forward(block, x, 3.0))

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 
 import torchdrop.rows.take_and_add
 from torchdrop.cost import saved_bytes
-from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take, touch
+from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take, with_zero_grads
 
 FORMATS = {
     "contiguous": lambda x: x.contiguous(),
@@ -113,7 +113,7 @@ def test_gradients_follow_the_forward(batch: int, data: st.DataObject) -> None:
 def test_touch_gives_zeros_and_a_copy() -> None:
     x, used = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
     frozen = torch.randn(2)
-    out = touch(x, [used, frozen])
+    out = with_zero_grads(x, [used, frozen])
     assert out.data_ptr() != x.data_ptr()
     assert torch.equal(out, x)
     out.sum().backward()
@@ -121,16 +121,18 @@ def test_touch_gives_zeros_and_a_copy() -> None:
     assert used.grad.tolist() == [0.0, 0.0]
     assert torch.equal(x.grad, torch.ones(3))
     with torch.no_grad():
-        assert not touch(x, [used]).requires_grad
-    assert touch(frozen, []).data_ptr() != frozen.data_ptr()
+        assert not with_zero_grads(x, [used]).requires_grad
+    assert with_zero_grads(frozen, []).data_ptr() != frozen.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
 def test_touch_under_vmap_and_forward_mode() -> None:
     weight = torch.randn(2, requires_grad=True)
-    out = torch.func.vmap(lambda x: touch(x, [weight]))(torch.randn(3, 2))
+    out = torch.func.vmap(lambda x: with_zero_grads(x, [weight]))(torch.randn(3, 2))
     assert out.shape == (3, 2)
-    _, tangent = torch.func.jvp(lambda x: touch(x, [weight]), (torch.ones(2),), (torch.ones(2),))
+    _, tangent = torch.func.jvp(
+        lambda x: with_zero_grads(x, [weight]), (torch.ones(2),), (torch.ones(2),)
+    )
     assert tangent.tolist() == [1.0, 1.0]
 
 
@@ -139,14 +141,14 @@ def test_touch_under_vmap_and_forward_mode() -> None:
 def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
     x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 2])
-    whole, some = fork(x, rows, dim)
+    whole, some = skip_and_rows(x, rows, dim)
     assert torch.equal(whole, x)
     assert torch.equal(some, x.index_select(dim, rows))
-    assert torch.autograd.gradcheck(lambda t: fork(t, rows, dim), (x,))
-    assert torch.autograd.gradgradcheck(lambda t: fork(t, rows, dim), (x,))
+    assert torch.autograd.gradcheck(lambda t: skip_and_rows(t, rows, dim), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: skip_and_rows(t, rows, dim), (x,))
     # either half alone carries the gradient, too
     for i in (0, 1):
-        (mine,) = torch.autograd.grad(fork(x, rows, dim)[i].square().sum(), x)
+        (mine,) = torch.autograd.grad(skip_and_rows(x, rows, dim)[i].square().sum(), x)
         plain = (x, x.index_select(dim, rows))[i]
         (theirs,) = torch.autograd.grad(plain.square().sum(), x)
         torch.testing.assert_close(mine, theirs)
@@ -155,7 +157,7 @@ def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
 @pytest.mark.usefixtures("way_to_fork")
 def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
     x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
-    whole, some = fork(x, torch.tensor([1, 3]))
+    whole, some = skip_and_rows(x, torch.tensor([1, 3]))
     assert whole.is_contiguous(memory_format=torch.channels_last)
     assert some.is_contiguous(memory_format=torch.channels_last)
     (grad,) = torch.autograd.grad(whole.sum() + some.sum(), x)
@@ -168,9 +170,9 @@ def test_a_sum_takes_over_the_memory_of_a_skip_that_is_spent(name: str) -> None:
     branch = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([3, 0])
 
-    def total(spent: bool) -> tuple[Tensor, Tensor]:
+    def total(reuses_skip: bool) -> tuple[Tensor, Tensor]:
         skip = FORMATS[name](leaf * 1.0)
-        return skip, add_rows(skip, branch, rows, 1.5, spent=spent)
+        return skip, add_rows(skip, branch, rows, 1.5, reuses_skip=reuses_skip)
 
     skip, mine = total(True)
     before = skip.data_ptr()
@@ -187,17 +189,17 @@ def test_a_sum_takes_over_the_memory_of_a_skip_that_is_spent(name: str) -> None:
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert torch.autograd.gradcheck(
-        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, spent=True), (leaf, branch)
+        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, reuses_skip=True), (leaf, branch)
     )
     assert torch.autograd.gradgradcheck(
-        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, spent=True), (leaf, branch)
+        lambda s, b: add_rows(s * 1.0, b, rows, 1.5, reuses_skip=True), (leaf, branch)
     )
 
 
 def test_a_skip_that_is_wanted_for_backward_is_not_spent_unnoticed() -> None:
     skip = torch.randn(4, 3, requires_grad=True) * 1.0
     other = skip.square()
-    total = add_rows(skip, torch.ones(1, 3), torch.tensor([2]), 2.0, spent=True)
+    total = add_rows(skip, torch.ones(1, 3), torch.tensor([2]), 2.0, reuses_skip=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (other + total).sum().backward()
 
@@ -258,10 +260,10 @@ HOLDERS = {
 def test_a_gradient_that_another_has_is_not_written_into(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
     leaf = torch.arange(6.0).view(3, 2).requires_grad_()
     x = leaf * 1.0
-    whole, some = fork(x, torch.tensor([0, 2]))
+    whole, some = skip_and_rows(x, torch.tensor([0, 2]))
     held = HOLDERS[name](x, whole, some)
     assert torch.equal(held, (2 * x).detach()[3 - len(held) :])
     if leaf.grad is not None:  # the gradient itself arrives, whoever has it
@@ -272,14 +274,14 @@ def test_a_gradient_that_another_has_is_not_written_into(
 def test_a_gradient_that_nobody_else_has_is_written_into(
     memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
     leaf = torch.randn(4, 3, 2, 2).to(memory_format=memory_format).requires_grad_()
 
     def steps(hook: Callable[[Tensor], object]) -> tuple[list[int], Tensor]:
         places: list[int] = []
         x = leaf * 1.0
         x.register_hook(lambda grad: places.append(grad.data_ptr()))
-        whole, some = fork(x, torch.tensor([0, 2]))
+        whole, some = skip_and_rows(x, torch.tensor([0, 2]))
         whole.register_hook(lambda grad: places.append(grad.data_ptr()))
         whole.register_hook(hook)
         (grad,) = torch.autograd.grad(whole.square().sum() + some.sum(), leaf)
@@ -295,12 +297,12 @@ def test_a_gradient_that_nobody_else_has_is_written_into(
 
 
 def test_the_test_of_gradients_written_into_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchdrop.rows.take_and_add, "_WORTH_A_FORK", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
     monkeypatch.setattr(torchdrop.rows.take_and_add, "_references", lambda grads: (1, 1, 1))
     monkeypatch.setattr(torchdrop.rows.take_and_add._Owned, "references", (1, 1, 1))
     for name, run in HOLDERS.items():
         x = torch.arange(6.0).view(3, 2).requires_grad_() * 1.0
-        held = run(x, *fork(x, torch.tensor([0, 2])))
+        held = run(x, *skip_and_rows(x, torch.tensor([0, 2])))
         assert torch.equal(held, (2 * x).detach()[3 - len(held) :]) == (name == "retained"), name
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import torchdrop
 from test_residual import Base, Stack, W, flat, mlp, two
 from torchdrop.tracing.block_graph import trace_block
-from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.untraceable import UntraceableError
 from zoo import BARELY, assert_same, instance_names
 
@@ -465,7 +465,7 @@ def test_other_threads_run_models_while_one_is_read() -> None:
 def test_unfold_looks_into_containers() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     given = {"x": a, "states": (b, [a, 3]), "options": {"k": b, "flag": True}, "n": None}
-    replaced, tensors, constants = unfold(given, lambda path, value: path)
+    replaced, tensors, constants = flatten_arguments(given, lambda path, value: path)
     assert list(tensors) == ["x", "states.0", "states.1.0", "options.k"]
     assert replaced["states"] == ("states.0", ["states.1.0", 3])
     assert replaced["options"] == {"k": "options.k", "flag": True}

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import torchdrop
 from torchdrop import cost
-from torchdrop.finding.residual_sums import terms
+from torchdrop.finding.residual_sums import summands
 from torchdrop.finding.survey import Survey, survey
 from torchdrop.running.branch_state import BranchState
 from torchdrop.tracing.nodes import callee
@@ -594,7 +594,7 @@ class _Additions(TorchFunctionMode):
         split, block = branch._split, branch._traced
         if callee(split.add) not in _ADDITIONS:
             return False
-        sums = [node for node in block.graph.nodes if terms(node) is not None]
+        sums = [node for node in block.graph.nodes if summands(node) is not None]
         owner = self._model.get_submodule(branch._owner)
         for path in block.look_through:
             self._part_of[owner.get_submodule(path)] = owner

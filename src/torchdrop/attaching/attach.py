@@ -28,7 +28,13 @@ from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import is_mask
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.survey import survey
-from torchdrop.running.forward_slot import Bypass, LoopBypass, attach_to, attached, detach
+from torchdrop.running.forward_slot import (
+    LayerDropBypass,
+    MaskBypass,
+    clear_slot,
+    occupant_of,
+    put_in_slot,
+)
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
 
@@ -134,10 +140,10 @@ def add_stochastic_depth(
     try:
         # All has been checked and generated: what can come in between is a user who interrupts.
         for site in sites:
-            attach_to(site.module, site)
+            put_in_slot(site.module, site)
         for path in masks:
             mask = model.get_submodule(path)
-            attach_to(mask, Bypass(mask) if is_mask(mask) else LoopBypass(mask))
+            put_in_slot(mask, MaskBypass(mask) if is_mask(mask) else LayerDropBypass(mask))
         if example_inputs is not None:
             measure_shares(model, sites, example_inputs)
     except BaseException:
@@ -150,7 +156,7 @@ def add_stochastic_depth(
 def has_stochastic_depth(model: nn.Module) -> bool:
     """Whether :func:`add_stochastic_depth` was called on ``model`` or on a part of it."""
     check_model(model)
-    return any(attached(module) is not None for module in model.modules())
+    return any(occupant_of(module) is not None for module in model.modules())
 
 
 def remove_stochastic_depth(model: nn.Module) -> nn.Module:
@@ -170,6 +176,6 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
             f"has_stochastic_depth(model) tells"
         )
     for module in model.modules():
-        if attached(module) is not None:
-            detach(module)
+        if occupant_of(module) is not None:
+            clear_slot(module)
     return model

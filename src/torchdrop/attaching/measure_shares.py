@@ -10,13 +10,13 @@ from torch import nn
 
 from torchdrop import cost
 from torchdrop.finding.example_calls import run_once
-from torchdrop.running.block_site import Keeper
+from torchdrop.running.block_site import BlockSite
 
 __all__ = ["measure_shares"]
 
 
 @contextmanager
-def _metering(sites: Sequence[Keeper], meter: Callable[[], int]) -> Iterator[None]:
+def _metering(sites: Sequence[BlockSite], meter: Callable[[], int]) -> Iterator[None]:
     settings = sites[0].settings
     active = [site.active for site in sites]
     settings.meter = meter
@@ -30,7 +30,7 @@ def _metering(sites: Sequence[Keeper], meter: Callable[[], int]) -> Iterator[Non
             site.active = was
 
 
-def measure_shares(model: nn.Module, sites: Sequence[Keeper], example_inputs: Any) -> None:
+def measure_shares(model: nn.Module, sites: Sequence[BlockSite], example_inputs: Any) -> None:
     """Set ``share`` of every branch: its part of the FLOPs of one forward pass, nothing dropped."""
     for site in sites:
         for branch in site.branches:

@@ -14,7 +14,7 @@ from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.checks import check_model
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
-from torchdrop.running.block_site import Keeper, sites_of
+from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
 
 __all__ = ["Plan", "get_plan", "paused"]
@@ -29,7 +29,7 @@ class Plan:
     loaded copy of the model has a plan of its own, which :func:`get_plan` returns.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Keeper]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[BlockSite]) -> None:
         self._model = model
         self._sites = list(sites)
 
@@ -61,7 +61,7 @@ class Plan:
                 block.branches.append(
                     Branch(
                         name=state.name,
-                        skip=state.skip,
+                        shortcut=state.shortcut,
                         action=state.action,
                         reason=state.reason,
                         p=state.p,
@@ -173,7 +173,7 @@ class Plan:
             f"stochastic depth on {type(self._model).__name__}: {len(blocks)} blocks, "
             f"{count} branches; {how}, scale={settings.scale!r}"
         )
-        rows = [("block", "branch", "skip", "p", "action", "FLOPs")]
+        rows = [("block", "branch", "shortcut", "p", "action", "FLOPs")]
         reasons: dict[str, None] = {}
         for block in blocks:
             for branch in block.branches:
@@ -185,7 +185,7 @@ class Plan:
                         reasons.setdefault(reason)
                         action += f" [{list(reasons).index(reason) + 1}]"
                 share = "-" if branch.share is None else f"{branch.share:.1%}"
-                rows.append((block.name, label, branch.skip, f"{branch.p:.3f}", action, share))
+                rows.append((block.name, label, branch.shortcut, f"{branch.p:.3f}", action, share))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [title]
         for row in rows:

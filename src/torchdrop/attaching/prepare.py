@@ -13,13 +13,18 @@ from torch.nn.parameter import is_lazy
 
 from torchdrop.finding.existing_drops import inlined_drop
 from torchdrop.finding.residual import Branch, Residual
-from torchdrop.finding.residual_sums import Split, read_splits
-from torchdrop.running.block_site import Keeper
-from torchdrop.running.branch_state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
+from torchdrop.finding.residual_sums import Split, read_residual_sums
+from torchdrop.running.block_site import BlockSite
+from torchdrop.running.branch_state import (
+    MASK_REQUESTED,
+    MIN_ELEMENTS_TO_SKIP,
+    BranchState,
+    Settings,
+)
 from torchdrop.running.program import Program
 from torchdrop.running.rewrite import rewrite
-from torchdrop.running.split_site import Site
-from torchdrop.running.whole_site import LayerSite
+from torchdrop.running.split_site import SplitSite
+from torchdrop.running.whole_site import WholeSite
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 
 __all__ = ["prepare_sites"]
@@ -27,7 +32,7 @@ __all__ = ["prepare_sites"]
 
 def prepare_sites(
     model: nn.Module, chosen: Sequence[Residual], settings: Settings, compute: str
-) -> list[Keeper]:
+) -> list[BlockSite]:
     """A site for each forward that holds chosen residuals; ``model`` is not touched."""
     order = {name: i for i, name in enumerate(dict.fromkeys(r.name for r in chosen))}
     settings.blocks = len(order)
@@ -45,8 +50,8 @@ def prepare_sites(
     ]
     places = {b.name: i for i, b in enumerate(b for r in chosen for b in r.branches)}
     for state in (state for site in sites for state in site.branches):
-        state.place = places[state.name]
-    return sorted(sites, key=lambda site: (site.branches[0].index, site.branches[0].place))
+        state.order = places[state.name]
+    return sorted(sites, key=lambda site: (site.branches[0].index, site.branches[0].order))
 
 
 def _prepare_site(
@@ -56,7 +61,7 @@ def _prepare_site(
     settings: Settings,
     compute: str,
     order: dict[str, int],
-) -> Keeper:
+) -> BlockSite:
     module = model.get_submodule(owner)
     if "forward" in module.__dict__:
         raise ValueError(
@@ -86,7 +91,7 @@ def _prepare_site(
     for residual, branch, split in entries:
         action, reason = branch.action, branch.reason
         if compute == "mask" and action == "skip":
-            action, reason = "mask", BY_ORDER
+            action, reason = "mask", MASK_REQUESTED
         elif compute == "skip" and action == "mask":
             raise ValueError(
                 f"compute='skip', but {branch.name} cannot be skipped: {reason}; "
@@ -95,13 +100,13 @@ def _prepare_site(
         splits.append((split, action))
         state = _state(model, residual, branch, split, action, reason, order, settings, compute)
         states.append(state)
-    return Site(
+    return SplitSite(
         block.module,
         settings,
         states,
         rewrite(block, splits, owner or type(model).__name__),
         _rewrite_for_evaluation(block, splits) if settings.scale == "eval" else None,
-        [split.place for split, _ in splits],
+        [split.order for split, _ in splits],
         block.look_through,
         block.items,
     )
@@ -114,12 +119,14 @@ def _prepare_layer(
     settings: Settings,
     compute: str,
     order: dict[str, int],
-) -> LayerSite:
+) -> WholeSite:
     """The site of a block that is dropped as a whole."""
-    assert branch._layer is not None
-    action, reason = ("mask", BY_ORDER) if compute == "mask" else (branch.action, branch.reason)
+    assert branch._whole_block is not None
+    action, reason = (
+        ("mask", MASK_REQUESTED) if compute == "mask" else (branch.action, branch.reason)
+    )
     state = _state(model, residual, branch, None, action, reason, order, settings, compute)
-    return LayerSite(residual.module, settings, state, branch._layer)
+    return WholeSite(residual.module, settings, state, branch._whole_block)
 
 
 def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str]]) -> Program:
@@ -134,13 +141,13 @@ def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str
         look_through={module.get_submodule(path) for path in block.look_through},
         outputs={module.get_submodule(path): items for path, items in block.items.items()},
     )
-    twins = [entry.split for entry in read_splits(in_eval)]
-    if len(twins) <= max(split.place for split, _ in splits):
+    twins = [entry.split for entry in read_residual_sums(in_eval)]
+    if len(twins) <= max(split.order for split, _ in splits):
         raise ValueError(
             f"scale='eval' scales branches in evaluation, but {label} does not add the same "
             f"branches as in training; use scale='train'"
         )
-    return rewrite(in_eval, [(twins[s.place], action) for s, action in splits], label)
+    return rewrite(in_eval, [(twins[s.order], action) for s, action in splits], label)
 
 
 def _state(
@@ -178,7 +185,7 @@ def _state(
         )
     )
     if elementwise:
-        small = f"no matrices: masked where p times its elements is below {WORTH_SKIPPING}"
+        small = f"no matrices: masked where p times its elements is below {MIN_ELEMENTS_TO_SKIP}"
         reason = f"{reason}; {small}" if reason else small
     return BranchState(
         name=branch.name,
@@ -187,7 +194,7 @@ def _state(
         if residual.module is model.get_submodule(branch._owner)
         else _relative(residual.name, branch._owner),
         index=order[residual.name],
-        skip=branch.skip,
+        shortcut=branch.shortcut,
         action=action,
         reason=reason,
         children=branch.children,
@@ -200,8 +207,12 @@ def _state(
         elementwise=elementwise,
         convolves=any(is_lazy(w) or (w.dim() > 2 and _is_matrix(w)) for w in weights),
         inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
-        dim=(split.dim or 0) if split is not None else branch._layer.dim if branch._layer else 0,
-        cuts=None if split is None else split.cuts,
+        dim=(split.dim or 0)
+        if split is not None
+        else branch._whole_block.dim
+        if branch._whole_block
+        else 0,
+        row_layouts=None if split is None else split.row_layouts,
         own=own,
         sampling=settings.sampling,
         scale=settings.scale,
@@ -217,3 +228,9 @@ def _relative(name: str, owner: str) -> str | None:
     if name == owner or not owner:
         return "" if name == owner else name
     return name.removeprefix(f"{owner}.") if name.startswith(f"{owner}.") else None
+
+
+def _batch_dim(branch: Branch, split: Split | None) -> int:
+    if split is not None:
+        return split.dim or 0
+    return branch._whole_block.dim if branch._whole_block is not None else 0

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torchdrop import schedules
-from torchdrop.running.block_site import Keeper
+from torchdrop.running.block_site import BlockSite
 from torchdrop.running.branch_state import BranchState
 
 __all__ = ["resolve_rates", "set_rates"]
@@ -71,7 +71,7 @@ def resolve_rates(
     return [by_block[b.block] for b in branches]
 
 
-def set_rates(sites: Sequence[Keeper], rates: Sequence[float]) -> None:
+def set_rates(sites: Sequence[BlockSite], rates: Sequence[float]) -> None:
     """Give every branch of ``sites`` its rate, and wake or rest the sites accordingly."""
     remaining = iter(rates)
     for site in sites:

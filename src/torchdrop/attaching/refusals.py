@@ -11,13 +11,13 @@ from torch import nn
 from torchdrop import schedules
 from torchdrop.checks import MODES
 from torchdrop.finding.residual import Residual
-from torchdrop.finding.source_code import adds, may_loop_over_branches
+from torchdrop.finding.source_code import may_loop_over_branches, source_has_addition
 from torchdrop.finding.survey import Survey
 from torchdrop.layers.stochastic_depth import StochasticDepth
 from torchdrop.rows.collectives import is_sharded
 from torchdrop.rows.sampling import ROW_SAMPLERS
 from torchdrop.running.branch_state import Settings
-from torchdrop.running.forward_slot import attached
+from torchdrop.running.forward_slot import occupant_of
 
 __all__ = [
     "COMPUTES",
@@ -100,7 +100,7 @@ def check_attachable(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "the model"
-        if attached(module) is not None:
+        if occupant_of(module) is not None:
             raise ValueError(
                 f"{where} has stochastic depth already; change its rates with "
                 f"torchdrop.get_plan(model).set_p(...), or call "
@@ -174,7 +174,7 @@ def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
         module = model.get_submodule(path)
         alike = sum(type(m) is type(module) for m in model.modules())
         apart = not above and not inside
-        if apart and adds(module) and (alike > 1 or may_loop_over_branches(module)):
+        if apart and source_has_addition(module) and (alike > 1 or may_loop_over_branches(module)):
             way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
@@ -207,9 +207,9 @@ def check_batch_dims(chosen: Sequence[Residual]) -> None:
         for branch in residual.branches:
             if branch._split is None:
                 continue
-            for path, dim in branch._split.told.items():
+            for path, dim in branch._split.batch_first_votes.items():
                 says.setdefault(f"{branch._owner}.{path}".lstrip("."), dim)
-            if branch._split.dim is None and not branch._split.told:
+            if branch._split.dim is None and not branch._split.batch_first_votes:
                 silent.append(branch.name)
     first = {dim: path for path, dim in reversed(says.items())}
     if len(first) == 2:

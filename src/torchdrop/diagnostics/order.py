@@ -15,9 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchdrop.diagnostics.batches import check_model
 from torchdrop.finding.example_calls import Calls, record
 from torchdrop.finding.existing_drops import is_mask
-from torchdrop.finding.residual_sums import read_splits
-from torchdrop.running.forward_slot import Bypass, attached
-from torchdrop.running.split_site import Site
+from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.running.forward_slot import MaskBypass, occupant_of
+from torchdrop.running.split_site import SplitSite
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node
@@ -261,7 +261,7 @@ class _Walk:
         if isinstance(module, _BatchNorm):
             self.meet(path, taken)
             return _Value({})
-        if isinstance(attached(module), Bypass):
+        if isinstance(occupant_of(module), MaskBypass):
             return _Value(taken)
         if _drops(module):
             return self.dropping(module, path, taken)
@@ -454,15 +454,15 @@ def _is_operation(module: nn.Module) -> bool:
 
 def _attached_adds(module: nn.Module, block: BlockGraph) -> dict[fx.Node, tuple[str, float]]:
     """The sums of a forward at which attached stochastic depth drops, with name and rate."""
-    site = attached(module)
-    if not isinstance(site, Site):
+    site = occupant_of(module)
+    if not isinstance(site, SplitSite):
         return {}
-    entries = read_splits(block)
-    if len(entries) <= max(site.places):
+    entries = read_residual_sums(block)
+    if len(entries) <= max(site.orders):
         raise UntraceableError("it does not add the same branches in every call")
     return {
-        entries[place].split.add: (branch.name, branch.p)
-        for place, branch in zip(site.places, site.branches, strict=True)
+        entries[order].split.add: (branch.name, branch.p)
+        for order, branch in zip(site.orders, site.branches, strict=True)
         if branch.p > 0.0
     }
 

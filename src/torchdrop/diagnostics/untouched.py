@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.rows.shared_numbers import shared_numbers
-from torchdrop.running.block_site import Keeper, sites_of
-from torchdrop.running.split_site import Site
+from torchdrop.running.block_site import BlockSite, sites_of
+from torchdrop.running.split_site import SplitSite
 
 __all__ = ["Buffers", "untouched"]
 
@@ -106,10 +106,10 @@ def _random_numbers(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(arrays)
 
 
-def _remember(site: Keeper) -> Callable[[], None]:
+def _remember(site: BlockSite) -> Callable[[], None]:
     """What sets ``site`` back to the state of this moment."""
     branches = [(b, dict(b.__dict__), dict(b.dtypes)) for b in site.branches]
-    programs = (site.train, site.evaluate) if isinstance(site, Site) else ()
+    programs = (site.train, site.evaluate) if isinstance(site, SplitSite) else ()
     before = [list(known) for known in programs]
 
     def restore() -> None:

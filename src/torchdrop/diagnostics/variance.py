@@ -19,13 +19,13 @@ from torchdrop.diagnostics.batches import Call, calls, check_batches, check_mode
 from torchdrop.diagnostics.shift import LayerShift, VarianceShift
 from torchdrop.diagnostics.untouched import untouched
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.residual_sums import Split, read_splits
+from torchdrop.finding.residual_sums import Split, read_residual_sums
 from torchdrop.finding.survey import survey
 from torchdrop.rows.take_and_add import add_whole
 from torchdrop.running.block_site import sites_of
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.rewrite import rewrite
-from torchdrop.running.split_site import Site
+from torchdrop.running.split_site import SplitSite
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.untraceable import UntraceableError
 
@@ -126,7 +126,7 @@ class _Probe:
 class _Sum:
     """One residual sum of a forward: which one, what it is called, where its channels are."""
 
-    place: int
+    order: int
     name: str
     channel_dim: int
 
@@ -160,7 +160,7 @@ class _Watch:
         self.sums = sums
         self.probe = probe
         before = module.__dict__.get("forward")
-        self.site = before if isinstance(before, Site) else None
+        self.site = before if isinstance(before, SplitSite) else None
         self.programs: dict[bool, list[tuple[Program, _Tap]]] = {True: [], False: []}
 
     @property
@@ -193,10 +193,10 @@ class _Watch:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         block = trace_block(module, training=module.training, arguments=bound.arguments)
-        entries = read_splits(block)
-        if len(entries) <= max(s.place for s in self.sums):
+        entries = read_residual_sums(block)
+        if len(entries) <= max(s.order for s in self.sums):
             raise UntraceableError("it does not add the same branches in every call")
-        splits = [entries[s.place].split for s in self.sums]
+        splits = [entries[s.order].split for s in self.sums]
         program = rewrite(block, [(split, "mask") for split in splits], self.path)
         tap = _Tap(self.sums, splits, self.probe)
         known.append((program, tap))
@@ -242,12 +242,12 @@ def _residual_sums(
     unreadable: dict[str, str] = {}
     for site in sites_of(model):
         path = paths[site.module]
-        if not isinstance(site, Site):
+        if not isinstance(site, SplitSite):
             unreadable[path] = f"it is {site.branches[0].reason}"
             continue
         sums[path] = [
-            _Sum(place, branch.name, _channel_dim(_block(site.module, branch.path), channel_dim))
-            for place, branch in zip(site.places, site.branches, strict=True)
+            _Sum(order, branch.name, _channel_dim(_block(site.module, branch.path), channel_dim))
+            for order, branch in zip(site.orders, site.branches, strict=True)
         ]
     attached = {*sums, *unreadable}
     found = survey(model)
@@ -264,7 +264,7 @@ def _residual_sums(
                 unreadable[branch._owner] = "its sum cannot be told from the rest of it"
             else:
                 known = sums.setdefault(branch._owner, [])
-                known.append(_Sum(branch._split.place, branch.name, dim))
+                known.append(_Sum(branch._split.order, branch.name, dim))
     unreadable.update({k: v for k, v in found.unreadable.items() if k not in attached})
     return sums, unreadable
 

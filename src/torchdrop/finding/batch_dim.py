@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchdrop.tracing.nodes import callee
 
-__all__ = ["same_layout", "told"]
+__all__ = ["batch_dim_from_layers", "values_with_same_layout"]
 
 _BATCH_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)
 
@@ -29,14 +29,14 @@ _KEEPING = {
 }  # fmt: skip
 
 
-def told(
+def batch_dim_from_layers(
     nodes: Iterable[fx.Node], owner: nn.Module, skip: fx.Node
 ) -> tuple[int | None, dict[str, int]]:
     """The dimension of ``skip`` that carries the batch, and what ``batch_first`` of whom tells it.
 
     None where nothing tells, or where two children with ``batch_first`` contradict each other.
     """
-    mine = same_layout(skip, owner)
+    mine = values_with_same_layout(skip, owner)
     others = False
     votes: dict[str, int] = {}
     for node in nodes:
@@ -47,7 +47,7 @@ def told(
         convolution = isinstance(module, _BATCH_FIRST)
         if not isinstance(batch_first, bool) and not convolution:
             continue
-        if mine & same_layout(node.all_input_nodes[0], owner):
+        if mine & values_with_same_layout(node.all_input_nodes[0], owner):
             if isinstance(batch_first, bool):
                 votes[str(node.target)] = 0 if batch_first else 1
             else:
@@ -58,7 +58,7 @@ def told(
     return (0 if others else None), votes
 
 
-def same_layout(node: fx.Node, owner: nn.Module) -> set[fx.Node]:
+def values_with_same_layout(node: fx.Node, owner: nn.Module) -> set[fx.Node]:
     """``node`` and the values that it is computed from without moving a dimension."""
     found: set[fx.Node] = set()
     pending = [node]

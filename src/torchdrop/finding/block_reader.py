@@ -11,12 +11,13 @@ from typing import Any
 from torch import fx, nn
 
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.linearity import Children
-from torchdrop.finding.residual_sums import Finder, differing, terms
+from torchdrop.finding.linearity import ModuleProperties
+from torchdrop.finding.residual_sums import ResidualSums, summands
+from torchdrop.finding.row_layout import differing_dims
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node
-from torchdrop.tracing.untraceable import OnDataError, UntraceableError
+from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 __all__ = ["CONTAINERS", "BlockReader"]
 
@@ -50,21 +51,21 @@ class BlockReader:
         self._names = {module: name for name, module in reversed(list(model.named_modules()))}
         self._example = example
         self._batch_dim = batch_dim
-        self._children = Children()
+        self._children = ModuleProperties()
         self._joining: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
         self.on_data: set[str] = set()
 
-    def read_all(self) -> tuple[dict[str, Finder], dict[str, str]]:
+    def read_all(self) -> tuple[dict[str, ResidualSums], dict[str, str]]:
         """The residual additions of every forward; and what cannot be read, and why."""
-        finders: dict[str, Finder] = {}
+        finders: dict[str, ResidualSums] = {}
         unreadable: dict[str, str] = {}
         for name, module in candidates(self._model):
             try:
                 finders[name] = self._find(name, module)
             except UntraceableError as error:
                 unreadable[name] = str(error)
-                if isinstance(error, OnDataError):
+                if isinstance(error, DataDependentError):
                     self.on_data.add(name)
         for name in [n for n, f in finders.items() if f.owner in self._inlined]:
             del finders[name]  # its additions belong to the block that calls it
@@ -78,7 +79,7 @@ class BlockReader:
                     finders[name] = other
         return finders, unreadable
 
-    def _given_more(self, finders: dict[str, Finder]) -> dict[str, dict[str, Any]]:
+    def _given_more(self, finders: dict[str, ResidualSums]) -> dict[str, dict[str, Any]]:
         """The arguments of children that were read without a tensor that their parent gives them.
 
         What a block adds may depend on it: ``x if shortcut is None else shortcut``.
@@ -127,9 +128,9 @@ class BlockReader:
         if self._batch_dim is not None or self._example is None:
             return self._batch_dim or 0
         shapes = self._example.argument_shapes(name).values()
-        return next((dims[0] for pair in shapes if len(dims := differing(*pair)) == 1), 0)
+        return next((dims[0] for pair in shapes if len(dims := differing_dims(*pair)) == 1), 0)
 
-    def _find(self, name: str, module: nn.Module) -> Finder:
+    def _find(self, name: str, module: nn.Module) -> ResidualSums:
         """The residual additions of ``module``, also where a child adds skip and branch for it."""
         plain = self._finder(name, self._read(module))
         joining = {
@@ -169,12 +170,12 @@ class BlockReader:
         self._inlined |= joining
         return plain
 
-    def _finder(self, name: str, block: BlockGraph) -> Finder:
+    def _finder(self, name: str, block: BlockGraph) -> ResidualSums:
         if self._example is None or name not in self._example.first.calls:
-            return Finder(block, self._children, batch_dim=self._batch_dim)
+            return ResidualSums(block, self._children, batch_dim=self._batch_dim)
         shapes = cache(partial(self._example.shapes, name, block))
         arguments = cache(partial(self._example.argument_shapes, name))
-        return Finder(block, self._children, shapes, arguments, self._batch_dim)
+        return ResidualSums(block, self._children, shapes, arguments, self._batch_dim)
 
     def _joins(self, module: nn.Module) -> bool:
         """Whether ``module`` adds two of its own inputs, one of them as it comes, and returns that.
@@ -193,10 +194,10 @@ class BlockReader:
             block = self._read(module)
         except UntraceableError:
             return False
-        finder = Finder(block, self._children, batch_dim=self._batch_dim)
+        finder = ResidualSums(block, self._children, batch_dim=self._batch_dim)
         inputs = {n for n in finder.nodes if n.op == "placeholder"}
         for node in finder.nodes:
-            both = terms(node)
+            both = summands(node)
             if both is None:
                 continue
             sides = [finder.nodes_in(finder.ancestors[side]) for side in both[:2]]

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchdrop.tracing.block_graph import BlockGraph, Fixed
-from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.watched_attributes import same
 
 __all__ = [
-    "ArgumentShapes", "Calls", "Example", "Recording", "Shapes", "carries", "record", "run_once",
-    "same_rows",
+    "ArgumentShapes",
+    "Calls",
+    "Example",
+    "Recording",
+    "Shapes",
+    "record",
+    "run_once",
 ]  # fmt: skip
 
 # The arguments by name of one real call of each block, by the block's path.
@@ -123,8 +128,8 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
             ]
         name = names[module]
         if name in found.calls and name not in found.returned:
-            tensors = unfold({"": output})[1]
-            found.forms[name] = unfold({"": output}, lambda path, value: None)[0][""]
+            tensors = flatten_arguments({"": output})[1]
+            found.forms[name] = flatten_arguments({"": output}, lambda path, value: None)[0][""]
             found.returned[name] = {k.lstrip("."): tuple(v.shape) for k, v in tensors.items()}
 
     handles = [m.register_forward_pre_hook(called, with_kwargs=True) for m in names]
@@ -195,7 +200,7 @@ class Example:
 
     def _guesses(self) -> Iterator[list[int | None]]:
         """On which dimension each input may carry the batch, the likeliest first."""
-        tensors = list(unfold({"": self._given()})[1].values())
+        tensors = list(flatten_arguments({"": self._given()})[1].values())
         if not tensors:
             return
         first, *others = tensors
@@ -241,14 +246,14 @@ class Example:
             dim = next(remaining)
             return value if dim is None else torch.cat([value, value], dim)
 
-        return unfold({"": self._given()}, twice)[0][""]
+        return flatten_arguments({"": self._given()}, twice)[0][""]
 
     def argument_shapes(self, name: str) -> ArgumentShapes:
         """The shapes of the tensors that the block ``name`` is called with, in both batch sizes."""
         if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return {}
         both = self.first.calls[name], self.larger.calls[name]
-        one, two = (unfold(call)[1] for call in both)
+        one, two = (flatten_arguments(call)[1] for call in both)
         return {path: (one[path].shape, two[path].shape) for path in one if path in two}
 
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
@@ -257,7 +262,7 @@ class Example:
             return None
         both = []
         for calls in (self.first.calls, self.larger.calls):
-            tensors, constants = unfold(calls[name])[1:]
+            tensors, constants = flatten_arguments(calls[name])[1:]
             known = block.constants
             if list(tensors) != block.tensors or any(
                 path not in constants or not same(value, constants[path])
@@ -295,34 +300,3 @@ class Shapes(fx.Interpreter):
             if n.op == "placeholder":
                 self.values[n] = value
         return value
-
-
-def carries(
-    few: tuple[int, ...], many: tuple[int, ...], batches: tuple[int, int]
-) -> tuple[int, int] | None:
-    """How a tensor carries the batch, from its shapes with both batch sizes.
-
-    Returns:
-        The dimension, and how many entries each row has there; (0, 0) where it does not carry the
-        batch; None where that cannot be told.
-    """
-    differ = [i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b]
-    if len(few) != len(many) or len(differ) > 1:
-        return None
-    if not differ:
-        return 0, 0
-    (dim,) = differ
-    entries, rest = divmod(few[dim], batches[0])
-    return (dim, entries) if not rest and many[dim] == entries * batches[1] else None
-
-
-def same_rows(few: Tensor | None, many: Tensor | None, dim: int) -> bool:
-    """Whether the entries of one row stand together, as in (batch * heads, length, length).
-
-    The larger batch is the smaller one twice, so where the rows are outermost it starts like that.
-    Where all entries are alike, nothing can be told.
-    """
-    if few is None or many is None or many.shape[dim] < few.shape[dim]:
-        return False  # it did not grow: detectors do with an image as they like
-    begins = torch.equal(many.narrow(dim, 0, few.shape[dim]), few)
-    return begins and not bool((few == few.narrow(dim, 0, 1)).all())

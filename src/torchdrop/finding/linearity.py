@@ -15,7 +15,7 @@ from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.nodes import callee, is_shape_node
 from torchdrop.tracing.untraceable import UntraceableError
 
-__all__ = ["Children", "depends_on_input", "is_curved"]
+__all__ = ["ModuleProperties", "depends_on_input", "is_curved"]
 
 _LINEAR_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten,
@@ -72,7 +72,7 @@ def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     return memo[node]
 
 
-class Children:
+class ModuleProperties:
     """What is known about the modules of a model as parts of a branch; each is read once."""
 
     def __init__(self) -> None:

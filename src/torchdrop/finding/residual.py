@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from torchdrop.finding.residual_sums import Cuts, Split
+from torchdrop.finding.residual_sums import Split
+from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.tracing.block_graph import BlockGraph
 
-__all__ = ["Branch", "Layer", "Residual"]
+__all__ = ["Branch", "Residual", "WholeBlock"]
 
 
 @dataclass(eq=False)
@@ -20,7 +21,7 @@ class Branch:
     Attributes:
         name: The block's name; where a block has several branches, with the largest child of the
             branch behind a colon ("encoder.layers.encoder_layer_0:mlp").
-        skip: ``"identity"`` or ``"projection"``.
+        shortcut: ``"identity"`` or ``"projection"``.
         action: ``"skip"``: only the kept rows are computed. ``"layer"``: the same, but of the
             block as a whole, ``x + keep * (block(x) - x)``, since its branches cannot be told
             apart. ``"mask"``: all rows are computed, for the reason given in ``reason``.
@@ -35,7 +36,7 @@ class Branch:
     """
 
     name: str
-    skip: str
+    shortcut: str
     action: str
     reason: str
     p: float
@@ -45,7 +46,7 @@ class Branch:
     _split: Split | None = field(default=None, repr=False)
     _traced: BlockGraph | None = field(default=None, repr=False)
     _owner: str = field(default="", repr=False)
-    _layer: Layer | None = field(default=None, repr=False)
+    _whole_block: WholeBlock | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False, repr=False)
@@ -72,14 +73,16 @@ class Residual:
         count = len(self.branches)
         text = (
             f"{self.name} ({type(self.module).__name__}): {count} branch{'es' * (count > 1)}, "
-            f"{self.skip} skip, {self.action}, p={self.p:.3g}"
+            f"{self.shortcut} shortcut, {self.action}, p={self.p:.3g}"
         )
         return f"<{text}>" if self.default else f"<{text}; left out: {self.why_not}>"
 
     @property
-    def skip(self) -> str:
-        """``"identity"``, or ``"projection"`` where the skip of any branch is one."""
-        return "projection" if any(b.skip == "projection" for b in self.branches) else "identity"
+    def shortcut(self) -> str:
+        """``"identity"``, or ``"projection"`` where the shortcut of any branch is one."""
+        return (
+            "projection" if any(b.shortcut == "projection" for b in self.branches) else "identity"
+        )
 
     @property
     def action(self) -> str:
@@ -98,19 +101,20 @@ class Residual:
 
 
 @dataclass(eq=False)
-class Layer:
+class WholeBlock:
     """A block that is dropped as a whole.
 
     Attributes:
-        x: Which of its arguments the block adds to, as :func:`unfold` names it.
+        x: Which of its arguments the block adds to, as :func:`flatten_arguments` names it.
         dim: The dimension of that which carries the batch.
-        cuts: How each of its tensors carries the batch, by that name.
-        place: Where in what it returns the sum is: "" for a tensor, "0" for the first of a tuple.
+        row_layouts: How each of its tensors carries the batch, by that name.
+        sum_item: Which item of its output is the sum: "" for a tensor, "0" for the first
+            item of a tuple.
         returns: What it returns, without tensors.
     """
 
     x: str
     dim: int
-    cuts: Cuts
-    place: str
+    row_layouts: RowLayouts
+    sum_item: str
     returns: Any

@@ -11,23 +11,30 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from torchdrop.finding.batch_dim import same_layout, told
-from torchdrop.finding.example_calls import ArgumentShapes, Shapes, carries, same_rows
+from torchdrop.finding.batch_dim import batch_dim_from_layers, values_with_same_layout
+from torchdrop.finding.example_calls import ArgumentShapes, Shapes
 from torchdrop.finding.existing_drops import is_mask
-from torchdrop.finding.linearity import Children, depends_on_input
+from torchdrop.finding.linearity import ModuleProperties, depends_on_input
+from torchdrop.finding.row_layout import (
+    RowLayout,
+    RowLayouts,
+    differing_dims,
+    row_layout,
+    same_rows,
+)
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.nodes import is_shape_node, passed_through
 from torchdrop.tracing.padded_sums import add_padded
 
 __all__ = [
-    "Cuts", "Entry", "Finder", "Split", "called_in", "differing", "outside_inputs", "read_splits",
-    "terms",
+    "ResidualSum",
+    "ResidualSums",
+    "Split",
+    "called_modules",
+    "outside_inputs",
+    "read_residual_sums",
+    "summands",
 ]  # fmt: skip
-
-
-# How a value carries the batch, by the name of its node: on which dimension, and how many entries
-# each row has there (one after the other); None where it does not.
-Cuts = dict[str, tuple[int, int] | None]
 
 
 @dataclass(eq=False)
@@ -35,7 +42,7 @@ class Split:
     """How one addition of a graph falls into skip and branch.
 
     Attributes:
-        place: Which of the residual additions of its forward it is, counted from 0.
+        order: Which of the residual additions of its forward it is, counted from 0.
         add: The addition.
         skip: Its operand that is always there.
         branch: Its operand that can be dropped.
@@ -46,12 +53,13 @@ class Split:
         branch_first: Whether the branch is the first of the two operands.
         pads: The dimension on which the skip is padded with zeros to the size of the branch.
         dim: The dimension of the skip that carries the batch; None where nothing tells it.
-        told: What ``batch_first`` of which children says about that, where nothing else did.
-        cuts: Where it was measured: how each value that the branch takes from outside carries the
-            batch, by the name of its node.
+        batch_first_votes: The batch dimension that each child with ``batch_first`` implies, by
+            its path, where nothing else told it.
+        row_layouts: How each value that the branch takes from outside carries the batch, by the
+            name of its node; None where that was not measured.
     """
 
-    place: int
+    order: int
     add: fx.Node
     skip: fx.Node
     branch: fx.Node
@@ -62,15 +70,15 @@ class Split:
     branch_first: bool = False
     pads: int | None = None
     dim: int | None = None
-    told: dict[str, int] = field(default_factory=dict)
-    cuts: Cuts | None = None
+    batch_first_votes: dict[str, int] = field(default_factory=dict)
+    row_layouts: RowLayouts | None = None
 
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _SUBTRACTIONS = {operator.sub, operator.isub, torch.sub}
 
 
-def terms(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+def summands(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
     """``(left, right, gain of right)`` where ``node`` is a sum of two nodes, else None."""
     if node.op == "call_function" and node.target in _ADDS | _SUBTRACTIONS:
         sign = 1.0 if node.target in _ADDS else -1.0
@@ -99,43 +107,45 @@ def _writes_left(node: fx.Node) -> bool:
 
 
 @dataclass(eq=False)
-class Entry:
+class ResidualSum:
     """One residual addition: what to do with it and why; why it is not taken by default, if so."""
 
     split: Split
     action: str
     reason: str
-    skip: str
+    shortcut: str
     why_not: str
     leak: fx.Node | None = None
 
 
-def read_splits(
-    block: BlockGraph, known_cuts: Sequence[Cuts] = (), batch_dim: int | None = None
-) -> list[Entry]:
+def read_residual_sums(
+    block: BlockGraph, known_layouts: Sequence[RowLayouts] = (), batch_dim: int | None = None
+) -> list[ResidualSum]:
     """Every residual addition of one block's forward, in order.
 
     Args:
         block: The graph of the forward.
-        known_cuts: ``Split.cuts`` of the same block, measured in another call.
+        known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
         batch_dim: Which dimension of its residuals is the batch, where that is known.
     """
-    return Finder(block, Children(), known_cuts=known_cuts, batch_dim=batch_dim).entries
+    return ResidualSums(
+        block, ModuleProperties(), known_layouts=known_layouts, batch_dim=batch_dim
+    ).entries
 
 
-class Finder:
+class ResidualSums:
     """The residual additions of one graph."""
 
     def __init__(
         self,
         block: BlockGraph,
-        children: Children,
+        children: ModuleProperties,
         shapes: Callable[[], tuple[Shapes, Shapes] | None] = lambda: None,
         arguments: Callable[[], ArgumentShapes] = dict,
         batch_dim: int | None = None,
-        known_cuts: Sequence[Cuts] = (),
+        known_layouts: Sequence[RowLayouts] = (),
     ) -> None:
-        self.known_cuts = known_cuts
+        self.known_layouts = known_layouts
         self.block = block
         self.owner = block.module
         self.nodes: list[fx.Node] = list(block.graph.nodes)
@@ -152,9 +162,9 @@ class Finder:
             for source in node.all_input_nodes:
                 mine |= self.ancestors[source]
             self.ancestors[node] = mine
-        self.entries: list[Entry] = []
+        self.entries: list[ResidualSum] = []
         for node in self.nodes:
-            sides = terms(node)
+            sides = summands(node)
             entry = None if sides is None else self._entry(node, *sides)
             if entry is not None:
                 self.entries.append(entry)
@@ -181,7 +191,9 @@ class Finder:
                 return True
         return False
 
-    def _entry(self, add: fx.Node, left: fx.Node, right: fx.Node, gain: float) -> Entry | None:
+    def _entry(
+        self, add: fx.Node, left: fx.Node, right: fx.Node, gain: float
+    ) -> ResidualSum | None:
         left_bits, right_bits = self.ancestors[left], self.ancestors[right]
         memo: dict[fx.Node, bool] = {}
         common = self.nodes_in(left_bits & right_bits)
@@ -215,7 +227,7 @@ class Finder:
         if all(node.op == "get_attr" for node in inside):
             return None
         split = Split(
-            place=len(self.entries),
+            order=len(self.entries),
             add=add,
             skip=skip,
             branch=branch,
@@ -227,19 +239,19 @@ class Finder:
         )
         if add.target is add_padded:
             split.pads, kind = add.args[2], "projection"  # type: ignore[assignment]
-        split.dim, split.told = self._dimension(split.skip)
+        split.dim, split.batch_first_votes = self._dimension(split.skip)
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"
         split, action, reason = self._closed(split)
         if self._drops_more:
             why_not = "its own drop path covers more than the branch"
-        return Entry(split, action, reason, kind, why_not, self._leak)
+        return ResidualSum(split, action, reason, kind, why_not, self._leak)
 
     def _dimension(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
         """The dimension of ``skip`` that carries the batch; and what layers say, if they must."""
         if self.batch_dim is not None:
             return self.batch_dim, {}
-        dim, votes = told(self.nodes, self.owner, skip)
+        dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip)
         if not self.arguments():
             return dim, votes
         varying = self._varying(skip)
@@ -254,16 +266,16 @@ class Finder:
         arguments = self.arguments()
         placeholders = self.block.graph.find_nodes(op="placeholder")
         paths = dict(zip(placeholders, self.block.tensors, strict=True))
-        alike = same_layout(value, self.owner) & paths.keys()
+        alike = values_with_same_layout(value, self.owner) & paths.keys()
         known = [arguments[paths[node]] for node in alike if paths[node] in arguments]
         rank = max((len(one) for one, _ in known), default=0)
-        found = {tuple(differing(one, two)) for one, two in known if len(one) == rank}
+        found = {tuple(differing_dims(one, two)) for one, two in known if len(one) == rank}
         if len(found) == 1 and len(next(iter(found))) == 1:
             return list(found.pop())
         shapes = self.shapes()
         if shapes is None or any(value not in s.shapes for s in shapes):
             return []
-        return differing(shapes[0].shapes[value], shapes[1].shapes[value])
+        return differing_dims(shapes[0].shapes[value], shapes[1].shapes[value])
 
     def _without_earlier(self, side: set[fx.Node]) -> set[fx.Node]:
         left = set(side)
@@ -314,15 +326,15 @@ class Finder:
         refusal = self._refusal(split)
         if refusal:
             return split, "mask", refusal
-        cuts, refusal = self._cuts(split)
+        row_layouts, refusal = self._row_layouts(split)
         if refusal:
             return split, "mask", refusal
-        return replace(split, cuts=cuts), "skip", reason
+        return replace(split, row_layouts=row_layouts), "skip", reason
 
     @cached_property
-    def elements(self) -> dict[Entry, str | None]:
+    def elements(self) -> dict[ResidualSum, str | None]:
         """The element of a loop over a ModuleList that each addition belongs to, if any."""
-        found = {entry: _element(called_in(entry.split), self.owner) for entry in self.entries}
+        found = {entry: _element(called_modules(entry.split), self.owner) for entry in self.entries}
         containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
         return {
             entry: e if e is not None and containers[e.rpartition(".")[0]] > 1 else None
@@ -362,7 +374,7 @@ class Finder:
                 return f"{node.name} writes into an input of the branch while it is computed"
         return ""
 
-    def _cuts(self, split: Split) -> tuple[Cuts | None, str]:
+    def _row_layouts(self, split: Split) -> tuple[RowLayouts | None, str]:
         """On which dimension each input of the branch is cut by rows; or why that is not known."""
         inputs = self.outside_inputs(split)
         dim = split.dim or 0
@@ -377,25 +389,25 @@ class Finder:
         shapes = self.shapes()
         if shapes is None:
             memo: dict[fx.Node, bool] = {}
-            for cuts in self.known_cuts:
-                if set(cuts) == {node.name for node in inputs}:
-                    return cuts, ""
+            for row_layouts in self.known_layouts:
+                if set(row_layouts) == {node.name for node in inputs}:
+                    return row_layouts, ""
             if len(sources) <= 1:
                 vary = {node.name: depends_on_input(node, memo) for node in inputs}
-                return {n: (dim, 1) if v else None for n, v in vary.items()}, ""
+                return {n: RowLayout(dim, 1) if v else None for n, v in vary.items()}, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
                 "carry the batch is not known: example_inputs may tell, where the model takes "
                 "them with a batch of any size"
             )
         few, many = (s.shapes[split.skip] for s in shapes)
-        if differing(few, many) != [dim]:
+        if differing_dims(few, many) != [dim]:
             return None, f"dimension {dim} of its skip is not the batch"
         batches = few[dim], many[dim]
-        measured: Cuts = {}
+        measured: RowLayouts = {}
         for node in inputs:
             one, two = (s.shapes.get(node, ()) for s in shapes)
-            cut = carries(one, two, batches)
+            cut = row_layout(one, two, batches)
             if cut is None:
                 return None, f"how its input {node.name} carries the batch is not clear"
             place, entries = cut
@@ -408,13 +420,6 @@ class Finder:
     def outside_inputs(self, split: Split) -> list[fx.Node]:
         """See :func:`outside_inputs`."""
         return outside_inputs(split, self.nodes)
-
-
-def differing(one: Sequence[int], two: Sequence[int]) -> list[int]:
-    """The places in which two shapes differ; none where they have different lengths."""
-    if len(one) != len(two):
-        return []
-    return [i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
 
 
 def _is_container(node: fx.Node) -> bool:
@@ -463,7 +468,7 @@ def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
     return elements.most_common(1)[0][0] if elements else None
 
 
-def called_in(split: Split) -> list[str]:
+def called_modules(split: Split) -> list[str]:
     """The paths of the modules that the branch calls, from the block."""
     calls = [str(n.target) for n in split.inside if n.op == "call_module"]
     return sorted(dict.fromkeys(calls))

@@ -8,12 +8,12 @@ import textwrap
 
 from torch import nn
 
-from torchdrop.finding.linearity import Children, is_curved
+from torchdrop.finding.linearity import ModuleProperties, is_curved
 
-__all__ = ["adds", "may_loop_over_branches"]
+__all__ = ["may_loop_over_branches", "source_has_addition"]
 
 
-def adds(module: nn.Module) -> bool:
+def source_has_addition(module: nn.Module) -> bool:
     """Whether a method of ``module``'s class adds anything, as far as its source tells."""
     methods = _methods(module)
     if methods is None:
@@ -47,7 +47,7 @@ def may_loop_over_branches(module: nn.Module) -> bool:
         return False
     elements = [element for each in lists for element in each.children()]
     elements += [c for c in module.children() if c not in lists and _takes_one(c)]
-    if not all(map(Children().linear, elements)):
+    if not all(map(ModuleProperties().linear, elements)):
         return True
     calls = [node.func for node in _methods(module) or () if isinstance(node, ast.Call)]
     names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls}

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from torchdrop.finding.residual_sums import Entry, Finder
+from torchdrop.finding.residual_sums import ResidualSum, ResidualSums
 
 __all__ = ["choose", "module_of", "uses_of"]
 
 
-def uses_of(model: nn.Module, finders: Iterable[Finder]) -> Counter[nn.Module]:
+def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Module]:
     """How often each module is called, as far as its parents tell: layers may be shared."""
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for finder in finders:
@@ -27,7 +27,7 @@ def uses_of(model: nn.Module, finders: Iterable[Finder]) -> Counter[nn.Module]:
     return uses
 
 
-def choose(finders: dict[str, Finder], uses: Counter[nn.Module]) -> dict[Entry, str]:
+def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[ResidualSum, str]:
     """For each residual addition why it is not taken by default, or an empty text.
 
     A residual stack repeats: as modules of one class, as modules of several classes in one place
@@ -37,8 +37,8 @@ def choose(finders: dict[str, Finder], uses: Counter[nn.Module]) -> dict[Entry, 
     that repeat are taken.
     """
     why_not = {entry: entry.why_not for finder in finders.values() for entry in finder.entries}
-    families: dict[Entry, list[object]] = {}
-    alone: set[Entry] = set()
+    families: dict[ResidualSum, list[object]] = {}
+    alone: set[ResidualSum] = set()
     kinds = Counter(type(finder.owner) for finder in finders.values())
     for name, finder in finders.items():
         for entry in finder.entries:
@@ -47,7 +47,7 @@ def choose(finders: dict[str, Finder], uses: Counter[nn.Module]) -> dict[Entry, 
             place = re.sub(r"\d+", "#", name)
             if element is None and "#" in place:
                 families[entry].append(place)
-                if kinds[type(finder.owner)] > 1 and entry.skip == "identity":
+                if kinds[type(finder.owner)] > 1 and entry.shortcut == "identity":
                     alone.add(entry)
     while True:
         outermost = {
@@ -80,7 +80,7 @@ def choose(finders: dict[str, Finder], uses: Counter[nn.Module]) -> dict[Entry, 
     }
 
 
-def module_of(finder: Finder, entry: Entry) -> tuple[nn.Module, str | None]:
+def module_of(finder: ResidualSums, entry: ResidualSum) -> tuple[nn.Module, str | None]:
     """The module that an addition belongs to: the element of a loop, or the block itself."""
     element = finder.elements[entry]
     return (finder.owner.get_submodule(element) if element else finder.owner), element

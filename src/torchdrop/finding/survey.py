@@ -18,7 +18,13 @@ from torchdrop.finding.block_reader import CONTAINERS, BlockReader
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import drops_layers, is_mask, mask_rate
 from torchdrop.finding.residual import Branch, Residual
-from torchdrop.finding.residual_sums import Entry, Finder, Split, called_in, terms
+from torchdrop.finding.residual_sums import (
+    ResidualSum,
+    ResidualSums,
+    Split,
+    called_modules,
+    summands,
+)
 from torchdrop.finding.stacks import choose, uses_of
 from torchdrop.finding.whole_blocks import whole_layers
 
@@ -83,14 +89,16 @@ def survey(
     _settle_masks(model, found)
     _mark_inner(found)
     found = _joined(model, found)
-    additions = sum(terms(node) is not None for f in finders.values() for node in f.nodes)
+    additions = sum(summands(node) is not None for f in finders.values() for node in f.nodes)
     return Survey(found, unreadable, len(finders), additions)
 
 
-def _residuals_of(name: str, finder: Finder, why_not: dict[Entry, str]) -> list[Residual]:
+def _residuals_of(
+    name: str, finder: ResidualSums, why_not: dict[ResidualSum, str]
+) -> list[Residual]:
     """The blocks of one forward: itself, or the elements of the ModuleList that it loops over."""
     owner = finder.owner
-    blocks: dict[tuple[str, str], list[Entry]] = {}
+    blocks: dict[tuple[str, str], list[ResidualSum]] = {}
     for entry in finder.entries:
         element = finder.elements[entry]
         key = _join(name, element) if element is not None else name
@@ -103,11 +111,11 @@ def _residuals_of(name: str, finder: Finder, why_not: dict[Entry, str]) -> list[
         branches = [
             Branch(
                 name=branch_name,
-                skip=entry.skip,
+                shortcut=entry.shortcut,
                 action=entry.action,
                 reason=entry.reason,
                 p=0.0,
-                children=tuple(_join(name, path) for path in called_in(entry.split)),
+                children=tuple(_join(name, path) for path in called_modules(entry.split)),
                 masks=(),
                 _split=entry.split,
                 _traced=finder.block,
@@ -128,7 +136,7 @@ def _branch_names(block: str, splits: list[Split], owner: nn.Module) -> list[str
         return [block]
     names: list[str] = []
     for split in splits:
-        sizes = {path: _size(owner.get_submodule(path)) for path in called_in(split)}
+        sizes = {path: _size(owner.get_submodule(path)) for path in called_modules(split)}
         largest = max(sizes, key=sizes.__getitem__).rpartition(".")[2] if sizes else "sum"
         name = f"{block}:{largest}"
         while name in names:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from torchdrop.finding.block_reader import CONTAINERS
-from torchdrop.finding.example_calls import Example, carries, same_rows
-from torchdrop.finding.residual import Branch, Layer, Residual
-from torchdrop.finding.residual_sums import Cuts, differing
-from torchdrop.finding.source_code import adds
-from torchdrop.tracing.call_arguments import unfold
+from torchdrop.finding.example_calls import Example
+from torchdrop.finding.residual import Branch, Residual, WholeBlock
+from torchdrop.finding.row_layout import RowLayouts, differing_dims, row_layout, same_rows
+from torchdrop.finding.source_code import source_has_addition
+from torchdrop.tracing.call_arguments import flatten_arguments
 
 __all__ = ["whole_layers"]
 
@@ -36,19 +36,20 @@ def whole_layers(
         apart = not any(f"{r.name}.".startswith(f"{name}.") for r in taken) and not any(
             f"{name}.".startswith(f"{child}.") for child in branches
         )
-        layer = _layer(name, example, batch_dim) if apart and _in_stack(model, name, uses) else None
-        if layer is None or not adds(module):
+        candidate = apart and _in_stack(model, name, uses)
+        layer = _whole_block(name, example, batch_dim) if candidate else None
+        if layer is None or not source_has_addition(module):
             continue
         branch = Branch(
             name=name,
-            skip="identity",
+            shortcut="identity",
             action="layer",
             reason=f"dropped as a whole, since it cannot be read: {why}",
             p=0.0,
             children=(name,),
             masks=(),
             _owner=name,
-            _layer=layer,
+            _whole_block=layer,
         )
         layers.append(Residual(name, module, [branch], _owner=name))
     return layers
@@ -62,31 +63,31 @@ def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
     return uses[module] > 1 or (isinstance(container, CONTAINERS) and len(alike) > 1)
 
 
-def _layer(name: str, example: Example, batch_dim: int | None) -> Layer | None:
+def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlock | None:
     """How a block can be dropped as a whole; None where it does not map a tensor to its like."""
     first, larger = example.first, example.larger
     if larger is None or name not in first.returned or name not in larger.returned:
         return None
-    both = [unfold(recording.calls[name])[1] for recording in (first, larger)]
+    both = [flatten_arguments(recording.calls[name])[1] for recording in (first, larger)]
     if list(both[0]) != list(both[1]) or not both[0]:
         return None
     x = next(iter(both[0]))
     few, many = (tuple(tensors[x].shape) for tensors in both)
-    dims = differing(few, many)
+    dims = differing_dims(few, many)
     if len(dims) != 1 or batch_dim not in (None, dims[0]):
         return None
     (dim,) = dims
     returned = first.returned[name]
-    place = "" if "" in returned else "0"
-    if returned.get(place) != few or larger.returned[name].get(place) != many:
+    sum_item = "" if "" in returned else "0"
+    if returned.get(sum_item) != few or larger.returned[name].get(sum_item) != many:
         return None
-    if set(returned) != {place}:
+    if set(returned) != {sum_item}:
         return None  # it returns more that carries the batch, or that others need
-    cuts: Cuts = {}
+    row_layouts: RowLayouts = {}
     for path in both[0]:
         pair = [tensors[path] for tensors in both]
-        cut = carries(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
+        cut = row_layout(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
         if cut is None or (cut[1] > 1 and not same_rows(pair[0], pair[1], cut[0])):
             return None
-        cuts[path] = cut if cut[1] else None
-    return Layer(x, dim, cuts, place, first.forms[name])
+        row_layouts[path] = cut if cut[1] else None
+    return WholeBlock(x, dim, row_layouts, sum_item, first.forms[name])

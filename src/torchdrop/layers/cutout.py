@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchdrop.checks import check_choice, check_generator
 from torchdrop.layers.cutout_boxes import PLACES, check_count, check_size, cutout_boxes
 from torchdrop.layers.draws import draw, integers, laid_out_like
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = ["Cutout", "cutout"]
@@ -307,7 +307,7 @@ def _wrapped(x: Tensor, like: Tensor) -> Tensor:
     return wrapped
 
 
-class Cutout(Rated):
+class Cutout(LayerWithRate):
     """Cuts rectangular holes into images, every sample its own.
 
     With the centre (cy, cx) of each hole uniform over the image, these rows and columns, as far as
@@ -371,7 +371,7 @@ class Cutout(Rated):
 
     def forward(self, *sample: Any) -> Any:
         """Return an image, a batch or a sample with holes; the very object in evaluation."""
-        node = traced(self, sample, {})
+        node = as_fx_node(self, sample, {})
         if node is not None:
             return node
         x: Any = sample[0] if len(sample) == 1 else sample

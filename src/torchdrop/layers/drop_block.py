@@ -19,7 +19,7 @@ from torchdrop.layers.drop_block_gamma import (
     law,
     law_of_tensor,
 )
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = [
@@ -353,7 +353,7 @@ def drop_block3d(
     return _drop_block(x, p, block_size, training, 3, rate, per_channel, scale, generator)
 
 
-class _DropBlock(Rated):
+class _DropBlock(LayerWithRate):
     _ndim: ClassVar[int]
     _function: ClassVar[Callable[..., Tensor]]
 
@@ -379,7 +379,7 @@ class _DropBlock(Rated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with blocks dropped; ``x`` itself in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return type(self)._function(

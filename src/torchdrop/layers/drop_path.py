@@ -14,7 +14,7 @@ from torch.overrides import (
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
 from torchdrop.layers.draws import keep_mask, readable, transformed
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = ["DropPath", "drop_path", "drop_path_add"]
@@ -297,7 +297,7 @@ def drop_path_add(
     return skip + _keep(branch, mask, keep, dim)
 
 
-class DropPath(Rated):
+class DropPath(LayerWithRate):
     """Stochastic depth as a mask: sets whole samples of a residual branch to zero.
 
     With ``b ~ Bernoulli(1 - p)`` for each sample (``mode="row"``) or once (``"batch"``)::
@@ -346,7 +346,7 @@ class DropPath(Rated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with samples dropped; ``x`` itself in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return drop_path(

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_generator, check_input
 from torchdrop.layers.draws import draw, multiply
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = ["GaussianDropout", "check_finite_rate", "gaussian_dropout"]
@@ -72,7 +72,7 @@ def gaussian_dropout(
     return multiply(x, draw(torch.randn, x, generator).mul_((rate / (1.0 - rate)) ** 0.5).add_(1.0))
 
 
-class GaussianDropout(Rated):
+class GaussianDropout(LayerWithRate):
     """Multiplies by normal noise with mean 1 and the variance of dropout's mask.
 
     With ``n ~ N(0, 1)`` for each element::
@@ -111,7 +111,7 @@ class GaussianDropout(Rated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with noise; ``x`` itself in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return gaussian_dropout(x, self.p, self.training)

@@ -18,10 +18,10 @@ from torchdrop.checks import (
     check_whole,
 )
 from torchdrop.layers.draws import integers, keep_mask, laid_out_like
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import host_generator
-from torchdrop.rows.take_and_add import add_rows, take, touch
+from torchdrop.rows.take_and_add import add_rows, take, with_zero_grads
 from torchdrop.schedules import check_rate
 
 __all__ = ["PATHS", "PathDrop", "path_drop", "path_drop_column"]
@@ -246,7 +246,7 @@ def _mean(branches: Sequence[Tensor]) -> Tensor:
     return (out / len(branches)).to(_result_dtype(branches))
 
 
-class PathDrop(Rated):
+class PathDrop(LayerWithRate):
     """A join that drops inputs and takes the mean of the others: drop-path of FractalNet.
 
     Each of n inputs is dropped with probability p; where all are, one chosen uniformly is kept, so
@@ -330,7 +330,7 @@ class PathDrop(Rated):
 
     def forward(self, *inputs: Tensor, column: Tensor | None = None) -> Tensor:
         """Join ``inputs``, or what the branches give for the one input."""
-        node = traced(self, inputs, {} if column is None else {"column": column})
+        node = as_fx_node(self, inputs, {} if column is None else {"column": column})
         if node is not None:
             return node
         if self.branches is None:
@@ -401,7 +401,7 @@ class PathDrop(Rated):
         shape = [1] * out.dim()
         shape[dim] = samples
         out = (out / count.view(shape)).to(_result_dtype(dtypes))
-        return touch(out, idle) if idle else out
+        return with_zero_grads(out, idle) if idle else out
 
 
 def _output(branch: Callable[..., Any], x: Tensor) -> Tensor:

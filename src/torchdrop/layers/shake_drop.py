@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input, check_mode
 from torchdrop.layers.draws import draw, keep_mask, multiply
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = ["ShakeDrop", "shake_drop"]
@@ -137,7 +137,7 @@ def shake_drop(
     return shaken
 
 
-class ShakeDrop(Rated):
+class ShakeDrop(LayerWithRate):
     """Multiplies a residual branch by one random factor, and its gradient by another.
 
     With ``b ~ Bernoulli(1 - p)``, and a and c uniform in ``alpha`` and ``beta``, for each sample
@@ -189,7 +189,7 @@ class ShakeDrop(Rated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaken in training, times the expectation in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return shake_drop(

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input
 from torchdrop.layers.draws import keep_mask, laid_out_like
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = ["SpatialDropout", "spatial_dropout"]
@@ -97,7 +97,7 @@ def spatial_dropout(
     return torch.where(laid_out_like(x, mask), x, 0.0).div_(keep)
 
 
-class SpatialDropout(Rated):
+class SpatialDropout(LayerWithRate):
     """Sets whole channels to zero.
 
     With ``b ~ Bernoulli(1 - p)`` for each channel of each sample::
@@ -138,7 +138,7 @@ class SpatialDropout(Rated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with channels dropped; ``x`` itself in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return spatial_dropout(

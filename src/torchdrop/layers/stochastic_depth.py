@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.checks import check_dim, check_input, check_mode
-from torchdrop.layers.rated import Rated, traced
+from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
-from torchdrop.rows.take_and_add import take, touch
+from torchdrop.rows.take_and_add import take, with_zero_grads
 
 __all__ = ["StochasticDepth"]
 
@@ -114,7 +114,7 @@ def _copy_of_first_conv(module: nn.Module) -> nn.Module:
     return copy.deepcopy(conv)
 
 
-class StochasticDepth(Rated):
+class StochasticDepth(LayerWithRate):
     """A module that is skipped at random while training: what is dropped is not computed.
 
     With ``s(x) = x``, or ``projection(x)`` where the module ``m`` changes the shape:
@@ -246,7 +246,7 @@ class StochasticDepth(Rated):
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``m(x)``, ``s(x)`` or their mixture, by the table of the class."""
-        node = traced(self, (x, *args), kwargs)
+        node = as_fx_node(self, (x, *args), kwargs)
         if node is not None:
             return node
         check_input(x)
@@ -324,7 +324,7 @@ class StochasticDepth(Rated):
         if self._is_new(x):
             self._compare(x, tuple(skip.shape), _output_shape(self.module, x, args, kwargs))
         if self.touches_skipped:
-            return touch(skip, self.module.parameters())
+            return with_zero_grads(skip, self.module.parameters())
         return skip.clone() if skip is x else skip
 
     def _unscaled(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -335,7 +335,7 @@ class StochasticDepth(Rated):
         out = self._run(x, args, kwargs, may_write=True)
         self._compare(x, skip, tuple(out.shape))
         if self.training and self.touches_skipped and self.projection is not None:
-            out = touch(out, self.projection.parameters())  # it did not run either
+            out = with_zero_grads(out, self.projection.parameters())  # it did not run either
         return out
 
     def _expected(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

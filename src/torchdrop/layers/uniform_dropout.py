@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_generator, check_input
 from torchdrop.layers.draws import draw, multiply
-from torchdrop.layers.rated import Checked, traced
+from torchdrop.layers.rated import LayerWithChecks, as_fx_node
 
 __all__ = ["UniformDropout", "uniform_dropout"]
 
@@ -74,7 +74,7 @@ def uniform_dropout(
     return multiply(x, draw(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width))
 
 
-class UniformDropout(Checked):
+class UniformDropout(LayerWithChecks):
     """Multiplies by uniform noise around 1 ("Uout").
 
     With ``u`` uniform in [-1, 1) for each element::
@@ -116,7 +116,7 @@ class UniformDropout(Checked):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with noise; ``x`` itself in evaluation."""
-        node = traced(self, (x,), {})
+        node = as_fx_node(self, (x,), {})
         if node is not None:
             return node
         return uniform_dropout(x, self.beta, self.training)

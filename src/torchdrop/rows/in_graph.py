@@ -24,8 +24,8 @@ __all__ = [
     "Drawn",
     "InGraph",
     "enter",
-    "leave_to_python",
     "rows_in_graph",
+    "run_uncompiled",
     "set_share",
     "size_in_graph",
     "spread_in_graph",
@@ -201,7 +201,7 @@ def spread_in_graph(some: Tensor, drawn: Drawn, dim: int) -> Tensor:
     return whole
 
 
-def leave_to_python(*modules: str) -> None:
+def run_uncompiled(*modules: str) -> None:
     """Let dynamo not compile the functions of these modules by themselves, but what they call.
 
     In batch mode a graph ends where a decision is drawn, and what is on the way to the next graph,

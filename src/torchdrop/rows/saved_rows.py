@@ -10,18 +10,18 @@ from torch import Tensor
 
 from torchdrop.rows.take_and_add import take
 
-__all__ = ["kept_anyway", "retaking"]
+__all__ = ["regather_in_backward", "saved_by_producer"]
 
 _autograd: Any = torch._C._autograd  # untyped in part
 
 
-def kept_anyway(x: Tensor) -> bool:
+def saved_by_producer(x: Tensor) -> bool:
     """Whether the operation that made ``x`` keeps it for backward, as ReLU keeps its result."""
     # The type tells. To ask the node itself would unpack what a checkpoint has yet to recompute.
     return x.grad_fn is not None and hasattr(type(x.grad_fn), "_saved_result")
 
 
-class retaking:  # noqa: N801 (used as a statement, like saved_tensors_hooks)
+class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tensors_hooks)
     """While a branch runs: what it keeps of the rows that were taken, it takes again in backward.
 
     Rows of a tensor that is kept anyway would be kept besides it. In their place this keeps the

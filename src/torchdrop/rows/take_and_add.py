@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows", "add_whole", "fork", "take", "touch"]
+__all__ = ["add_rows", "add_whole", "skip_and_rows", "take", "with_zero_grads"]
 
 # From this many elements on, a pass over the tensor that is saved takes longer than the Python of a
 # function of our own: on a CPU 130 us against 90 for 16,000 elements, 3.3 ms against 3.8 for 10**6.
-_WORTH_A_FORK = 2**18
+MIN_ELEMENTS_FOR_OWN_FUNCTION = 2**18
 
 # Neither is public; without them gradients are copied where autograd would add in place.
 _COUNTABLE = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
@@ -74,7 +74,7 @@ def add_rows(
     dim: int = 0,
     *,
     inplace: bool = False,
-    spent: bool = False,
+    reuses_skip: bool = False,
 ) -> Tensor:
     """``skip`` with ``gain * branch`` added to its slices ``rows`` along ``dim``.
 
@@ -95,7 +95,7 @@ def add_rows(
         )
         if fits:
             whole = branch.expand(expected)
-            return add_rows(skip, whole, rows, gain, dim, inplace=inplace, spent=spent)
+            return add_rows(skip, whole, rows, gain, dim, inplace=inplace, reuses_skip=reuses_skip)
         raise ValueError(
             f"the branch of a residual has to have the shape of its skip: on {rows.numel()} kept "
             f"rows of a skip of shape {tuple(skip.shape)} expected {expected}, "
@@ -109,7 +109,7 @@ def add_rows(
         skip, branch = skip.to(dtype), branch.to(dtype)
     if inplace or _in_torch_func():
         return _add(skip, branch, rows, gain, dim, _memory_order(skip), inplace=inplace)
-    out: Tensor = _AddRows.apply(skip, branch, (rows, gain, dim), spent)
+    out: Tensor = _AddRows.apply(skip, branch, (rows, gain, dim), reuses_skip)
     return out
 
 
@@ -144,12 +144,12 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, skip: Tensor, branch: Tensor, to: tuple[Tensor, float, int], spent: bool
+        ctx: Any, skip: Tensor, branch: Tensor, to: tuple[Tensor, float, int], reuses_skip: bool
     ) -> Tensor:
         # The indices need none of what saving a tensor does, which takes longer than a small sum.
         rows, gain, dim = ctx.to = to
         order = _memory_order(skip)
-        if spent and (order is not None or skip.is_contiguous()):
+        if reuses_skip and (order is not None or skip.is_contiguous()):
             # It shares the version of the skip: who kept the skip for backward is told.
             return _add(skip.detach(), branch, rows, gain, dim, order, inplace=True)
         if order is None:
@@ -236,13 +236,13 @@ class _Owned(torch.autograd.Function):
             torch.autograd.grad(cls.apply(x).neg(), x, torch.zeros(1, device="cpu"))
 
 
-def fork(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+def skip_and_rows(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """``x`` and ``take(x, rows, dim)``, for an ``x`` that is both the skip and the branch's input.
 
     The same values as apart from each other; but in the backward pass the gradient of the rows is
     added to that of the skip, instead of being spread over zeros first.
     """
-    small = x.numel() < _WORTH_A_FORK
+    small = x.numel() < MIN_ELEMENTS_FOR_OWN_FUNCTION
     if small or _in_torch_func() or not (x.requires_grad and torch.is_grad_enabled()):
         return x, take(x, rows, dim)
     if _Owned.references is None:
@@ -277,7 +277,7 @@ class _Touch(torch.autograd.Function):
         return tangents[0].clone()
 
 
-def touch(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+def with_zero_grads(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """A copy of ``out`` through which each of ``tensors`` gets a gradient of zeros.
 
     For what was skipped: DDP and FSDP wait for the gradient of every parameter, and an optimizer

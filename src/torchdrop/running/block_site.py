@@ -17,22 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from torchdrop.finding.row_layout import RowLayout
 from torchdrop.rows.collectives import is_sharded, meets_ranks
-from torchdrop.rows.in_graph import leave_to_python
+from torchdrop.rows.in_graph import run_uncompiled
 from torchdrop.rows.sampling import keep_batch, order_rows, refuse_recording
-from torchdrop.rows.take_and_add import take, touch
+from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchState, Settings
-from torchdrop.running.forward_slot import Standin, attached
+from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.tracing.call_arguments import is_cache
 
-__all__ = ["Keeper", "beside", "precision_of", "sites_of", "unchanged", "without_spare"]
+__all__ = ["BlockSite", "drop_spare_row", "precision_of", "sites_of", "to_device_of", "unchanged"]
 
 # With one kept row, BatchNorm needs more than one value a channel from that row alone. A branch
 # may stride, so below this many positions a second row is computed along, and not used.
 _POSITIONS_FOR_ONE_ROW = 64
 
 
-class Keeper(Standin):
+class BlockSite(SlotOccupant):
     """What stands in the ``forward`` slot of a block, and keeps some rows of its branches."""
 
     def __init__(
@@ -161,7 +162,7 @@ class Keeper(Standin):
         branch: BranchState,
         value: Any,
         taking: Callable[..., Tensor],
-        how: tuple[int, int] | None,
+        how: RowLayout | None,
         batch: int,
         known: bool = True,
     ) -> Any:
@@ -195,10 +196,10 @@ class Keeper(Standin):
         """The skip alone: a new tensor, which an activation in place may write into."""
         unused = self._unused(branch, skip, inputs)
         if branch.writes_skip:
-            return skip.add_(touch(skip.new_zeros(()), unused)) if unused else skip
+            return skip.add_(with_zero_grads(skip.new_zeros(()), unused)) if unused else skip
         if dtype != skip.dtype:
             skip = skip.to(dtype)
-        return touch(skip, unused)
+        return with_zero_grads(skip, unused)
 
     def _unused(self, branch: BranchState, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
         """What has to get a gradient of zeros when ``branch`` is dropped."""
@@ -250,13 +251,13 @@ def _parameters_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def without_spare(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def drop_spare_row(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Of ``out``, which was computed on more, what belongs to ``rows``; and these beside it."""
     place = (computed == rows).nonzero().flatten()
-    return take(out, beside(place, out), dim), beside(rows, out)
+    return take(out, to_device_of(place, out), dim), to_device_of(rows, out)
 
 
-def beside(rows: Tensor, x: Tensor) -> Tensor:
+def to_device_of(rows: Tensor, x: Tensor) -> Tensor:
     """``rows``, which are on the host, on the device of ``x``; nothing waits for the copy."""
     return rows if x.is_cpu else rows.to(x.device, non_blocking=True)
 
@@ -292,10 +293,10 @@ def precision_of(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, torch.get_autocast_dtype(kind) if autocast else None
 
 
-def sites_of(model: nn.Module) -> list[Keeper]:
+def sites_of(model: nn.Module) -> list[BlockSite]:
     """Every site in ``model``, in the order of its depth."""
-    found = [s for m in model.modules() if isinstance(s := attached(m), Keeper)]
-    return sorted(found, key=lambda site: (site.branches[0].index, site.branches[0].place))
+    found = [s for m in model.modules() if isinstance(s := occupant_of(m), BlockSite)]
+    return sorted(found, key=lambda site: (site.branches[0].index, site.branches[0].order))
 
 
-leave_to_python(__name__)
+run_uncompiled(__name__)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdrop.finding.residual_sums import Cuts
+from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.rows.in_graph import enter, set_share
 from torchdrop.rows.sampling import order_rows
 
-__all__ = ["BY_ORDER", "WORTH_SKIPPING", "BranchState", "Settings"]
+__all__ = ["MASK_REQUESTED", "MIN_ELEMENTS_TO_SKIP", "BranchState", "Settings"]
 
 # The reason of a branch that is masked because that was asked for.
-BY_ORDER = "compute='mask'"
+MASK_REQUESTED = "compute='mask'"
 
 # A branch without matrices is masked where fewer elements than this would be left out: a mask takes
 # up to a quarter less time below it, and ever more above (benchmarks/scale.py --only choice).
-WORTH_SKIPPING = 2**14
+MIN_ELEMENTS_TO_SKIP = 2**14
 
 
 @dataclass
@@ -50,7 +50,7 @@ class BranchState:
     block: str
     path: str | None
     index: int
-    skip: str
+    shortcut: str
     action: str
     reason: str
     children: tuple[str, ...]
@@ -64,9 +64,9 @@ class BranchState:
     inner: tuple[str, ...]
     own: tuple[str, ...]
     dim: int = 0
-    place: int = 0
+    order: int = 0
     branch_first: bool = False
-    cuts: Cuts | None = None
+    row_layouts: RowLayouts | None = None
     p: float = 0.0
     share: float | None = None
     rows_seen: int = 0
@@ -79,11 +79,11 @@ class BranchState:
     scale: str = "train"
     # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
     number: int = field(init=False)
-    certain: bool | None = field(init=False)
+    always: bool | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.number = enter(self)
-        self.certain = _certain(self.p)
+        self.always = _always_kept(self.p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -92,7 +92,7 @@ class BranchState:
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on."""
         if p != self.p:
-            self.p, self.certain = p, _certain(p)
+            self.p, self.always = p, _always_kept(p)
             set_share(self.number, p, known=self.convolves)
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
@@ -117,6 +117,6 @@ class BranchState:
             self.last = (rows, kept)
 
 
-def _certain(p: float) -> bool | None:
+def _always_kept(p: float) -> bool | None:
     """Whether a row is always kept, or never; None where it is drawn."""
     return True if p == 0.0 else False if p == 1.0 else None

@@ -13,10 +13,17 @@ from torch import nn
 
 from torchdrop.finding.existing_drops import drops_layers
 
-__all__ = ["Bypass", "LoopBypass", "Standin", "attach_to", "attached", "detach"]
+__all__ = [
+    "LayerDropBypass",
+    "MaskBypass",
+    "SlotOccupant",
+    "clear_slot",
+    "occupant_of",
+    "put_in_slot",
+]
 
 
-class Standin:
+class SlotOccupant:
     """What stands in the ``forward`` slot of a module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -43,11 +50,11 @@ class _Replicate:
     def __call__(self) -> nn.Module:
         module = self.module
         replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
-        attach_to(replica, module.__dict__["forward"].for_copy(replica))
+        put_in_slot(replica, module.__dict__["forward"].for_copy(replica))
         return replica
 
 
-class Bypass(Standin):
+class MaskBypass(SlotOccupant):
     """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
 
     takes_over = True  # what the layer is told from now on has no effect
@@ -57,7 +64,7 @@ class Bypass(Standin):
         return x
 
 
-class LoopBypass(Bypass):
+class LayerDropBypass(MaskBypass):
     """Stands in the ``forward`` slot of a module that leaves out whole layers in its loop.
 
     While it runs, its own rate is 0: what it left out is decided elsewhere now.
@@ -77,19 +84,19 @@ class LoopBypass(Bypass):
             holder.layerdrop = rate
 
 
-def attach_to(module: nn.Module, what: Standin) -> None:
+def put_in_slot(module: nn.Module, what: SlotOccupant) -> None:
     """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
     object.__setattr__(module, "forward", what)
     object.__setattr__(module, "_replicate_for_data_parallel", _Replicate(module))
 
 
-def detach(module: nn.Module) -> None:
-    """Undo :func:`attach_to`, also where it was interrupted between its two lines."""
+def clear_slot(module: nn.Module) -> None:
+    """Undo :func:`put_in_slot`, also where it was interrupted between its two lines."""
     module.__dict__.pop("_replicate_for_data_parallel", None)
     del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
 
 
-def attached(module: nn.Module) -> Standin | None:
+def occupant_of(module: nn.Module) -> SlotOccupant | None:
     """What torchdrop put on ``module`` itself, or None."""
     found = module.__dict__.get("forward")
-    return found if isinstance(found, Standin) else None
+    return found if isinstance(found, SlotOccupant) else None

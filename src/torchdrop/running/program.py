@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdrop.tracing.call_arguments import unfold
+from torchdrop.finding.row_layout import RowLayout
+from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.watched_attributes import same
 
-__all__ = ["MismatchError", "Program", "Source", "kind_of_call"]
+__all__ = ["MismatchError", "Program", "Source", "call_signature"]
 
 
 class Source:
@@ -58,11 +59,11 @@ class Program:
     Attributes:
         forward: ``forward(self, site, *tensors)``.
         branches: By number, ``forward(self, site, *inputs)`` of each branch that can be skipped.
-        cuts: For each of them, the dimension on which each input is cut by rows (None: it is
+        row_layouts: For each of them, the dimension on which each input is cut by rows (None: it is
             not); None where that was not measured.
         spent: Those whose skip is the sum of another branch, which nothing else uses: its memory is
             free for the sum.
-        tensors: The arguments that vary, as :func:`unfold` names them.
+        tensors: The arguments that vary, as :func:`flatten_arguments` names them.
         constants: The other arguments, which the forward holds fixed.
         attributes: The attributes of the block that it holds fixed.
         decisions: ``decisions(*tensors)``: what the block branches on before its graph begins.
@@ -73,8 +74,8 @@ class Program:
 
     forward: Source
     branches: dict[int, Source]
-    cuts: dict[int, list[tuple[int, int] | None] | None]
-    spent: set[int]
+    row_layouts: dict[int, list[RowLayout | None] | None]
+    reuses_skip: set[int]
     tensors: list[str]
     constants: dict[str, Any]
     attributes: dict[str, Any]
@@ -108,7 +109,7 @@ class Program:
         """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        _, tensors, constants = unfold(bound.arguments)
+        _, tensors, constants = flatten_arguments(bound.arguments)
         for path, value in self.constants.items():
             if path not in constants or not same(value, constants[path]):
                 given = constants.get(path, tensors.get(path))
@@ -144,7 +145,7 @@ class Program:
                 raise MismatchError(
                     "tensors of one kind of shape, dtype and device", "those of another"
                 )
-        if self.seen is not None and kind_of_call(tensors) not in self.seen:
+        if self.seen is not None and call_signature(tensors) not in self.seen:
             raise MismatchError("tensors of some shapes and dtypes", "those of others")
 
     def is_like(self, other: Program) -> bool:
@@ -153,14 +154,14 @@ class Program:
             self.forward.text == other.forward.text
             and {k: s.text for k, s in self.branches.items()}
             == {k: s.text for k, s in other.branches.items()}
-            and (self.cuts, self.spent, self.tensors, self.decided)
-            == (other.cuts, other.spent, other.tensors, other.decided)
+            and (self.row_layouts, self.reuses_skip, self.tensors, self.decided)
+            == (other.row_layouts, other.reuses_skip, other.tensors, other.decided)
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
         )
 
 
-def kind_of_call(tensors: Iterable[Any]) -> Any:
+def call_signature(tensors: Iterable[Any]) -> Any:
     """What a forward can ask about a call without looking into its tensors."""
     return (
         torch.is_grad_enabled(),

@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import fx
 
 from torchdrop.finding.residual_sums import Split, outside_inputs
+from torchdrop.finding.row_layout import RowLayout
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.nodes import is_shape_node, passed_through
@@ -42,8 +43,8 @@ class _Rewriter:
         self.splits = dict(enumerate(splits, first))
         self.label = label
         self.branches: dict[int, Source] = {}
-        self.cuts: dict[int, list[tuple[int, int] | None] | None] = {}
-        self.spent: set[int] = set()
+        self.row_layouts: dict[int, list[RowLayout | None] | None] = {}
+        self.reuses_skip: set[int] = set()
 
     def emit(self, graph: fx.Graph, region: list[fx.Node], env: dict[fx.Node, fx.Node]) -> None:
         """Copy ``region`` into ``graph``, its residual additions replaced by calls of the site."""
@@ -88,8 +89,10 @@ class _Rewriter:
             if action == "skip":
                 inputs = outside_inputs(split, self.nodes)
                 self.branches[k] = self.branch(k, split, inputs)
-                cuts = split.cuts
-                self.cuts[k] = None if cuts is None else [cuts[node.name] for node in inputs]
+                row_layouts = split.row_layouts
+                self.row_layouts[k] = (
+                    None if row_layouts is None else [row_layouts[node.name] for node in inputs]
+                )
                 given: list[Any] = [ref(node) for node in inputs]
                 if split.pads is not None:
                     skip = graph.call_method("padded", (site, k, split.pads, skip, *given))
@@ -111,17 +114,17 @@ class _Rewriter:
         known = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         self.emit(graph, [n for n in self.nodes if n in split.inside | known], env)
         graph.output(env[split.branch])
-        self.note_spent(graph)
+        self.note_reused_skips(graph)
         return _source(f"{self.label}, branch {k}", graph)
 
     def main(self) -> Source:
         graph = _graph()
         env = {_SITE: graph.placeholder("site")}
         self.emit(graph, self.nodes, env)
-        self.note_spent(graph)
+        self.note_reused_skips(graph)
         return _source(self.label, graph)
 
-    def note_spent(self, graph: fx.Graph) -> None:
+    def note_reused_skips(self, graph: fx.Graph) -> None:
         """Find the joins in ``graph`` whose skip is the new tensor of another, for them alone."""
         site = next(iter(graph.nodes))
         sums = {
@@ -133,7 +136,7 @@ class _Rewriter:
             skip = node.args[2]
             alone = skip in sums and len(skip.users) == 1
             if alone and node.target == "join" and not self.splits[sums[skip]][0].writes_skip:
-                self.spent.add(k)
+                self.reuses_skip.add(k)
 
 
 _SUMS = ("join", "mask")  # the calls of a site that return the sum of a skip and a branch
@@ -155,8 +158,8 @@ def rewrite(
     return Program(
         rewriter.main(),
         rewriter.branches,
-        rewriter.cuts,
-        rewriter.spent,
+        rewriter.row_layouts,
+        rewriter.reuses_skip,
         block.tensors,
         block.constants,
         block.attributes,

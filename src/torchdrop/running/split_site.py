@@ -15,27 +15,39 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchdrop.finding.residual_sums import read_splits
+from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.finding.row_layout import RowLayout
 from torchdrop.rows.in_graph import (
-    leave_to_python,
     rows_in_graph,
+    run_uncompiled,
     size_in_graph,
     spread_in_graph,
     take_in_graph,
     zeros_for,
 )
-from torchdrop.rows.saved_rows import kept_anyway, retaking
-from torchdrop.rows.take_and_add import add_rows, add_whole, fork, take
-from torchdrop.running.block_site import Keeper, beside, precision_of, unchanged, without_spare
-from torchdrop.running.branch_state import BY_ORDER, WORTH_SKIPPING, BranchState, Settings
-from torchdrop.running.program import MismatchError, Program, kind_of_call
+from torchdrop.rows.saved_rows import regather_in_backward, saved_by_producer
+from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
+from torchdrop.running.block_site import (
+    BlockSite,
+    drop_spare_row,
+    precision_of,
+    to_device_of,
+    unchanged,
+)
+from torchdrop.running.branch_state import (
+    MASK_REQUESTED,
+    MIN_ELEMENTS_TO_SKIP,
+    BranchState,
+    Settings,
+)
+from torchdrop.running.program import MismatchError, Program, call_signature
 from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.padded_sums import pad_like
 from torchdrop.tracing.untraceable import UntraceableError
 from torchdrop.tracing.watched_attributes import same
 
-__all__ = ["Site"]
+__all__ = ["SplitSite"]
 
 # How many different settings of its block (attributes, constant arguments) a site reads.
 _READINGS = 16
@@ -44,7 +56,7 @@ _READINGS = 16
 _KINDS_OF_CALLS = 1024
 
 
-class Site(Keeper):
+class SplitSite(BlockSite):
     """What stands in the ``forward`` slot of a block whose branches are computed one by one."""
 
     def __init__(
@@ -54,7 +66,7 @@ class Site(Keeper):
         branches: list[BranchState],
         train: Program,
         evaluate: Program | None,
-        places: Sequence[int],
+        orders: Sequence[int],
         look_through: Sequence[str],
         items: Mapping[str, Sequence[Any]],
     ) -> None:
@@ -64,7 +76,7 @@ class Site(Keeper):
         self.train = [train]
         self.evaluate = [] if evaluate is None else [evaluate]
         # Which of the additions of the forward the branches are.
-        self.places = list(places)
+        self.orders = list(orders)
         self.items = dict(items)  # what the children return that are not part of it
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         self._plain = train.tensors if leading == train.tensors else None
@@ -146,16 +158,19 @@ class Site(Keeper):
             )
         except UntraceableError as error:
             raise RuntimeError(f"{what}, and so it cannot be read: {error}") from None
-        known = [branch.cuts for branch in self.branches if branch.cuts is not None]
-        entries = read_splits(block, known, self.branches[0].dim)
-        if len(entries) <= max(self.places):
+        known = [branch.row_layouts for branch in self.branches if branch.row_layouts is not None]
+        entries = read_residual_sums(block, known, self.branches[0].dim)
+        if len(entries) <= max(self.orders):
             raise RuntimeError(
                 f"{what}, and so it does not add the same branches; give add_stochastic_depth "
                 f"example_inputs, so that it is read as it is called, or leave it out with select="
             )
         splits = [
-            (entries[place].split, "mask" if branch.reason == BY_ORDER else entries[place].action)
-            for place, branch in zip(self.places, self.branches, strict=True)
+            (
+                entries[order].split,
+                "mask" if branch.reason == MASK_REQUESTED else entries[order].action,
+            )
+            for order, branch in zip(self.orders, self.branches, strict=True)
         ]
         for number, program in enumerate([*programs, None]):
             found = rewrite(block, splits, name, number * len(self.branches))
@@ -174,7 +189,7 @@ class Site(Keeper):
         if found.seen is not None:
             if len(found.seen) >= _KINDS_OF_CALLS:
                 found.seen.clear()
-            found.seen.add(kind_of_call(found.bind(self.__signature__, args, kwargs)))
+            found.seen.add(call_signature(found.bind(self.__signature__, args, kwargs)))
         return found
 
     @staticmethod
@@ -274,56 +289,56 @@ class Site(Keeper):
         dim = branch.dim
         batch = skip.shape[dim]
         computed = self._rows_to_compute(branch, rows, skip, dim)
-        on_device = beside(computed, skip)
+        on_device = to_device_of(computed, skip)
         program = self.train[k // len(self.branches)]
-        known = program.cuts[k]
+        known = program.row_layouts[k]
         taking = partial(take, rows=on_device)
         whole, taken = skip, None
         cut: list[Any] = []
         again: list[tuple[Tensor, Tensor]] = []
-        for value, how in zip(inputs, known or [(dim, 1)] * len(inputs), strict=True):
+        for value, how in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
             if value is skip and how == (dim, 1) and not branch.writes_skip:
-                whole, some = fork(skip, on_device, dim)
+                whole, some = skip_and_rows(skip, on_device, dim)
             else:
                 some = self._cut(branch, value, taking, how, batch, known is not None)
             cut.append(some)
             if value is skip:
                 taken = some
-            if how == (dim, 1) and some is not value and kept_anyway(value):
+            if how == (dim, 1) and some is not value and saved_by_producer(value):
                 again.append((some, value))
         version = _version(taken)
         if again:
-            with retaking(again, on_device, dim):
+            with regather_in_backward(again, on_device, dim):
                 out = self._compute(self.train, k, cut)
         else:
             out = self._compute(self.train, k, cut)
         if _version(taken) != version:
             raise _writes_into_its_input(branch)
         if computed is not rows:
-            out, on_device = without_spare(out, computed, rows, dim)
-        written, spent = branch.writes_skip, k in program.spent and taken is not skip
-        return add_rows(whole, out, on_device, gain, dim, inplace=written, spent=spent)
+            out, on_device = drop_spare_row(out, computed, rows, dim)
+        written, reuses_skip = branch.writes_skip, k in program.reuses_skip and taken is not skip
+        return add_rows(whole, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
         """The same in a graph, in plain operations, for a number of rows fixed by the rate."""
         branch = self._branch(k)
         dim, batch = branch.dim, skip.shape[branch.dim]
-        if branch.certain is False:
+        if branch.always is False:
             unused = self._unused(branch, skip, inputs)
             if branch.writes_skip:
                 return skip.add_(zeros_for(unused)) if unused else skip
             return skip + zeros_for(unused) if unused else skip.clone()
         # The number of rows that are drawn one by one is bounded by the batch alone.
-        bounded = branch.certain is None and self.settings.sampling != "independent"
+        bounded = branch.always is None and self.settings.sampling != "independent"
         if not bounded or self._meets_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
         size = size_in_graph(branch.number, batch, 2)  # one row might be too few for BatchNorm
         drawn = rows_in_graph(branch.number, batch, size, skip)
-        known = self.train[k // len(self.branches)].cuts[k]
+        known = self.train[k // len(self.branches)].row_layouts[k]
         taking = partial(take_in_graph, drawn=drawn)
         cut = [
             self._cut(branch, value, taking, how, batch, known is not None)
-            for value, how in zip(inputs, known or [(dim, 1)] * len(inputs), strict=True)
+            for value, how in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True)
         ]
         out = _weighted(self._compute(self.train, k, cut), drawn.weights, dim)
         out = spread_in_graph(out, drawn, dim)
@@ -332,10 +347,10 @@ class Site(Keeper):
     def _mask_in_graph(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         branch = self._branch(k)
         batch = skip.shape[branch.dim]
-        if branch.certain is None:
+        if branch.always is None:
             drawn = rows_in_graph(branch.number, batch, batch, skip)
             out = _weighted(out, drawn.weights.index_select(0, drawn.places), branch.dim)
-        elif branch.certain:
+        elif branch.always:
             out = out * branch.gain if branch.gain != 1.0 else out
         else:
             out = out * 0.0 if branch.writes_skip else zeros_for([out])
@@ -360,14 +375,14 @@ class Site(Keeper):
             if out.dim() < skip.dim() or out.shape[branch.dim] != skip.shape[branch.dim]:
                 out = out.expand(skip.shape)  # one row that stood for all
             # filled, not multiplied: an infinity in a dropped row must not become NaN
-            out = out.index_fill(branch.dim, beside(rows[kept:], out), 0)
+            out = out.index_fill(branch.dim, to_device_of(rows[kept:], out), 0)
         gain, first = branch.gain_in_training(), branch.branch_first
         return add_whole(skip, out, gain, inplace=branch.writes_skip, branch_first=first)
 
     @staticmethod
     def _too_small(branch: BranchState, skip: Tensor) -> bool:
         """Whether ``branch``, which has no matrices, takes longer on some rows than on all."""
-        small = branch.p < 1.0 and 0.0 < branch.p * skip.numel() < WORTH_SKIPPING
+        small = branch.p < 1.0 and 0.0 < branch.p * skip.numel() < MIN_ELEMENTS_TO_SKIP
         branch.action = "mask" if small else "skip"
         return small
 
@@ -427,7 +442,7 @@ def _check_shapes(branch: BranchState, skip: Tensor, out: Tensor) -> None:
         ) from None
 
 
-leave_to_python(
+run_uncompiled(
     __name__,
     *(
         f"torchdrop.{name}"

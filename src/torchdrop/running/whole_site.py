@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdrop.finding.residual import Layer
-from torchdrop.rows.in_graph import leave_to_python
+from torchdrop.finding.residual import WholeBlock
+from torchdrop.rows.in_graph import run_uncompiled
 from torchdrop.rows.take_and_add import add_rows, take
-from torchdrop.running.block_site import Keeper, beside, precision_of, without_spare
+from torchdrop.running.block_site import BlockSite, drop_spare_row, precision_of, to_device_of
 from torchdrop.running.branch_state import BranchState, Settings
-from torchdrop.tracing.call_arguments import unfold
+from torchdrop.tracing.call_arguments import flatten_arguments
 
-__all__ = ["LayerSite"]
+__all__ = ["WholeSite"]
 
 
-class LayerSite(Keeper):
+class WholeSite(BlockSite):
     """What stands in the ``forward`` slot of a block that is dropped as a whole."""
 
     def __init__(
-        self, module: nn.Module, settings: Settings, branch: BranchState, layer: Layer
+        self, module: nn.Module, settings: Settings, branch: BranchState, layer: WholeBlock
     ) -> None:
         super().__init__(module, settings, [branch])
         self.layer = layer
@@ -46,12 +46,12 @@ class LayerSite(Keeper):
         self._check_caches((*args, *kwargs.values()), training)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        tensors = unfold(bound.arguments)[1]
-        if not set(tensors) <= set(self.layer.cuts) or self.layer.x not in tensors:
+        tensors = flatten_arguments(bound.arguments)[1]
+        if not set(tensors) <= set(self.layer.row_layouts) or self.layer.x not in tensors:
             raise RuntimeError(
                 f"{branch.name} is dropped as a whole and was read with the tensors "
-                f"{', '.join(self.layer.cuts)}, but is called with {', '.join(tensors)}; give "
-                f"example_inputs like that, or leave the block out with select="
+                f"{', '.join(self.layer.row_layouts)}, but is called with {', '.join(tensors)}; "
+                f"give example_inputs like that, or leave the block out with select="
             )
         x = tensors[self.layer.x]
         rows, kept = (branch.p < 1.0, 0) if scaled else self._draw(branch, x)
@@ -88,19 +88,21 @@ class LayerSite(Keeper):
         """What the block returns for ``rows``, and the sum for all rows."""
         branch, dim = self.branches[0], self.branches[0].dim
         computed = self._rows_to_compute(branch, rows, x, dim)
-        on_device = beside(computed, x)
+        on_device = to_device_of(computed, x)
         taking = partial(take, rows=on_device)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
-            some[path] = self._cut(branch, value, taking, self.layer.cuts[path], x.shape[dim])
+            some[path] = self._cut(
+                branch, value, taking, self.layer.row_layouts[path], x.shape[dim]
+            )
             return some[path]
 
-        bound.arguments.update(unfold(bound.arguments, cut)[0])
+        bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
         out = self._as_it_is(bound)
         added = self._sum_in(out) - some[self.layer.x]
         if computed is not rows:
-            added, on_device = without_spare(added, computed, rows, dim)
+            added, on_device = drop_spare_row(added, computed, rows, dim)
         return out, add_rows(x, added, on_device, gain, dim)
 
     def _as_it_is(self, bound: inspect.BoundArguments) -> Any:
@@ -108,14 +110,14 @@ class LayerSite(Keeper):
         return type(self.module).forward(self.module, *bound.args, **bound.kwargs)
 
     def _sum_in(self, out: Any) -> Tensor:
-        found: Tensor = out if self.layer.place == "" else out[int(self.layer.place)]
+        found: Tensor = out if self.layer.sum_item == "" else out[int(self.layer.sum_item)]
         return found
 
     def _returned(self, total: Tensor, out: Any) -> Any:
         """What the block returns, with ``total`` in the place of the sum."""
-        if self.layer.place == "":
+        if self.layer.sum_item == "":
             return total
-        place = int(self.layer.place)
+        place = int(self.layer.sum_item)
         return type(out)([*out[:place], total, *out[place + 1 :]])
 
 
@@ -128,4 +130,4 @@ def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return kept.to(like.device, non_blocking=True).view(shape)
 
 
-leave_to_python(__name__)
+run_uncompiled(__name__)

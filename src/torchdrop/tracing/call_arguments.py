@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["A_TENSOR", "is_cache", "unfold"]
+__all__ = ["A_TENSOR", "flatten_arguments", "is_cache"]
 
 # Stands for "whatever tensor comes" among the arguments of a call.
 A_TENSOR = object()
@@ -22,7 +22,7 @@ def is_cache(value: Any) -> bool:
     )
 
 
-def unfold(
+def flatten_arguments(
     arguments: Mapping[str, Any], tensor: Callable[[str, Any], Any] = lambda path, value: value
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Sort the arguments of a call into tensors and constants, also inside containers.

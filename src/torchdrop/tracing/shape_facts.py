@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["DataError", "Facts", "stand_in_for"]
+__all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
 
 @contextmanager
@@ -26,26 +26,26 @@ def _unobserved() -> Iterator[None]:
         yield
 
 
-def stand_in_for(value: Tensor) -> Tensor:
+def meta_double(value: Tensor) -> Tensor:
     """A tensor without data that stands for ``value``; it remembers where that lay."""
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
 
 
-class DataError(LookupError):
+class NeedsDataError(LookupError):
     """What is asked for depends on the data of a tensor."""
 
 
 _ASKED_FOR_DATA = ("DataDependentOutputException", "DynamicOutputShapeException")
 
 
-class Facts:
+class ShapeFacts:
     """The values of nodes, as far as they follow from the shapes and dtypes of the placeholders.
 
     Args:
         owner: The module whose forward the nodes are of.
-        known: What stands for each placeholder, made by :func:`stand_in_for`.
+        known: What stands for each placeholder, made by :func:`meta_double`.
         larger: Take a batch twice as large on this dimension; None: as it was given. What is
             another number then depends on the size of the batch.
     """
@@ -91,7 +91,7 @@ class Facts:
             raise
         except Exception as error:  # what a model does with tensors that have no data
             asked = type(error).__name__ in _ASKED_FOR_DATA
-            raise (DataError if asked else LookupError)(node) from error
+            raise (NeedsDataError if asked else LookupError)(node) from error
         self._values[node] = value
         return value
 

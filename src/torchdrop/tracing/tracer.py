@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from torchdrop.tracing.call_arguments import A_TENSOR, unfold
+from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import DEVICES, is_shape_node, passed_through
-from torchdrop.tracing.shape_facts import DataError, Facts, stand_in_for
-from torchdrop.tracing.untraceable import OnDataError, UntraceableError
-from torchdrop.tracing.watched_attributes import Lender
+from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
+from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
+from torchdrop.tracing.watched_attributes import AttributeWatch
 
 __all__ = ["Reader", "RecordFactories"]
 
@@ -126,7 +126,7 @@ def _without_values(path: str, value: Any) -> Any:
     """What stands for a tensor where only its shape, dtype and the like may be asked for."""
     if value is A_TENSOR or value.is_nested:
         return A_TENSOR
-    return stand_in_for(value)
+    return meta_double(value)
 
 
 class Reader(fx.Tracer):
@@ -153,11 +153,11 @@ class Reader(fx.Tracer):
         self.arguments: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
-        self.lender = Lender()
+        self.lender = AttributeWatch()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
         self._known: dict[Any, Tensor] = {}
-        self._facts: dict[bool, Facts] = {}
+        self._facts: dict[bool, ShapeFacts] = {}
         self._asking = False
         self._within = ""
 
@@ -225,14 +225,14 @@ class Reader(fx.Tracer):
             else:
                 value = None if self._given is not None else A_TENSOR
             self.arguments[name] = value
-        self.arguments = unfold(self.arguments, _without_values)[0]
+        self.arguments = flatten_arguments(self.arguments, _without_values)[0]
 
         def placeholder(path: str, value: Any) -> fx.Proxy:
             if value is not A_TENSOR:
                 self._known[path] = value
             return self.create_proxy("placeholder", re.sub(r"\W", "_", path), (), {})
 
-        values, tensors, self.constants = unfold(self.arguments, placeholder)
+        values, tensors, self.constants = flatten_arguments(self.arguments, placeholder)
         self.tensors = list(tensors)
         self._known = {tensors[path].node: value for path, value in self._known.items()}
         positional: list[Any] = [self.lender.double_of_module(self.root, self._training)]
@@ -256,12 +256,12 @@ class Reader(fx.Tracer):
         except LookupError:
             try:
                 known = self._computed(obj.node)
-            except DataError:
-                raise OnDataError("it branches on data") from None
+            except NeedsDataError:
+                raise DataDependentError("it branches on data") from None
             except LookupError:
                 return super().to_bool(obj)
             if isinstance(known, Tensor):
-                raise OnDataError("it branches on data") from None
+                raise DataDependentError("it branches on data") from None
             return bool(known)
         self.decisions[obj.node] = decision
         return decision
@@ -290,12 +290,12 @@ class Reader(fx.Tracer):
         """The number that ``obj`` is, which the graph then holds fixed."""
         try:
             value, other = self._computed(obj.node), self._computed(obj.node, larger=True)
-        except DataError:
-            raise OnDataError("it takes data for a plain number") from None
+        except NeedsDataError:
+            raise DataDependentError("it takes data for a plain number") from None
         except LookupError:
             raise fx.proxy.TraceError(f"the number {obj.node.name} is not known") from None
         if isinstance(value, Tensor):
-            raise OnDataError("it takes data for a plain number")
+            raise DataDependentError("it takes data for a plain number")
         if value != other:
             raise UntraceableError("it takes for a fixed number what depends on the batch size")
         return value
@@ -305,7 +305,9 @@ class Reader(fx.Tracer):
         if self._given is None:
             raise LookupError(node)
         if larger not in self._facts:
-            self._facts[larger] = Facts(self.root, self._known, self._batch_dim if larger else None)
+            self._facts[larger] = ShapeFacts(
+                self.root, self._known, self._batch_dim if larger else None
+            )
         self._asking = True
         try:
             value = self._facts[larger].of(node)

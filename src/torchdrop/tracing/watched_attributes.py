@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchdrop.tracing.untraceable import UntraceableError
 
-__all__ = ["Lender", "same"]
+__all__ = ["AttributeWatch", "same"]
 
 
 def same(known: Any, given: Any) -> bool:
@@ -70,7 +70,7 @@ _NOT_HANDED_ON = {
 }  # fmt: skip
 
 
-class Lender:
+class AttributeWatch:
     """What one reading of a forward is handed, and what it read of that.
 
     Attributes:
@@ -182,7 +182,7 @@ def _holds(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _double_of(value: Any, path: str, lender: Lender) -> Any:
+def _double_of(value: Any, path: str, lender: AttributeWatch) -> Any:
     """Something that has the attributes and methods of ``value``, and notes what is read of it."""
     kind = type(value)
 
