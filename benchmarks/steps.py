@@ -197,8 +197,10 @@ def measure_memory(row: Row, threads: int) -> dict[str, dict[str, float]]:
 def digest() -> str:
     """Of the code that is measured: the package without its command line, and the peers."""
     found = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(torchdrop.__file__).parent.glob("*.py")):
-        found.update(path.read_bytes())
+    package = Path(torchdrop.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] != "app":
+            found.update(path.read_bytes())
     found.update(Path(__file__).with_name("peers.py").read_bytes())
     return found.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Runs the invariants of tests/zoo.py over timm, torchvision and transformers; writes a table.
+"""Runs the invariants of tests/zoo/zoo.py over timm, torchvision and transformers; writes a table.
 
     python benchmarks/zoo.py --jobs 2 --results runs/zoo.jsonl --table docs/coverage.md
 
@@ -37,10 +37,11 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "zoo"))
+import zoo_transformers
+
 import torchdrop
 import zoo
-import zoo_transformers
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.survey import survey
 

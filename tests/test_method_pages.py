@@ -23,7 +23,7 @@ SPEC = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
 hooks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(hooks)
 
-NAMED = r"`(tests/\w+\.py)::(\w+)`"
+NAMED = r"`(tests/[\w/]+\.py)::(\w+)`"
 
 
 def missing_tests(text):
@@ -54,8 +54,8 @@ def test_every_mistake_names_a_test():
 
 
 def test_a_test_that_is_not_there_is_noticed():
-    assert missing_tests("`tests/test_cutout.py::test_fills`") == []
-    for name in ("tests/test_cutout.py::test_no_such", "tests/test_no_such.py::test_fills"):
+    assert missing_tests("`tests/layers/test_cutout.py::test_fills`") == []
+    for name in ("tests/layers/test_cutout.py::test_no_such", "tests/test_no_such.py::test_fills"):
         assert missing_tests(f"`{name}`") == [name]
 
 

@@ -1,4 +1,4 @@
-"""The checks of tests/hostile.py with ten thousand cases and more, all of them new each time.
+"""The checks of tests/laws/hostile.py with ten thousand cases and more, all of them new each time.
 
 python benchmarks/soak/bad_input.py --cases 12000 --out runs/bad_input.json
 """
@@ -18,10 +18,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "laws"))
+
+from hostile import CHECKS, FindingError, RefusedError
 
 import torchdrop
-from hostile import CHECKS, FindingError, RefusedError
 
 
 def run(name: str, cases: int, start: int) -> dict:

@@ -22,7 +22,7 @@ import torch
 
 import torchdrop
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "laws"))
 from ranks_worker import start
 
 GROUPS = [

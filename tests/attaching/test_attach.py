@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from test_site import Block, net
+from small_nets import Block, net
 from torchdrop.attaching import attach
 from zoo import BARELY, assert_same, fingerprint, instance_names, same_randomness
 

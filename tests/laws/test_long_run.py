@@ -11,7 +11,7 @@ import pytest
 from torchdrop.attaching.plan import Plan
 from torchdrop.running.branch_state import BranchState
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "soak" / "long_run.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "soak" / "long_run.py"
 SPEC = importlib.util.spec_from_file_location("long_run", PATH)
 assert SPEC is not None
 assert SPEC.loader is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from test_site import net
+from small_nets import net
 from torchdrop.cost import flops
 from zoo import assert_same
 

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from test_site import Block, kept_mask, net
+from small_nets import Block, kept_mask, net
 from zoo import BARELY, assert_same, without_randomness
 
 MODES = pytest.mark.parametrize("mode", ["row", "batch"])

@@ -1,4 +1,4 @@
-"""One rank of the process groups that tests/test_distributed.py and benchmarks/soak/ranks.py start.
+"""One rank of the process groups that test_distributed.py and benchmarks/soak/ranks.py start.
 
 ``python ranks_worker.py RANK WORLD STORE REPORT CASES``: runs each case of the file CASES, a name
 in CHECKS with its arguments, and writes what it saw. Two ranks that wait for each other in vain end

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import test_residual as written
 import torchdrop
-from test_residual import W, mlp
+import written_blocks as written
+from written_blocks import W, mlp
 from zoo import assert_same
 
 B = 8

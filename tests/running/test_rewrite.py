@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from test_residual import Base, Parallel, Plain, Stack, W, flat, mlp
 from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.running.forward_slot import occupant_of
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
+from written_blocks import Base, Parallel, Plain, Stack, W, flat, mlp
 from zoo import BARELY, assert_same
 
 
@@ -77,7 +77,7 @@ class Two(Base):
 
 
 @pytest.mark.parametrize(
-    ("use", "spent"),
+    ("use", "reuses_skip"),
     [("", {3}), ("returned", set()), ("read", set()), ("activated", set()), ("written", set())],
 )
 @pytest.mark.parametrize("action", ["skip", "mask"])

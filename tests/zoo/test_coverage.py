@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from zoo_transformers import FAMILIES
 
 import torchdrop
 import zoo
 from torchdrop.rows import take_and_add
 from torchdrop.running import forward_slot, split_site
 from torchdrop.running.split_site import SplitSite
-from zoo_transformers import FAMILIES
 
 BATCH = 5
 

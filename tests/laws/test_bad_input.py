@@ -1,6 +1,6 @@
 """Hostile values: every call takes them well, or refuses them and leaves everything as it was.
 
-The cases, and what is looked at, are in tests/hostile.py; benchmarks/soak/bad_input.py runs ten
+The cases, and what is looked at, are in hostile.py; benchmarks/soak/bad_input.py runs ten
 thousand of them.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import CHECKS, FindingError, RefusedError, attempt, conv, mlp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import torchdrop
-from hostile import CHECKS, FindingError, RefusedError, attempt, conv, mlp
 from torchdrop.app import models
 from torchdrop.app.errors import UserError
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from test_residual import Stack, W, mlp
+from written_blocks import Stack, W, mlp
 from zoo import BARELY, assert_same, fingerprint
 
 # --- the transformer layers of torch.nn -------------------------------------------------------

@@ -12,31 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from small_nets import Block, kept_mask, net
 from torchdrop.running.forward_slot import occupant_of
 from zoo import BARELY, assert_same, without_randomness
 
 models = pytest.importorskip("torchvision.models")
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.a = nn.Linear(width, width)
-        self.act = nn.Tanh()
-        self.b = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(self.act(self.a(x)))
-
-
-def net(depth: int = 3, width: int = 6, block: type[nn.Module] = Block) -> nn.Sequential:
-    return nn.Sequential(*(block(width) for _ in range(depth)))
-
-
-def kept_mask(plan: torchdrop.Plan, name: str, batch: int) -> Tensor:
-    mask = torch.zeros(batch, dtype=torch.float64)
-    mask[plan.last_kept()[name]] = 1.0
-    return mask
 
 
 # --- laws ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A call took a value well if it is right, or if it raises a ValueError or TypeError of ours, with a
 message, and left everything as it was: models, random numbers, hooks. An accident inside (`len()`
 of something that has none) is a TypeError too, so what counts is that a `raise` of ours raised it.
-The checks at the end are given a way to draw and draw their case; tests/test_bad_input.py runs a
+The checks at the end are given a way to draw and draw their case; test_bad_input.py runs a
 few hundred of them, benchmarks/soak/bad_input.py ten thousand.
 """
 

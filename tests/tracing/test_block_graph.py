@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchdrop
-from test_residual import Base, Stack, W, flat, mlp, two
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.untraceable import UntraceableError
+from written_blocks import Base, Stack, W, flat, mlp, two
 from zoo import BARELY, assert_same, instance_names
 
 # --- what a trace would freeze ---------------------------------------------------------------
@@ -536,9 +536,10 @@ class Power(nn.Module):
 
 def test_functions_in_c_are_not_told_that_an_argument_is_a_tensor():
     # in a process of its own: it would be a segmentation fault
-    folder = str(Path(__file__).parent)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    folders += [str(Path(__file__).parents[1] / "zoo")]
     code = (
-        f"import sys; sys.path.insert(0, {folder!r}); import test_tracing as t; "
+        f"import sys; sys.path[:0] = {folders!r}; import test_block_graph as t; "
         f"print(t.trace_block(t.Power()).tensors)"
     )
     run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)

@@ -1,14 +1,14 @@
-"""Every layer through every term of tests/contracts.py, and broken layers that have to fail."""
+"""Every layer through every term of contracts.py, and broken layers that have to fail."""
 
 import math
 
+import contracts
 import pytest
 import torch
+from contracts import CHECKS, Layer
 from scipy import stats
 from torch import nn
 
-import contracts
-from contracts import CHECKS, Layer
 from torchdrop import functional
 from torchdrop.layers import (
     Cutout,

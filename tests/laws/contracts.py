@@ -1,7 +1,7 @@
 """What every layer has to hold, as one list of checks that a layer is run through.
 
 A `Layer` says how to make the layer and what to feed it; each function in `CHECKS` takes one and
-raises AssertionError where the layer breaks that term. tests/test_contracts.py runs all of them,
+raises AssertionError where the layer breaks that term. test_contracts.py runs all of them,
 and broken layers which show that the checks can fail.
 """
 
