@@ -17,6 +17,7 @@ ORDER = [
     "schedules",
     "checks",
     "cost",
+    "text_table",
     "rows",
     "layers",
     "tracing",

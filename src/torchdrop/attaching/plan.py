@@ -16,6 +16,7 @@ from torchdrop.finding.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
+from torchdrop.text_table import text_table
 
 __all__ = ["Plan", "get_plan", "paused"]
 
@@ -186,14 +187,7 @@ class Plan:
                         action += f" [{list(reasons).index(reason) + 1}]"
                 share = "-" if branch.share is None else f"{branch.share:.1%}"
                 rows.append((block.name, label, branch.shortcut, f"{branch.p:.3f}", action, share))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [title]
-        for row in rows:
-            cells = [
-                cell.rjust(width) if i in (3, 5) else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines = [title, *text_table(rows, right={3, 5})]
         lines += [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)]
         known = [b for block in blocks for b in block.branches if b.share is not None]
         if known:

@@ -9,6 +9,8 @@ from typing import overload
 
 from torch import Tensor
 
+from torchdrop.text_table import text_table
+
 __all__ = ["LayerShift", "VarianceShift"]
 
 
@@ -167,13 +169,7 @@ class VarianceShift(Sequence[LayerShift]):
                     *map(_short, (layer.var_train, layer.var_eval, layer.ratio, growth, running)),
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cells = [
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines += text_table(rows, right={2, 3, 4, 5, 6})
         if any(not math.isnan(layer.ratio) for layer in self.layers):
             lines.append(
                 f"largest: {self.largest.name} ({_short(self.largest.ratio)}); "
