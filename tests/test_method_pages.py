@@ -1,4 +1,4 @@
-"""The pages on methods and mistakes: pictures are drawn, links lead somewhere, tests exist."""
+"""The pages on methods and mistakes: pictures are drawn, tests that they name exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchdrop.app.methods import METHODS
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 CARDS = sorted((DOCS / "methods").glob("*.md"))
-PAGES = [*sorted(DOCS.glob("*.md")), *CARDS]
+PAGES = sorted(DOCS.rglob("*.md"))
 
 SPEC = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
 hooks = importlib.util.module_from_spec(SPEC)
@@ -83,13 +83,6 @@ def test_a_card_says_all_of_it(card):
     assert text.startswith("# ")
     for part in ("Equation", "Use it", "Cost.", "Reference.", "What differs"):
         assert f"**{part}" in text, part
-
-
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
-def test_no_link_of_a_card_leads_nowhere(card):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", card.read_text(encoding="utf-8")):
-        drawn = link.endswith(".svg") and link.removesuffix(".svg") in hooks.PICTURES
-        assert drawn or (card.parent / link).exists(), link
 
 
 def test_every_page_is_in_the_navigation():

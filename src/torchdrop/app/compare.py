@@ -39,7 +39,7 @@ ALL = "all"
 DEFAULT_MODEL = "resnet-20"
 DEFAULT_DATA = "digits"
 DEFAULT_TRAIN_SIZES = {"digits": 200}
-"""Few enough that a network without regularisation overfits (docs/design-notes.md)."""
+"""Few enough that a network without regularisation overfits (docs/development/design-notes.md)."""
 
 TIMING_ROUNDS = 10
 """Of each seed, at most."""

@@ -1,7 +1,7 @@
 """What is compared: the registry of methods, and how each one changes a network.
 
 To add a method, write a function that builds it and register it with one line of summary and a
-default ``p`` that was measured (docs/design-notes.md).
+default ``p`` that was measured (docs/development/design-notes.md).
 """
 
 from __future__ import annotations

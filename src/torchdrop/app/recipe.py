@@ -53,7 +53,7 @@ class Recipe:
 
 
 def default_recipe() -> Recipe:
-    """The recipe without a preset, chosen by measurement (docs/design-notes.md).
+    """The recipe without a preset, chosen by measurement (docs/development/design-notes.md).
 
     The paper's in proportion, at half its learning rate and on smaller batches: short runs of deep
     networks diverge at its own.
