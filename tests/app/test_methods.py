@@ -281,7 +281,7 @@ def test_a_network_without_residual_blocks_is_refused_by_each(name):
 def test_blocks_are_half_a_map_and_one_at_most_seven(side, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        methods.functional, "drop_block2d", lambda x, p, size, training: sizes.append(size) or x
+        methods.registry.functional, "drop_block2d", lambda x, p, size, training: sizes.append(size) or x
     )
     model, _ = _applied("drop_block", 0.1)
     model.layer3[0](torch.randn(2, 32, 2 * side, 2 * side))
@@ -549,7 +549,7 @@ def test_subsample_at_the_ends():
 
 
 def test_methods_can_be_added_once(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
+    monkeypatch.setattr(methods.registry, "METHODS", dict(METHODS))
     method = Method("mine", "does nothing", lambda model, p: Applied(), p=0.2)
     methods.register(method)
     assert methods.rates(["mine"], []) == {"mine": 0.2}

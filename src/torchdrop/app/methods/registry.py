@@ -23,8 +23,8 @@ from torchdrop import functional, schedules
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.schedules import check_rate
 
-from .errors import UserError, one_line
-from .models import FractalNet
+from ..errors import UserError, one_line
+from ..models import FractalNet
 
 __all__ = ["METHODS", "Applied", "Method", "rates", "register"]
 
