@@ -149,7 +149,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     else:
 
         def leave_an_attribute(module: nn.Module) -> None:
-            forward_slot.detach(module)
+            forward_slot.clear_slot(module)
             module.__dict__["left"] = None
 
         monkeypatch.setattr("torchdrop.attaching.attach.clear_slot", leave_an_attribute)
