@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench zoo clean
+.PHONY: demo test mutants lint docs bench zoo clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,10 @@ test: .venv/.with-test
 
 zoo: .venv/.with-test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m zoo $(TESTS)
+
+# Small changes of the source, each of which the tests have to notice. Takes about twenty minutes.
+mutants: .venv/.with-test
+	$(BIN)/python tests/mutants/run_mutants.py $(MUTANTS)
 
 lint: .venv/.with-dev
 	$(BIN)/ruff check .
