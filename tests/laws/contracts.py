@@ -199,12 +199,12 @@ def replays_in_a_checkpoint(layer: Layer) -> None:
 
 def is_a_leaf_for_fx_that_honours_eval(layer: Layer) -> None:
     parent = nn.Sequential(nn.Identity(), layer.make(0.5)).train()
-    as_fx_node = fx.symbolic_trace(parent)
-    assert [n.target for n in as_fx_node.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    traced = fx.symbolic_trace(parent)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
     x = torch.ones(layer.many)
-    assert not torch.equal(as_fx_node.train()(x), x)
+    assert not torch.equal(traced.train()(x), x)
     if layer.eval_is_identity:
-        assert torch.equal(as_fx_node.eval()(x), x)
+        assert torch.equal(traced.eval()(x), x)
 
 
 def works_on_the_meta_device(layer: Layer) -> None:

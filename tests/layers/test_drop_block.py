@@ -124,7 +124,7 @@ def test_what_is_dropped_is_a_union_of_whole_blocks(shape, block):
     # A place may start a block if the whole of it is gone; those blocks cover all that is gone.
     starts = gone
     for dim, b in enumerate(sizes, start=2):
-        starts = starts.flatten_arguments(dim, b, 1).all(-1)
+        starts = starts.unfold(dim, b, 1).all(-1)
     covered = torch.zeros_like(gone)
     for start in starts.nonzero().tolist():
         box = (slice(s, s + b) for s, b in zip(start[2:], sizes, strict=True))
@@ -203,7 +203,7 @@ def test_rare_hits():
     """Each place hit with probability p, independently: counts by place and gaps."""
     for p in (0.002, 0.3, 0.9):
         torch.manual_seed(0)
-        hits = draws.rare_hits(10**6, p)
+        hits = draws.random_hit_indices(10**6, p)
         assert torch.equal(hits, hits.unique())
         assert int(hits[0]) >= 0
         assert int(hits[-1]) < 10**6
@@ -212,9 +212,9 @@ def test_rare_hits():
         pairs[hits] = True
         both = int((pairs[::2] & pairs[1::2]).sum())
         assert stats.binomtest(both, 10**6 // 2, p * p).pvalue > ALPHA
-    assert draws.rare_hits(5, 1.0).tolist() == [0, 1, 2, 3, 4]
-    assert draws.rare_hits(5, 1e-320).tolist() == []
-    ends = [draws.rare_hits(10, 0.5).tolist() for _ in range(4000)]
+    assert draws.random_hit_indices(5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert draws.random_hit_indices(5, 1e-320).tolist() == []
+    ends = [draws.random_hit_indices(10, 0.5).tolist() for _ in range(4000)]
     for place in (0, 9):
         assert stats.binomtest(sum(place in e for e in ends), 4000, 0.5).pvalue > ALPHA
 

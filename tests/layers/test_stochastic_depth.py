@@ -427,7 +427,7 @@ def test_the_look_at_shapes_happens_once_for_each_shape(monkeypatch):
     assert len(looked) == 2
     for size in range(10, 100):
         layer(torch.randn(1, 4, size, 1))
-    assert len(layer._agreed) <= stochastic_depth._MOST_SHAPES
+    assert len(layer._checked_shapes) <= stochastic_depth._MAX_CHECKED_SHAPES
 
 
 def test_a_module_that_cannot_run_without_values_is_compared_when_it_runs():
@@ -620,10 +620,10 @@ def test_wrapping_renames_keys_as_the_docstring_says():
 
 def test_fx_sees_one_node_that_honours_eval(x, block):
     parent = nn.Sequential(nn.Identity(), StochasticDepth(block, 1.0))
-    as_fx_node = fx.symbolic_trace(parent)
-    assert [n.target for n in as_fx_node.graph.nodes if n.op == "call_module"] == ["0", "1"]
-    assert torch.equal(as_fx_node.train()(x), x)
-    assert torch.equal(as_fx_node.eval()(x), block(x))
+    traced = fx.symbolic_trace(parent)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    assert torch.equal(traced.train()(x), x)
+    assert torch.equal(traced.eval()(x), block(x))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice, check_generator
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.cutout_boxes import PLACES, check_count, check_size, cutout_boxes
-from torchdrop.layers.draws import draw, integers, laid_out_like
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.draws import draw_noise, in_memory_format_of, random_integers
 from torchdrop.schedules import check_rate
 
 __all__ = ["Cutout", "cutout"]
@@ -60,8 +60,10 @@ def _filling(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor 
         return (mean if x.is_floating_point() else mean.round()).to(x.dtype)
     if fill == "noise":
         if x.is_floating_point():
-            return draw(torch.randn, x, generator).to(x.dtype)
-        return integers(torch.iinfo(x.dtype).max + 1, x.shape, x.device, generator).to(x.dtype)
+            return draw_noise(torch.randn, x, generator).to(x.dtype)
+        return random_integers(torch.iinfo(x.dtype).max + 1, x.shape, x.device, generator).to(
+            x.dtype
+        )
     if isinstance(fill, (tuple, list)):
         if len(fill) not in (1, x.shape[-3]):
             raise ValueError(
@@ -177,7 +179,7 @@ def cutout(
         if not batch:
             boxes = boxes[0]
     inside = _holes(boxes.to(x.device), height, width).unsqueeze(-3)
-    out = torch.where(laid_out_like(x, inside), _filling(x, fill, generator), x).to(x.dtype)
+    out = torch.where(in_memory_format_of(x, inside), _filling(x, fill, generator), x).to(x.dtype)
     return (out, boxes) if return_boxes else out
 
 
@@ -371,7 +373,7 @@ class Cutout(LayerWithRate):
 
     def forward(self, *sample: Any) -> Any:
         """Return an image, a batch or a sample with holes; the very object in evaluation."""
-        node = as_fx_node(self, sample, {})
+        node = fx_node_of_call(self, sample, {})
         if node is not None:
             return node
         x: Any = sample[0] if len(sample) == 1 else sample

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdrop.checks import check_choice, check_generator, check_whole
-from torchdrop.layers.draws import integers, keep_mask
+from torchdrop.layers.draws import keep_mask, random_integers
 from torchdrop.schedules import check_rate
 
 __all__ = ["PLACES", "check_count", "check_size", "cutout_boxes"]
@@ -97,11 +97,11 @@ def cutout_boxes(
     for length, side in ((_pixels(wide, width), width), (_pixels(tall, height), height)):
         if place == "inside":
             length = min(length, side)
-            first = integers(side - length + 1, (samples, holes), device, generator)
+            first = random_integers(side - length + 1, (samples, holes), device, generator)
         else:
             # The centre lies in the image; of an even hole, it is the pixel after the middle.
             # (An image without pixels has no centre either.)
-            first = integers(max(side, 1), (samples, holes), device, generator) - length // 2
+            first = random_integers(max(side, 1), (samples, holes), device, generator) - length // 2
         ends.append((first.clamp(min=0), (first + length).clamp(max=side)))
     (left, right), (top, bottom) = ends
     boxes = torch.stack([left, top, right, bottom], -1)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "draw",
-    "integers",
+    "can_read_on_host",
+    "draw_noise",
+    "in_memory_format_of",
     "keep_mask",
-    "laid_out_like",
-    "multiply",
-    "rare_hits",
-    "readable",
-    "transformed",
+    "multiply_and_round_once",
+    "random_hit_indices",
+    "random_integers",
+    "under_transform",
 ]
 
 
@@ -38,7 +38,7 @@ def keep_mask(
     return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
 
 
-def draw(
+def draw_noise(
     kind: Callable[..., Tensor],  # torch.rand or torch.randn
     x: Tensor,
     generator: torch.Generator | None = None,
@@ -52,7 +52,7 @@ def draw(
     return kind(size, device=x.device, dtype=dtype, generator=generator)
 
 
-def integers(
+def random_integers(
     end: int,
     shape: Sequence[int],
     device: torch.device | None,
@@ -64,7 +64,7 @@ def integers(
     return torch.randint(end, shape, device=device, generator=generator)
 
 
-def transformed() -> bool:
+def under_transform() -> bool:
     """Whether something other than plain eager autograd looks on.
 
     A compiler, vmap and its like, or a dispatch mode (fake tensors, make_fx) would not survive, or
@@ -77,12 +77,12 @@ def transformed() -> bool:
     )
 
 
-def readable(x: Tensor) -> bool:
+def can_read_on_host(x: Tensor) -> bool:
     """Whether what is drawn for ``x`` may be read on the host, and costs no waiting there."""
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not transformed()
+        and not under_transform()
         and not _batched_the_old_way(x)
     )
 
@@ -94,7 +94,7 @@ def _batched_the_old_way(x: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def laid_out_like(x: Tensor, drawn: Tensor) -> Tensor:
+def in_memory_format_of(x: Tensor, drawn: Tensor) -> Tensor:
     """What was drawn for ``x``, in its memory format, so that what is computed from both has it."""
     if torch._C._are_functorch_transforms_active() or _batched_the_old_way(x):
         return drawn  # a batched tensor does not tell its format
@@ -104,7 +104,7 @@ def laid_out_like(x: Tensor, drawn: Tensor) -> Tensor:
     return drawn
 
 
-def rare_hits(total: int, p: float, generator: torch.Generator | None = None) -> Tensor:
+def random_hit_indices(total: int, p: float, generator: torch.Generator | None = None) -> Tensor:
     """The ascending indices, on the host, of the places among ``total`` that are hit.
 
     Each is hit with probability ``p``, independently. Only the gaps between hits are drawn, which
@@ -127,6 +127,6 @@ def rare_hits(total: int, p: float, generator: torch.Generator | None = None) ->
     return hits[: int(torch.searchsorted(hits, float(total)))].long()
 
 
-def multiply(x: Tensor, noise: Tensor) -> Tensor:
+def multiply_and_round_once(x: Tensor, noise: Tensor) -> Tensor:
     """``x * noise``, multiplied in the precision of the noise and rounded to ``x.dtype`` once."""
     return (x * noise).to(x.dtype)

@@ -12,14 +12,19 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice, check_flag, check_generator, check_input
-from torchdrop.layers.draws import keep_mask, laid_out_like, rare_hits, readable
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import (
+    can_read_on_host,
+    in_memory_format_of,
+    keep_mask,
+    random_hit_indices,
+)
 from torchdrop.layers.drop_block_gamma import (
     RATES,
     check_block_size,
     law,
     law_of_tensor,
 )
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
 from torchdrop.schedules import check_rate
 
 __all__ = [
@@ -65,7 +70,7 @@ def _few_blocks(
 ) -> Tensor:
     """Where blocks lie, True, written one seed after the other."""
     places = [length - b + 1 for length, b in zip(spatial, block, strict=True)]
-    hits = rare_hits(math.prod(maps) * math.prod(places), gamma, generator)
+    hits = random_hit_indices(math.prod(maps) * math.prod(places), gamma, generator)
     # From the index among the places of seeds to the index among the units, axis by axis.
     first = torch.zeros_like(hits)
     stride = 1
@@ -145,10 +150,10 @@ class _SelectShared(torch.autograd.Function):
 def _select(x: Tensor, dropped: Tensor, keep: float | Tensor) -> Tensor:
     """``where(dropped, 0, x) / keep``."""
     shared = dropped.shape[1] < x.shape[1]
-    if shared and isinstance(keep, float) and x.is_contiguous() and readable(x):
+    if shared and isinstance(keep, float) and x.is_contiguous() and can_read_on_host(x):
         return _SelectShared.apply(x, dropped, keep)  # type: ignore[no-any-return]
     # The division is in place on a tensor that is ours, and that vmap has made a batch of.
-    return torch.where(laid_out_like(x, dropped), 0.0, x).div_(keep)
+    return torch.where(in_memory_format_of(x, dropped), 0.0, x).div_(keep)
 
 
 def _kept_of_units(
@@ -170,7 +175,9 @@ def _kept_of_samples(dropped: Tensor) -> Tensor:
     """For each sample the share of units that was kept; 1 where none was."""
     units = math.prod(dropped.shape[1:])
     # Counted as integers: in float16 a sum beyond 65504 is inf.
-    if readable(dropped):  # count_nonzero of a whole tensor needs no memory, a sum 8 bytes a unit
+    if can_read_on_host(
+        dropped
+    ):  # count_nonzero of a whole tensor needs no memory, a sum 8 bytes a unit
         count = torch.stack([mask.count_nonzero() for mask in dropped])
     else:
         count = dropped.flatten(1).sum(1)
@@ -215,7 +222,7 @@ def _drop_block(
         gamma, keep = law_of_tensor(given, spatial, block, rate).unbind()
     else:
         gamma, keep = law(spatial, block, share, rate)
-    if isinstance(gamma, float) and readable(x) and _few(maps, spatial, block, gamma):
+    if isinstance(gamma, float) and can_read_on_host(x) and _few(maps, spatial, block, gamma):
         dropped = _few_blocks(maps, spatial, block, gamma, generator)
     else:
         dropped = _any_blocks(maps, spatial, block, gamma, x.device, generator)
@@ -379,7 +386,7 @@ class _DropBlock(LayerWithRate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with blocks dropped; ``x`` itself in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return type(self)._function(

@@ -13,8 +13,8 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
-from torchdrop.layers.draws import keep_mask, readable, transformed
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import can_read_on_host, keep_mask, under_transform
 from torchdrop.schedules import check_rate
 
 __all__ = ["DropPath", "drop_path", "drop_path_add"]
@@ -42,7 +42,7 @@ def _mask(
 def _in_runs(x: Tensor, mask: Tensor, dim: int) -> bool:
     """Whether to work on runs of rows, each in one pass, with the mask read on the host."""
     return (
-        readable(x)
+        can_read_on_host(x)
         and x.numel() >= _ROW_WORTH_A_KERNEL * mask.numel()
         and (mask.numel() > 1 or x.shape[dim] > 0)
     )
@@ -144,7 +144,7 @@ class _AddRuns(torch.autograd.Function):
 
 def _may_overwrite(x: Tensor) -> bool:
     """Whether autograd, as far as it can be seen from ``x``, does not need its values."""
-    if transformed():
+    if under_transform():
         return False
     if not (torch.is_grad_enabled() and x.requires_grad):
         return True
@@ -346,7 +346,7 @@ class DropPath(LayerWithRate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with samples dropped; ``x`` itself in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return drop_path(

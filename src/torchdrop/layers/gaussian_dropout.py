@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_generator, check_input
-from torchdrop.layers.draws import draw, multiply
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import draw_noise, multiply_and_round_once
 from torchdrop.schedules import check_rate
 
 __all__ = ["GaussianDropout", "check_finite_rate", "gaussian_dropout"]
@@ -69,7 +69,9 @@ def gaussian_dropout(
     if not training or rate == 0.0:
         return x
     # Not math.sqrt, which torch.compile does not take for a rate that changes.
-    return multiply(x, draw(torch.randn, x, generator).mul_((rate / (1.0 - rate)) ** 0.5).add_(1.0))
+    return multiply_and_round_once(
+        x, draw_noise(torch.randn, x, generator).mul_((rate / (1.0 - rate)) ** 0.5).add_(1.0)
+    )
 
 
 class GaussianDropout(LayerWithRate):
@@ -111,7 +113,7 @@ class GaussianDropout(LayerWithRate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with noise; ``x`` itself in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return gaussian_dropout(x, self.p, self.training)

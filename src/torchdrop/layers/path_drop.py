@@ -17,8 +17,8 @@ from torchdrop.checks import (
     check_mode,
     check_whole,
 )
-from torchdrop.layers.draws import integers, keep_mask, laid_out_like
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import in_memory_format_of, keep_mask, random_integers
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import host_generator
 from torchdrop.rows.take_and_add import add_rows, take, with_zero_grads
@@ -66,7 +66,7 @@ def path_drop_column(
     check_generator(generator)
     shape = (samples if mode == "row" else 1,)
     device = torch.device("cpu") if device is None else device
-    column = integers(columns, shape, device, generator)
+    column = random_integers(columns, shape, device, generator)
     if paths == "local":
         return torch.full_like(column, -1)
     if paths == "mixed":
@@ -87,7 +87,7 @@ def _kept(
     kept = keep_mask((n, samples), p, device=device, generator=generator)
     # Where all are dropped, one stays. It is drawn always: what is drawn is not to depend on it.
     number = torch.arange(n, device=device)[:, None]
-    last = integers(n, (samples,), device, generator)
+    last = random_integers(n, (samples,), device, generator)
     kept = kept | (~kept.any(0) & (number == last))
     if column is None:
         return kept
@@ -216,7 +216,7 @@ def path_drop(
     dtype = _result_dtype(branches)
     out: Tensor | None = None
     for x, mask in zip(branches, kept.unbind(0), strict=True):
-        part = torch.where(laid_out_like(x, mask.view(shape)), x, 0.0)
+        part = torch.where(in_memory_format_of(x, mask.view(shape)), x, 0.0)
         # In place: what `where` gave is ours, and nothing needs its values later.
         out = _wide(part.to(dtype)) if out is None else out.add_(part)
         del part  # before the next one is made
@@ -330,7 +330,7 @@ class PathDrop(LayerWithRate):
 
     def forward(self, *inputs: Tensor, column: Tensor | None = None) -> Tensor:
         """Join ``inputs``, or what the branches give for the one input."""
-        node = as_fx_node(self, inputs, {} if column is None else {"column": column})
+        node = fx_node_of_call(self, inputs, {} if column is None else {"column": column})
         if node is not None:
             return node
         if self.branches is None:
@@ -388,7 +388,7 @@ class PathDrop(LayerWithRate):
             if out is None:
                 shape = list(y.shape)
                 shape[dim] = samples
-                out = _wide(laid_out_like(y, y.new_zeros(shape)))
+                out = _wide(in_memory_format_of(y, y.new_zeros(shape)))
             expected = (*out.shape[:dim], len(index), *out.shape[dim + 1 :])
             if tuple(y.shape) != expected:
                 raise ValueError(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input, check_mode
-from torchdrop.layers.draws import draw, keep_mask, multiply
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import draw_noise, keep_mask, multiply_and_round_once
 from torchdrop.schedules import check_rate
 
 __all__ = ["ShakeDrop", "shake_drop"]
@@ -41,7 +41,7 @@ class _Shake(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, ahead: Tensor, back: Tensor) -> Tensor:
-        return multiply(x, ahead)
+        return multiply_and_round_once(x, ahead)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -50,7 +50,7 @@ class _Shake(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return multiply(grads[0], back), None, None
+        return multiply_and_round_once(grads[0], back), None, None
 
 
 def shake_drop(
@@ -131,8 +131,8 @@ def shake_drop(
     if mode == "row":
         shape[dim] = x.shape[dim]
     kept = keep_mask(shape, rate, device=x.device, generator=generator)
-    ahead = draw(torch.rand, x, generator, shape) * (high - low) + low
-    back = draw(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
+    ahead = draw_noise(torch.rand, x, generator, shape) * (high - low) + low
+    back = draw_noise(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
     shaken: Tensor = _Shake.apply(x, torch.where(kept, 1.0, ahead), torch.where(kept, 1.0, back))
     return shaken
 
@@ -189,7 +189,7 @@ class ShakeDrop(LayerWithRate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaken in training, times the expectation in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return shake_drop(

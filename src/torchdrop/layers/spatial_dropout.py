@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input
-from torchdrop.layers.draws import keep_mask, laid_out_like
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import in_memory_format_of, keep_mask
 from torchdrop.schedules import check_rate
 
 __all__ = ["SpatialDropout", "spatial_dropout"]
@@ -94,7 +94,7 @@ def spatial_dropout(
     shape[batch], shape[channel] = x.shape[batch], x.shape[channel]
     mask = keep_mask(shape, rate, device=x.device, generator=generator)
     keep = 1.0 - rate if rate < 1.0 else 1.0
-    return torch.where(laid_out_like(x, mask), x, 0.0).div_(keep)
+    return torch.where(in_memory_format_of(x, mask), x, 0.0).div_(keep)
 
 
 class SpatialDropout(LayerWithRate):
@@ -138,7 +138,7 @@ class SpatialDropout(LayerWithRate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with channels dropped; ``x`` itself in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return spatial_dropout(

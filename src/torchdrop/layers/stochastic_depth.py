@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.checks import check_dim, check_input, check_mode
-from torchdrop.layers.rated import LayerWithRate, as_fx_node
+from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
 from torchdrop.rows.take_and_add import take, with_zero_grads
@@ -20,10 +20,10 @@ __all__ = ["StochasticDepth"]
 SCALES = ("train", "eval", "none")
 
 # Input shapes for which a StochasticDepth remembers that skip and module agree.
-_MOST_SHAPES = 64
+_MAX_CHECKED_SHAPES = 64
 
 
-def _stretched(skip: Tensor, out: Tensor, keep: float) -> Tensor:
+def _scale_residual(skip: Tensor, out: Tensor, keep: float) -> Tensor:
     """``skip + (out - skip) / keep``, and ``out`` itself where nothing is to be scaled."""
     return skip + (out - skip) / keep if keep < 1.0 else out
 
@@ -230,8 +230,8 @@ class StochasticDepth(LayerWithRate):
         if sync_ranks is not None and not isinstance(sync_ranks, bool):
             raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
         self.sync_ranks = sync_ranks
-        self.touches_skipped = zero_grad  # nn.Module has a method zero_grad
-        self._agreed: set[tuple[int, ...]] = set()
+        self.gives_zero_grads = zero_grad  # nn.Module has a method zero_grad
+        self._checked_shapes: set[tuple[int, ...]] = set()
         # This flag only: a BatchNorm frozen inside the module stays as it is.
         self.training = module.training
 
@@ -242,11 +242,11 @@ class StochasticDepth(LayerWithRate):
             text += f", batch_dim={self.batch_dim}"
         if self.sync_ranks is not None:
             text += f", sync_ranks={self.sync_ranks}"
-        return text if self.touches_skipped else text + ", zero_grad=False"
+        return text if self.gives_zero_grads else text + ", zero_grad=False"
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``m(x)``, ``s(x)`` or their mixture, by the table of the class."""
-        node = as_fx_node(self, (x, *args), kwargs)
+        node = fx_node_of_call(self, (x, *args), kwargs)
         if node is not None:
             return node
         check_input(x)
@@ -288,7 +288,7 @@ class StochasticDepth(LayerWithRate):
         out = self._run(part, args, kwargs)
         self._compare(x, tuple(part_skip.shape), tuple(out.shape), tuple(part.shape))
         if self.scale == "train":
-            out = _stretched(part_skip, out, 1.0 - self.p)
+            out = _scale_residual(part_skip, out, 1.0 - self.p)
         # Not index_copy, which makes channels_last contiguous; a clone keeps the format.
         return skip.clone().index_copy_(dim, index, out.to(skip.dtype))
 
@@ -304,7 +304,7 @@ class StochasticDepth(LayerWithRate):
         out = self._run(x, args, kwargs)
         self._compare(x, tuple(skip.shape), tuple(out.shape))
         if self.scale == "train":
-            out = _stretched(skip, out, 1.0 - self.p) if self.p < 1.0 else out
+            out = _scale_residual(skip, out, 1.0 - self.p) if self.p < 1.0 else out
         kept = kept.to(x.device, non_blocking=True).view(
             [-1 if d == dim else 1 for d in range(x.dim())]
         )
@@ -316,14 +316,14 @@ class StochasticDepth(LayerWithRate):
         skip = self._skip(x)
         out = self._run(x, args, kwargs)
         self._compare(x, tuple(skip.shape), tuple(out.shape))
-        return _stretched(skip, out, 1.0 - self.p)
+        return _scale_residual(skip, out, 1.0 - self.p)
 
     def _dropped(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """s(x), a new tensor: an in-place activation that follows must not change x."""
         skip = self._skip(x)
         if self._is_new(x):
             self._compare(x, tuple(skip.shape), _output_shape(self.module, x, args, kwargs))
-        if self.touches_skipped:
+        if self.gives_zero_grads:
             return with_zero_grads(skip, self.module.parameters())
         return skip.clone() if skip is x else skip
 
@@ -334,7 +334,7 @@ class StochasticDepth(LayerWithRate):
             skip = _output_shape(self.projection, x) if self._is_new(x) else None
         out = self._run(x, args, kwargs, may_write=True)
         self._compare(x, skip, tuple(out.shape))
-        if self.training and self.touches_skipped and self.projection is not None:
+        if self.training and self.gives_zero_grads and self.projection is not None:
             out = with_zero_grads(out, self.projection.parameters())  # it did not run either
         return out
 
@@ -373,7 +373,10 @@ class StochasticDepth(LayerWithRate):
 
     def _is_new(self, x: Tensor) -> bool:
         """Whether no input of this shape, the batch aside, has been compared yet."""
-        return not torch.compiler.is_compiling() and self._shape_of_sample(x) not in self._agreed
+        return (
+            not torch.compiler.is_compiling()
+            and self._shape_of_sample(x) not in self._checked_shapes
+        )
 
     def _shape_of_sample(self, x: Tensor) -> tuple[int, ...]:
         shape = list(x.shape)
@@ -397,6 +400,6 @@ class StochasticDepth(LayerWithRate):
                 f"maps the input to the shape of module(x)"
             )
         if not torch.compiler.is_compiling():
-            if len(self._agreed) >= _MOST_SHAPES:
-                self._agreed.clear()
-            self._agreed.add(self._shape_of_sample(x))
+            if len(self._checked_shapes) >= _MAX_CHECKED_SHAPES:
+                self._checked_shapes.clear()
+            self._checked_shapes.add(self._shape_of_sample(x))

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_generator, check_input
-from torchdrop.layers.draws import draw, multiply
-from torchdrop.layers.rated import LayerWithChecks, as_fx_node
+from torchdrop.layers.base import LayerWithCheckedProperties, fx_node_of_call
+from torchdrop.layers.draws import draw_noise, multiply_and_round_once
 
 __all__ = ["UniformDropout", "uniform_dropout"]
 
@@ -71,10 +71,12 @@ def uniform_dropout(
     check_generator(generator)
     if not training or width == 0.0:
         return x
-    return multiply(x, draw(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width))
+    return multiply_and_round_once(
+        x, draw_noise(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width)
+    )
 
 
-class UniformDropout(LayerWithChecks):
+class UniformDropout(LayerWithCheckedProperties):
     """Multiplies by uniform noise around 1 ("Uout").
 
     With ``u`` uniform in [-1, 1) for each element::
@@ -116,7 +118,7 @@ class UniformDropout(LayerWithChecks):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with noise; ``x`` itself in evaluation."""
-        node = as_fx_node(self, (x,), {})
+        node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return uniform_dropout(x, self.beta, self.training)

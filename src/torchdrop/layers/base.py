@@ -8,10 +8,10 @@ from torch import Tensor, fx, nn
 
 from torchdrop.schedules import check_rate
 
-__all__ = ["LayerWithChecks", "LayerWithRate", "as_fx_node"]
+__all__ = ["LayerWithCheckedProperties", "LayerWithRate", "fx_node_of_call"]
 
 
-class LayerWithChecks(nn.Module):
+class LayerWithCheckedProperties(nn.Module):
     """A module whose properties check what they are set to, whatever that is."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -21,7 +21,7 @@ class LayerWithChecks(nn.Module):
             super().__setattr__(name, value)
 
 
-class LayerWithRate(LayerWithChecks):
+class LayerWithRate(LayerWithCheckedProperties):
     """A module with a drop probability that may be changed at any time and is checked when it is.
 
     The rate is a plain float. Under torch.compile it turns into a symbol the second time it
@@ -46,7 +46,9 @@ class LayerWithRate(LayerWithChecks):
         self._p = rate
 
 
-def as_fx_node(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def fx_node_of_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
     """While torch.fx traces a parent of ``module``: the call of it as one node.
 
     Traced through, the drop of the moment would be baked in and would stay after ``eval()``.
