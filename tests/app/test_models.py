@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import sys
+from statistics import fmean
 
 import pytest
 import torch
 
 import torchdrop
 from torchdrop.app.errors import UserError
-from torchdrop.app.models import CifarResNet, FractalNet, nearest_depth, open_model
+from torchdrop.app.models import CifarResNet, FractalNet, Join, nearest_depth, open_model
 
 
 @pytest.mark.parametrize("depth", [8, 20, 56])
@@ -80,6 +81,32 @@ def test_a_column_of_a_fractal_net_is_a_plain_network():
             y = torch.nn.functional.max_pool2d(y, 2)
         y = block(y, column)
     torch.testing.assert_close(model.fc(y.mean((2, 3))), expected)
+
+
+def test_a_join_counts_the_inputs_that_its_path_drop_drops():
+    torch.manual_seed(0)
+    join = Join(3)
+    join.drop.p = 0.5
+    columns = [torch.full((100, 1), 3.0**i) for i in range(3)]
+    out = join(columns, torch.full((100,), -1))
+    means = {}
+    for bits in range(1, 8):
+        kept = [3.0**i for i in range(3) if bits >> i & 1]
+        means[round(fmean(kept), 4)] = len(kept)
+    kept = sum(means[round(value, 4)] for value in out.flatten().tolist())
+    assert join.observed() == pytest.approx(1 - kept / 300)
+
+
+def test_a_join_draws_no_more_numbers_to_count():
+    join = Join(2)
+    join.drop.p = 0.5
+    columns = [torch.zeros(10, 1), torch.ones(10, 1)]
+    torch.manual_seed(0)
+    join(columns, torch.full((10,), -1))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    join.drop(*columns, column=torch.full((10,), -1))
+    assert torch.equal(torch.rand(3), after)
 
 
 @pytest.mark.parametrize(
