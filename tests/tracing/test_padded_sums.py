@@ -9,8 +9,7 @@ from torch import nn
 
 import torchdrop
 import zoo
-from torchdrop.tracing import padded_sums
-from torchdrop.tracing.padded_sums import add_padded, pad_like
+from torchdrop.tracing.traced_functions import add_padded, pad_like
 
 WIDTHS = (4, 4, 6, 7)
 
@@ -219,4 +218,4 @@ def test_what_is_no_padded_sum_is_left_as_it_is(kind):
 def test_the_parts_may_be_empty():
     left, right = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(add_padded(left, right, 1), left + right)
-    assert torch.equal(padded_sums.pad_like(left, 5, -1), nn.functional.pad(left, [0, 2]))
+    assert torch.equal(pad_like(left, 5, -1), nn.functional.pad(left, [0, 2]))

@@ -27,7 +27,7 @@ from torchdrop import cost
 from torchdrop.finding.residual_sums import summands
 from torchdrop.finding.survey import Survey, survey
 from torchdrop.running.branch_state import BranchState
-from torchdrop.tracing.nodes import callee
+from torchdrop.tracing.operations import callee
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
 BARELY = 1e-30

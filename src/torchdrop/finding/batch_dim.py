@@ -10,23 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from torchdrop.tracing.nodes import callee
+from torchdrop.tracing.operations import layers_with, operation_of
 
 __all__ = ["batch_dim_from_layers", "values_with_same_layout"]
-
-_BATCH_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)
-
-_RESHAPING = (nn.Flatten, nn.Unflatten, nn.Fold, nn.Unfold, nn.PixelShuffle, nn.PixelUnshuffle)
-
-# Functions and methods whose result has the dimensions of their inputs.
-_KEEPING = {
-    "add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "truediv", "div", "div_",
-    "relu", "relu_", "gelu", "silu", "tanh", "sigmoid", "dropout", "dropout_", "layer_norm",
-    "rms_norm", "clone", "contiguous", "to", "float", "half", "bfloat16", "double", "type_as",
-}  # fmt: skip
 
 
 def batch_dim_from_layers(
@@ -44,7 +31,7 @@ def batch_dim_from_layers(
             continue
         module = owner.get_submodule(str(node.target))
         batch_first = getattr(module, "batch_first", None)
-        convolution = isinstance(module, _BATCH_FIRST)
+        convolution = isinstance(module, layers_with("batch_first"))
         if not isinstance(batch_first, bool) and not convolution:
             continue
         if mine & values_with_same_layout(node.all_input_nodes[0], owner):
@@ -74,9 +61,11 @@ def values_with_same_layout(node: fx.Node, owner: nn.Module) -> set[fx.Node]:
 def _keeps(node: fx.Node, owner: nn.Module) -> bool:
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
-        if next(module.children(), None) is not None or isinstance(module, _RESHAPING):
+        if next(module.children(), None) is not None:
+            return False
+        if isinstance(module, layers_with("moves_dims")):
             return False
         # a norm or an activation of the user's own; one that permutes has no parameters
         of_torch = type(module).__module__.startswith("torch.nn.")
         return of_torch or next(module.parameters(), None) is not None
-    return node.op in ("call_function", "call_method") and callee(node) in _KEEPING
+    return operation_of(node).keeps_layout

@@ -12,11 +12,11 @@ from torch import fx, nn
 
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.linearity import ModuleProperties
-from torchdrop.finding.residual_sums import ResidualSums, summands
+from torchdrop.finding.residual_sums import ResidualSums
 from torchdrop.finding.row_layout import differing_dims
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
-from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.nodes import is_shape_node, summands
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 __all__ = ["CONTAINERS", "BlockReader"]

@@ -16,25 +16,37 @@ import torch
 from torch import fx, nn
 
 from torchdrop.layers.drop_path import drop_path
-from torchdrop.tracing.nodes import callee, is_shape_node
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.operations import (
+    MASK_RATE_ATTRIBUTES,
+    RATE_NAMES,
+    masks_branches,
+    operation_of,
+)
 from torchdrop.tracing.padded_sums import ancestors
 
-__all__ = ["drops_layers", "inlined_drop", "is_mask", "mask_rate"]
-
-_MASK_NAMES = {"StochasticDepth", "DropPath"}
-_MASK_RATES = ("p", "drop_prob")
+__all__ = ["drops_layers", "inlined_drop", "is_mask", "layer_rate", "mask_rate"]
 
 
 def is_mask(module: nn.Module) -> bool:
     """Whether ``module`` is a layer that drops whole residual branches by masking."""
     name = type(module).__name__
-    known = name in _MASK_NAMES or name.endswith("DropPath")
+    known = masks_branches(name) or name.endswith("DropPath")
     return known and next(module.children(), None) is None and mask_rate(module) is not None
 
 
 def mask_rate(module: nn.Module) -> float | None:
     """The drop probability of a masking layer; None where it has none that can be read."""
-    for attribute in _MASK_RATES:
+    return _rate_in(module, MASK_RATE_ATTRIBUTES)
+
+
+def layer_rate(module: nn.Module) -> float | None:
+    """Return the drop probability of a layer of any kind; None if it has none that can be read."""
+    return _rate_in(module, RATE_NAMES)
+
+
+def _rate_in(module: nn.Module, attributes: Iterable[str]) -> float | None:
+    for attribute in attributes:
         value = getattr(module, attribute, None)
         if value is None and hasattr(module, attribute):
             return 0.0  # timm and transformers take None for 0
@@ -58,10 +70,6 @@ def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
     return None
 
 
-_DRAWN = {"rand", "bernoulli", "bernoulli_", "uniform_", "empty", "new_empty", "ones", "new_ones"}
-_RANDOM = {"rand", "bernoulli", "bernoulli_", "uniform_"}
-_PRODUCTS = {"mul", "imul", "mul_", "truediv", "div", "div_", "multiply", "where"}
-
 
 def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
     """What drops rows on the way from ``skip`` to ``branch``, if anything does.
@@ -77,7 +85,7 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
             continue
         if node.target is drop_path and _rate(node) != 0.0:
             return node
-        if _name(node) not in _PRODUCTS:
+        if not operation_of(node).mask_factor:
             continue
         for factor in node.all_input_nodes:
             drawn = _drawn_by_row(factor, inside)
@@ -88,10 +96,6 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
 
 def _rate(node: fx.Node) -> Any:
     return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
-
-
-def _name(node: fx.Node) -> str:
-    return callee(node) if node.op in ("call_function", "call_method") else ""
 
 
 def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
@@ -105,11 +109,10 @@ def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
         seen.add(node)
         if node.op in ("placeholder", "call_module"):
             return None  # an activation is in it
-        name = _name(node)
-        random = node if random is None and name in _RANDOM else random
-        if name in _DRAWN and not name.endswith("_") and name != "bernoulli":
-            sizes = node.args[1:] if name.startswith("new_") else node.args
-            if not _is_row_shape(_sizes(sizes, node)):
+        entry = operation_of(node)
+        random = node if random is None and entry.draws_mask else random
+        if entry.sizes is not None:
+            if not _is_row_shape(_sizes(node.args[entry.sizes :], node)):
                 return None
             continue  # its other inputs give their dtype and device only
         pending.extend(node.all_input_nodes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -12,52 +11,23 @@ from torch import Tensor, fx, nn
 
 from torchdrop.finding.existing_drops import is_mask
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
-from torchdrop.tracing.nodes import callee, is_shape_node
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.operations import (
+    layers_with,
+    named,
+    operation_of,
+    writes_first_argument,
+)
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["ModuleProperties", "depends_on_input", "is_curved"]
-
-_LINEAR_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Linear, nn.Bilinear, nn.Identity, nn.Flatten, nn.Unflatten,
-    nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d,
-    nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.Embedding,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-)  # fmt: skip
-
-_LINEAR_NAMES = {
-    "add", "sub", "neg", "iadd", "isub", "add_", "sub_", "cat", "concat", "stack", "getitem",
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "movedim",
-    "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split",
-    "narrow", "select", "slice", "index_select", "roll", "flip", "repeat", "repeat_interleave",
-    "pad", "_pad", "sum", "mean", "to", "type_as", "float", "half", "bfloat16", "double", "clone",
-    "detach",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "interpolate", "upsample",
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout", "dropout1d",
-    "dropout2d", "dropout3d", "alpha_dropout", "pixel_shuffle", "pixel_unshuffle", "zeros_like",
-    "new_zeros", "zeros", "embedding", "_assert", "identity", "unfold", "fold", "moveaxis",
-    "boolean_dispatch", "fn", "passed_through",
-}  # fmt: skip
-_PRODUCTS = {
-    "mul", "imul", "mul_", "rmul", "matmul", "multiply", "mm", "bmm", "baddbmm", "einsum", "div",
-    "truediv", "div_", "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d",
-}  # fmt: skip
 
 
 def is_curved(name: str) -> bool:
     """Whether ``name`` is that of an activation or another function of torch that is not linear."""
     known = hasattr(nn.functional, name) or (hasattr(torch, name) and hasattr(Tensor, name))
-    return known and not name.startswith("_") and name not in _LINEAR_NAMES | _PRODUCTS
+    entry = named(name)
+    return known and not name.startswith("_") and not (entry.linear or entry.product)
 
 
 def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
@@ -106,7 +76,8 @@ class ModuleProperties:
             return True  # norms that models write themselves
         if _has_forward_of(module, (nn.Sequential,)):
             return all(self.linear(child) for child in module.children())
-        if _has_forward_of(module, _LINEAR_MODULES):
+        linear_layers = layers_with("linear", "product")
+        if _has_forward_of(module, linear_layers):
             return True
         if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
             return False
@@ -115,7 +86,7 @@ class ModuleProperties:
         except UntraceableError:
             # a convolution that pads by the size of its input, say: its class has to be believed,
             # but for fused ones (ConvBnReLU2d), which subclass the convolution
-            believed = isinstance(module, _LINEAR_MODULES) and "ReLU" not in type(module).__name__
+            believed = isinstance(module, linear_layers) and "ReLU" not in type(module).__name__
             return believed and all(map(self.linear, module.children()))
         return self.linear_nodes(nodes, module)
 
@@ -129,18 +100,16 @@ class ModuleProperties:
             return self.linear(owner.get_submodule(str(node.target)))
         if node.op in ("placeholder", "output") or not depends_on_input(node, memo):
             return True
-        name = callee(node)
-        if name in _PRODUCTS:
+        entry = operation_of(node)
+        if entry.product:
             factors = [i for i in node.all_input_nodes if depends_on_input(i, memo)]
             return len(factors) <= 1 and not (
                 # a square: one activation, taken twice
                 sum(a in factors for a in node.args if isinstance(a, fx.Node)) > 1
             )
-        if name in ("max", "amax"):  # over a dimension, it pools; of two activations, it does not
+        if entry.pools:  # over a dimension; the larger one of two activations is not linear
             return len(node.all_input_nodes) == 1
-        if name == "getattr":
-            return bool(node.args[1] == "values")
-        return name in _LINEAR_NAMES
+        return entry.linear
 
     def writes_input(self, module: nn.Module) -> bool:
         """Whether ``module`` writes into an argument, as far as its forward can be read."""
@@ -156,7 +125,7 @@ class ModuleProperties:
             for child in module.children():
                 if self.writes_input(child):
                     return True
-                if not isinstance(child, nn.Identity | nn.Flatten | nn.Dropout):
+                if not isinstance(child, layers_with("view")):
                     return False
             return False
         try:
@@ -175,23 +144,15 @@ class ModuleProperties:
     def _writes(self, node: fx.Node, owner: nn.Module) -> bool:
         if node.op == "call_module":
             return self.writes_input(owner.get_submodule(str(node.target)))
-        name = callee(node)
-        trailing = name.endswith("_") and not name.endswith("__")
-        if node.op == "call_method":
-            return trailing
-        return node.op == "call_function" and (
-            trailing or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True
-        )
+        return writes_first_argument(node)
 
     def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
         """The node whose memory ``node`` may share, through views and in-place operations."""
         while isinstance(node, fx.Node):
-            is_view = (
-                callee(node) in _VIEWS and node.op in ("call_function", "call_method")
-            ) or self._writes(node, owner)
+            is_view = operation_of(node).view or self._writes(node, owner)
             if node.op == "call_module":
                 module = owner.get_submodule(str(node.target))
-                is_view = is_view or isinstance(module, nn.Identity | nn.Flatten)
+                is_view = is_view or isinstance(module, layers_with("view"))
             if not is_view or not node.args:
                 return node
             node = node.args[0]
@@ -210,16 +171,3 @@ def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bo
 def _forwards(kinds: tuple[type[nn.Module], ...]) -> list[type[nn.Module]]:
     """The classes of torch that define the forwards of ``kinds``."""
     return list({base for kind in kinds for base in kind.__mro__ if "forward" in base.__dict__})
-
-
-_IN_PLACE_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.ipow, operator.imod, operator.iand, operator.ior, operator.ixor, operator.setitem,
-}  # fmt: skip
-
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "squeeze",
-    "unsqueeze", "expand", "expand_as", "view_as", "contiguous", "chunk", "split", "narrow",
-    "select", "getitem", "movedim", "moveaxis", "unbind", "to", "detach", "float", "type_as",
-    "passed_through",
-}  # fmt: skip

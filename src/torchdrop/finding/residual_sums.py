@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import fx, nn
 
 from torchdrop.finding.batch_dim import batch_dim_from_layers, values_with_same_layout
@@ -23,8 +22,9 @@ from torchdrop.finding.row_layout import (
     same_rows,
 )
 from torchdrop.tracing.block_graph import BlockGraph
-from torchdrop.tracing.nodes import is_shape_node, passed_through
-from torchdrop.tracing.padded_sums import add_padded
+from torchdrop.tracing.nodes import Summands, is_shape_node, summands
+from torchdrop.tracing.operations import operation_of
+from torchdrop.tracing.traced_functions import passed_through
 
 __all__ = [
     "ResidualSum",
@@ -33,7 +33,6 @@ __all__ = [
     "called_modules",
     "outside_inputs",
     "read_residual_sums",
-    "summands",
 ]  # fmt: skip
 
 
@@ -73,37 +72,6 @@ class Split:
     batch_first_votes: dict[str, int] = field(default_factory=dict)
     row_layouts: RowLayouts | None = None
 
-
-_ADDS = {operator.add, operator.iadd, torch.add}
-_SUBTRACTIONS = {operator.sub, operator.isub, torch.sub}
-
-
-def summands(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """``(left, right, gain of right)`` where ``node`` is a sum of two nodes, else None."""
-    if node.op == "call_function" and node.target in _ADDS | _SUBTRACTIONS:
-        sign = 1.0 if node.target in _ADDS else -1.0
-    elif node.op == "call_method" and node.target in ("add", "add_", "sub", "sub_"):
-        sign = 1.0 if str(node.target).startswith("add") else -1.0
-    elif node.target is add_padded:
-        return node.args[0], node.args[1], 1.0  # type: ignore[return-value]
-    else:
-        return None
-    operands = [*node.args, *([node.kwargs["other"]] if "other" in node.kwargs else [])]
-    alpha = node.kwargs.get("alpha", 1)
-    if set(node.kwargs) - {"alpha", "other"} or not isinstance(alpha, int | float):
-        return None
-    if len(operands) != 2:
-        return None
-    left, right = operands
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
-        return None
-    if is_shape_node(left) or is_shape_node(right):
-        return None
-    return left, right, sign * alpha
-
-
-def _writes_left(node: fx.Node) -> bool:
-    return node.target in (operator.iadd, operator.isub, "add_", "sub_")
 
 
 @dataclass(eq=False)
@@ -164,8 +132,8 @@ class ResidualSums:
             self.ancestors[node] = mine
         self.entries: list[ResidualSum] = []
         for node in self.nodes:
-            sides = summands(node)
-            entry = None if sides is None else self._entry(node, *sides)
+            operands = summands(node)
+            entry = None if operands is None else self._entry(node, operands)
             if entry is not None:
                 self.entries.append(entry)
 
@@ -191,9 +159,8 @@ class ResidualSums:
                 return True
         return False
 
-    def _entry(
-        self, add: fx.Node, left: fx.Node, right: fx.Node, gain: float
-    ) -> ResidualSum | None:
+    def _entry(self, add: fx.Node, operands: Summands) -> ResidualSum | None:
+        left, right, gain, writes_left, pad_dim = operands
         left_bits, right_bits = self.ancestors[left], self.ancestors[right]
         memo: dict[fx.Node, bool] = {}
         common = self.nodes_in(left_bits & right_bits)
@@ -234,11 +201,11 @@ class ResidualSums:
             inside=frozenset(inside),
             skip_gain=1.0 if branch_is_right else gain,
             branch_gain=gain if branch_is_right else 1.0,
-            writes_skip=branch_is_right and _writes_left(add),
+            writes_skip=branch_is_right and writes_left,
             branch_first=not branch_is_right,
         )
-        if add.target is add_padded:
-            split.pads, kind = add.args[2], "projection"  # type: ignore[assignment]
+        if pad_dim is not None:
+            split.pads, kind = pad_dim, "projection"
         split.dim, split.batch_first_votes = self._dimension(split.skip)
         if split.skip_gain < 0.0:
             why_not = "its skip is subtracted"
@@ -290,7 +257,7 @@ class ResidualSums:
             return isinstance(self.owner.get_submodule(str(node.target)), nn.Identity)
         if node.target is operator.add:
             return any(type(a) in (int, float) and a == 0 for a in node.args)
-        return node.op == "call_method" and node.target in ("contiguous", "clone")
+        return operation_of(node).copies
 
     def _closed(self, split: Split) -> tuple[Split, str, str]:
         """The part of the branch that nothing outside uses, the action for it, and the reason."""

@@ -9,6 +9,7 @@ import textwrap
 from torch import nn
 
 from torchdrop.finding.linearity import ModuleProperties, is_curved
+from torchdrop.tracing.operations import names_of_additions
 
 __all__ = ["may_loop_over_branches", "source_has_addition"]
 
@@ -25,13 +26,14 @@ def source_has_addition(module: nn.Module) -> bool:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
+    additions = names_of_additions()
     for node in methods:
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
             operand = node.right if isinstance(node, ast.BinOp) else node.value
             number = isinstance(operand, ast.Constant)  # i + 1, calls += 1
             if not number and not (isinstance(operand, ast.Name) and operand.id in counts):
                 return True
-        if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+        if isinstance(node, ast.Attribute) and node.attr in additions:
             return True
     return False
 

@@ -23,10 +23,10 @@ from torchdrop.finding.residual_sums import (
     ResidualSums,
     Split,
     called_modules,
-    summands,
 )
 from torchdrop.finding.stacks import choose, uses_of
 from torchdrop.finding.whole_blocks import whole_layers
+from torchdrop.tracing.nodes import summands
 
 __all__ = [
     "Survey",

@@ -18,8 +18,8 @@ from torchdrop.finding.residual_sums import Split, outside_inputs
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
-from torchdrop.tracing.nodes import is_shape_node, passed_through
-from torchdrop.tracing.padded_sums import pad_like
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.traced_functions import pad_like, passed_through
 
 __all__ = ["rewrite"]
 

@@ -43,7 +43,7 @@ from torchdrop.running.branch_state import (
 from torchdrop.running.program import MismatchError, Program, call_signature
 from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import trace_block
-from torchdrop.tracing.padded_sums import pad_like
+from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.untraceable import UntraceableError
 from torchdrop.tracing.watched_attributes import same
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from torchdrop.tracing.nodes import is_shape_node, passed_through
+from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
 from torchdrop.tracing.random_states import RandomStates, TorchDraws
+from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.tracer import Reader, RecordFactories
 from torchdrop.tracing.untraceable import UntraceableError
 

@@ -9,27 +9,13 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.nn import functional
+from torch import fx
 
-__all__ = ["add_padded", "ancestors", "merge_partial_sums", "pad_like"]
+from torchdrop.tracing.nodes import summands
+from torchdrop.tracing.operations import callee, operation_of
+from torchdrop.tracing.traced_functions import add_padded
 
-_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_CATS = {torch.cat, torch.concat, torch.concatenate}
-
-
-def pad_like(x: Tensor, size: int, dim: int) -> Tensor:
-    """``x`` with zeros at the end of dimension ``dim``, up to ``size`` there."""
-    from_the_end = dim if dim < 0 else dim - x.dim()
-    return functional.pad(x, [0, 0] * (-from_the_end - 1) + [0, size - x.shape[dim]])
-
-
-def add_padded(left: Tensor, right: Tensor, dim: int) -> Tensor:
-    """The sum of two tensors, the smaller one padded with zeros at the end of ``dim``."""
-    size = max(left.shape[dim], right.shape[dim])
-    return pad_like(left, size, dim) + pad_like(right, size, dim)
-
+__all__ = ["ancestors", "merge_partial_sums"]
 
 def merge_partial_sums(graph: fx.Graph) -> None:
     """Put :func:`add_padded` in the place of each sum of ``x`` and a part of what comes from it."""
@@ -63,7 +49,9 @@ _Found = tuple[fx.Node, fx.Node, fx.Node, int, list[fx.Node]]
 
 def _concatenated(node: Any) -> _Found | None:
     """``cat([b[:, :c] + x, b[:, c:]], 1)``."""
-    if node.target not in _CATS or not node.args or not isinstance(node.args[0], list | tuple):
+    if not operation_of(node).concatenates or node.op != "call_function":
+        return None
+    if not node.args or not isinstance(node.args[0], list | tuple):
         return None
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if len(node.args[0]) != 2:
@@ -101,14 +89,9 @@ def _written(node: Any) -> _Found | None:
 
 
 def _is_sum(node: Any) -> bool:
-    return (
-        isinstance(node, fx.Node)
-        and node.target in _SUMS
-        and not node.kwargs
-        and len(node.args) == 2
-        and all(isinstance(operand, fx.Node) for operand in node.args)
-        and node.args[0] is not node.args[1]
-    )
+    both = summands(node) if isinstance(node, fx.Node) else None
+    # with the operands in order, and nothing else
+    return both is not None and both.gain == 1.0 and node.args == (both.left, both.right)
 
 
 def _complement(first: Any, rest: Any, dim: Any) -> fx.Node | None:
@@ -128,7 +111,7 @@ def _complement(first: Any, rest: Any, dim: Any) -> fx.Node | None:
         return None
     if (first.args[1], rest.args[1]) != (0, 1) or set(split.users) != {first, rest}:
         return None
-    if split.target not in ("split", torch.split) or len(split.args) < 2:
+    if callee(split) != "split" or len(split.args) < 2:
         return None
     source, sizes, *place = split.args
     by = split.kwargs.get("dim", place[0] if place else 0)

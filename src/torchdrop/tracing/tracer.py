@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
-from torchdrop.tracing.nodes import DEVICES, is_shape_node, passed_through
+from torchdrop.tracing.nodes import is_shape_node, reads_device
+from torchdrop.tracing.operations import factories, in_place_operators, is_function_of_table, named
 from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
+from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 from torchdrop.tracing.watched_attributes import AttributeWatch
 
@@ -83,17 +85,11 @@ def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) ->
     setattr(_Proxy, f"__{in_place.__name__}__", method)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    _record_in_place(getattr(operator, f"i{_name}"), getattr(operator, _name))
+for _in_place, _plain in in_place_operators():
+    _record_in_place(_in_place, _plain)
 
 
-_FACTORIES = tuple(
-    getattr(torch, name)
-    for name in (
-        "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones",
-        "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros",
-    )
-)  # fmt: skip
+_FACTORIES = factories()
 
 
 class RecordFactories(TorchFunctionMode):
@@ -141,7 +137,7 @@ class Reader(fx.Tracer):
         batch_dim: int,
         look_through: Collection[nn.Module],
     ) -> None:
-        wrapped = (*_FACTORIES, torch.finfo, torch.iinfo)
+        wrapped: tuple[Any, ...] = (*_FACTORIES, torch.finfo, torch.iinfo)
         super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
         self._batch_dim = batch_dim
         self._look_through = look_through
@@ -195,6 +191,20 @@ class Reader(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
+    ) -> Any:
+        """Record an operation; a fused one as the plain operations that it stands for."""
+        if kind == "call_method":
+            spelled_out = named(target).spelled_out
+        elif kind == "call_function" and is_function_of_table(target):
+            spelled_out = named(target.__name__).spelled_out
+        else:
+            spelled_out = None
+        if spelled_out is not None:
+            return spelled_out(*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record an operation, unless it runs under a mode that a graph does not show."""
         if _surroundings() != self._around:
@@ -227,7 +237,7 @@ class Reader(fx.Tracer):
             self.arguments[name] = value
         self.arguments = flatten_arguments(self.arguments, _without_values)[0]
 
-        def placeholder(path: str, value: Any) -> fx.Proxy:
+        def placeholder(path: str, value: Any) -> Any:
             if value is not A_TENSOR:
                 self._known[path] = value
             return self.create_proxy("placeholder", re.sub(r"\W", "_", path), (), {})
@@ -319,8 +329,7 @@ class Reader(fx.Tracer):
     def _fact(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self._known[node]
-        asked = node.args[1] if node.target is getattr else node.target
-        if not is_shape_node(node) or (isinstance(asked, str) and asked in DEVICES):
+        if not is_shape_node(node) or reads_device(node):
             raise LookupError(node)  # what stands for a tensor here lies on no device
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._fact)
         if node.op == "call_method":

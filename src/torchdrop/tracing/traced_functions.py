@@ -1,0 +1,37 @@
+"""Functions of torchdrop that stand in a graph as nodes of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["add_padded", "pad_like", "passed_through"]
+
+
+def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
+    """Return ``value``, the output of a child whose own forward is part of the graph.
+
+    The node marks where the forward hooks of that child have to be called.
+
+    Args:
+        value: The output; of a tuple the first item.
+        path: The path of the child from the block.
+        args: The positional arguments that the child was called with.
+        kwargs: Its keyword arguments.
+        rest: The further items of the tuple that it returned.
+    """
+    return value
+
+
+def pad_like(x: Tensor, size: int, dim: int) -> Tensor:
+    """Return ``x`` with zeros appended on dimension ``dim``, up to ``size`` entries there."""
+    from_the_end = dim if dim < 0 else dim - x.dim()
+    return functional.pad(x, [0, 0] * (-from_the_end - 1) + [0, size - x.shape[dim]])
+
+
+def add_padded(left: Tensor, right: Tensor, dim: int) -> Tensor:
+    """Return the sum of two tensors, the smaller one padded with zeros at the end of ``dim``."""
+    size = max(left.shape[dim], right.shape[dim])
+    return pad_like(left, size, dim) + pad_like(right, size, dim)
