@@ -1,9 +1,9 @@
-"""Training steps on an accelerator, where kernels are fast and memory is what takes time.
+"""Time training steps on an accelerator, where moving memory takes most of the time.
 
     python benchmarks/accelerator.py --out runs/accelerator.json      # five minutes on one H100
 
-Each row is a run of ``torchdrop bench``: dense, masked and skipping in turn. What it writes is
-collected in one file, after each row; a row that fails says so.
+Each row is a run of ``torchdrop bench``: dense, masked and skipping steps in turn. The results are
+written to one file after each row; for a row that fails, the file holds the error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def measure(row: dict[str, Any], device: str | None) -> dict[str, Any]:
-    """What ``torchdrop bench`` writes, without where it wrote it."""
+    """Return the results of ``torchdrop bench``, without the path of its file."""
     with tempfile.TemporaryDirectory() as folder:
         found = bench(Settings(out=Path(folder), device=device, **row))
     del found["path"], found["config"]["out"]

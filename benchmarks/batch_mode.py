@@ -1,9 +1,9 @@
-"""Why whole-batch dropping may test badly after few steps: scaling, rate, and batch statistics.
+"""Show why whole-batch dropping may test badly after few steps: scaling, rate, BatchNorm.
 
 Trains the CIFAR ResNet of ``torchdrop compare`` on 200 digits and prints the test error of every
-variant twice: as trained, and with the statistics of BatchNorm taken anew from the training images
-in evaluation mode ("recalibrated"). The loss on the training images in evaluation mode tells
-what the statistics are worth.
+variant twice: as trained, and with the statistics of BatchNorm computed again from the training
+images in evaluation mode ("recalibrated"). The loss on the training images in evaluation mode shows
+how well the statistics fit.
 
     python benchmarks/batch_mode.py --depth 56 --epochs 40 --seeds 3
 """
@@ -32,7 +32,7 @@ from torchdrop.app.training import Run, evaluate, train
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, data) -> None:
-    """Take the running statistics anew, with every block as it is in evaluation."""
+    """Compute the running statistics again, with every block in evaluation mode."""
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,13 +1,14 @@
-"""Training and evaluation under torch.compile with inductor, while the rate changes every step.
+"""Count compilations under torch.compile with inductor while the rate changes in every step.
 
     python benchmarks/compiled.py --out runs/compiled.json        # about an hour on two cores
     python benchmarks/compiled.py --only vit_b_16 --times 15
 
-Each network runs in a process of its own, by ``torch.compile(model, fullgraph=True)``, which stops
-at a graph break. ``plan.set_p`` sets another rate in each of 30 training steps. Counted are the
-compilations of a step; then those of evaluation, and how far its outputs are from eager. With
---times, steps of the compiled network at p=.5 uniform are timed in turns with steps of the same
-compiled without torchdrop, beside F, their FLOPs over dense.
+Each network runs in a process of its own with ``torch.compile(model, fullgraph=True)``, which
+raises an error at a graph break. ``plan.set_p`` sets another rate in each of 30 training steps. It
+counts the compilations of each step, then those of evaluation, and measures how far the outputs of
+evaluation are from eager. With --times, it times steps of the compiled network at p=.5 uniform in
+turn with steps of the same network compiled without torchdrop, and reports their FLOPs over dense
+(F), too.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from torchdrop.cost import flops
 
 BACKEND = "inductor"
 STEPS = 30
-SETTLED = 10  # the step after which nothing may compile any more
+SETTLED = 10  # the step after which nothing may be compiled
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network, and the batch that it gets."""
+    """A network and the size of its batch."""
 
     source: str
     name: str
@@ -55,7 +56,7 @@ class Row:
         torch.manual_seed(0)
         make = create_model if self.source == "timm" else get_model
         model = make(self.name, num_classes=10)
-        for parameter in model.parameters():  # a head that begins with zeros says nothing
+        for parameter in model.parameters():  # with a head of zeros all outputs are equal
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
         return model
@@ -77,29 +78,29 @@ ROWS = [
 
 
 def in_graph(model: nn.Module) -> Callable[..., Any]:
-    """``model`` compiled, which stops at a graph break."""
+    """Return ``model`` compiled, so that a graph break raises an error."""
     return torch.compile(model, fullgraph=True, backend=BACKEND)
 
 
 def compilations() -> int:
-    """How many graphs were compiled in this process so far."""
+    """Return the number of graphs that this process has compiled."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def growth(step: Callable[[], object]) -> int:
-    """How many graphs ``step`` compiled."""
+    """Return the number of graphs that ``step`` compiles."""
     before = compilations()
     step()
     return compilations() - before
 
 
 def rate(step: int) -> float:
-    """Of a schedule over training, another one in each step."""
+    """Return the rate of a training step: a different one in each."""
     return 0.05 + 0.5 * step / STEPS
 
 
 def measure(row: Row, times: int) -> dict[str, Any]:
-    """Train, evaluate and, if asked to, time one network."""
+    """Train and evaluate one network, and time it if the options say so."""
     x, y = torch.randn(row.batch, 3, row.size, row.size), torch.randint(10, (row.batch,))
     model = row.model().train()
     plan = torchdrop.add_stochastic_depth(model, rate(0), example_inputs=x[:2])

@@ -1,10 +1,10 @@
-"""The layers against their peers: side by side in one process, medians of alternating runs.
+"""Compare the layers with those of other libraries: medians of alternating runs in one process.
 
     python benchmarks/layers.py --out runs/layers.json
 
-Prints one line a comparison: milliseconds (median, and the quartiles) of every contestant and the
-ratios that are claimed. Peers that are not installed are left out, and named. A ratio on a machine
-that does other work at the same time is worth little: the load is recorded, before and after.
+Prints one line for each comparison: milliseconds (median and quartiles) of every contestant, and
+the ratios that the documentation claims. Libraries that are not installed are left out and named.
+A ratio measured on a busy machine means little; the load before and after is recorded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Contestants = dict[str, Callable[[], object]]
 
 
 def peer(name: str):
-    """A module of another library, or None."""
+    """Return a module of another library, or None if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -39,7 +39,7 @@ def peer(name: str):
 
 
 def in_turn(contestants: Contestants, runs: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, one run of everyone after the other, so that a busy spell hits all."""
+    """Return milliseconds of each; runs alternate, so that a busy moment affects all alike."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(runs + 2):
         for name, f in contestants.items():
@@ -125,7 +125,7 @@ def cutout(runs: int) -> tuple[dict, dict]:
 
 
 def allocated(f: Callable[[], object]) -> int:
-    """The most bytes that are allocated at a time while f runs."""
+    """Return the largest number of bytes allocated at one time while ``f`` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = f()
     del result
@@ -138,7 +138,7 @@ def allocated(f: Callable[[], object]) -> int:
 
 
 def memory() -> dict[str, float]:
-    """The peak of each layer in bytes of its input: at most 2, its output and one mask."""
+    """Return each layer's peak memory over the size of its input: at most 2, output and mask."""
     x = torch.randn(32, 256, 28, 28, requires_grad=True)
     made = (
         layers.DropPath(0.1),

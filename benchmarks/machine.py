@@ -1,4 +1,4 @@
-"""What a figure was measured on: the processor and the versions of packages."""
+"""The processor and the package versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def version(name: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -16,7 +16,7 @@ def version(name: str) -> str | None:
 
 
 def processor() -> str:
-    """How many cores of which processor."""
+    """Return the number of cores and the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,10 +1,10 @@
-"""The networks of the benchmark, and what others do to their residual branches.
+"""The networks of the benchmark, and two other ways to drop their residual branches.
 
-Two ways besides torchdrop's, both on the very same blocks. *Masked*: every branch is computed, then
-timm's DropPath or torchvision's StochasticDepth sets what is dropped to zero. *Subset*: the branch
-runs on some rows, taken by indexing and put back by ``index_add`` on the flattened tensor, as the
-DINO family does; whole batches are left out by an ``if``. Its number of rows is rounded at random,
-not down, so that it does the work that torchdrop does.
+Both ways use the same blocks as torchdrop. *Masked*: every branch is computed, then timm's DropPath
+or torchvision's StochasticDepth sets the dropped rows to zero. *Subset*: the branch runs on some
+rows, taken by indexing and put back by ``index_add`` on the flattened tensor, as in the DINO
+family; in batch mode an ``if`` leaves the branch out. The number of rows is rounded at random, not
+down, so that *subset* does as much work as torchdrop.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The residual blocks, first to last."""
+    """Return the residual blocks, first to last."""
     kinds = (VitBlock, ConvNeXtBlock, Bottleneck, CifarBlock, nn.TransformerEncoderLayer)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
@@ -77,7 +77,7 @@ def add_masks(model: nn.Module, rates: Sequence[float], mode: str) -> None:
 
 
 def add_rows(x: Tensor, skip: Tensor, branch: Callable[[Tensor], Tensor], p: float) -> Tensor:
-    """``skip`` plus the branch of some rows of ``x``."""
+    """Return ``skip`` plus the branch on some rows of ``x``."""
     batch = len(x)
     count = math.floor(batch * (1 - p) + float(torch.rand(())))
     if count == 0:
@@ -89,7 +89,7 @@ def add_rows(x: Tensor, skip: Tensor, branch: Callable[[Tensor], Tensor], p: flo
 
 
 def add_batch(x: Tensor, skip: Tensor, branch: Callable[[Tensor], Tensor], p: float) -> Tensor:
-    """``skip`` plus the branch, or ``skip``."""
+    """Return ``skip`` plus the branch, or ``skip`` alone."""
     # The draw that torchdrop makes, so that the same seed drops the same branches.
     if float(torch.rand((), dtype=torch.float64)) < p:
         return skip
@@ -97,7 +97,7 @@ def add_batch(x: Tensor, skip: Tensor, branch: Callable[[Tensor], Tensor], p: fl
 
 
 class Subset(nn.Module):
-    """A block that computes a subset of its rows, with the parameters of the block it is given."""
+    """A block that computes a subset of its rows with the parameters of the given block."""
 
     def __init__(self, block: nn.Module, p: float, mode: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Subset(nn.Module):
 
 
 def add_subsets(model: nn.Module, rates: Sequence[float], mode: str) -> None:
-    """Put a :class:`Subset` in the place of every block."""
+    """Replace every block by a :class:`Subset`."""
     chosen = dict(zip(blocks_of(model), rates, strict=True))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

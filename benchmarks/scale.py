@@ -1,18 +1,18 @@
-"""How the cost of torchdrop grows: with depth, with the batch, and for blocks that do nothing.
+"""Measure how the cost of torchdrop grows: with depth, with the batch, and for tiny blocks.
 
     python benchmarks/scale.py --out runs/scale.json
     python benchmarks/scale.py --only overhead --threads 1 --clock processor
 
-overhead   Microseconds a block and step, on stacks of 9 to 600 blocks that cost next to nothing
-           (``x + w * x`` with one parameter): what Python, the draws, the rows and their backward
-           take. In a round these take a step: the dense stack, a stack of none of the blocks, and
-           torchdrop on the stack; in row mode by compute="skip", and as compute="auto" chooses, a
-           mask. The overhead is the time of torchdrop, less that of the empty stack, less the kept
-           share of what the blocks cost dense.
-choice     Where a mask takes less time than to skip: steps of stacks of 6 blocks in row mode, by
-           compute="skip" over by compute="mask", beside how much is left out in a branch.
-depth      Steps of CIFAR ResNet-20, -56, -110, -302 and -1202 over dense, beside their FLOPs.
-batch      Steps of CIFAR ResNet-20 over dense, at batches of 1 to 512.
+overhead   Microseconds for each block and step, on stacks of 9 to 600 blocks that cost next to
+           nothing (``x + w * x`` with one parameter): the time of Python, the draws, the rows and
+           their backward. A round is one step of the dense stack, of an empty stack, and of
+           torchdrop on the stack; in row mode with compute="skip", and with compute="auto", which
+           masks these blocks. The overhead is the time of torchdrop minus that of the empty stack
+           minus the kept share of the dense blocks' time.
+choice     Where a mask takes less time than skipping: steps of stacks of 6 blocks in row mode, with
+           compute="skip" over compute="mask", and how much work is left out in a branch.
+depth      Steps of CIFAR ResNet-20, -56, -110, -302 and -1202 over dense, and their FLOPs.
+batch      Steps of CIFAR ResNet-20 over dense, on batches of 1 to 512.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "batch": {"mode": "batch", "p": 0.5, "schedule": "linear"},
 }
 CHOSEN = {**MODES["row"], "compute": "auto"}
-# Rows, tokens and width of what goes through a stack.
+# Rows, tokens and width of the input of a stack.
 SIZES = {
     "elementwise": [
         (32, 1, 8),
@@ -93,7 +93,7 @@ def stack(blocks: int) -> nn.Module:
 
 
 def timed(runs: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of alternating steps after a warm-up: the median; in batch mode the mean."""
+    """Return milliseconds of alternating steps after a warm-up: median, in batch mode mean."""
     clock = time.process_time if options.clock == "processor" else time.perf_counter
     taken = list(islice(in_turn(runs, CPU, clock), options.steps + WARM_UP))[WARM_UP:]
     found = {}
@@ -113,7 +113,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
             model = stack(blocks).train()
             plan = torchdrop.add_stochastic_depth(model, **rates)
             runs[mode] = steps_of(model, x, y)
-            # In row mode every branch runs, on fewer rows: what costs nothing still runs.
+            # In row mode every branch runs on fewer rows, which takes no less time in such blocks.
             p = fmean(branch.p for block in plan.blocks for branch in block.branches)
             kept[mode] = 1.0 - p if mode == "batch" else 1.0
         ms = timed(runs, options)
@@ -175,12 +175,12 @@ def choice(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def over_dense(depth: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of a CIFAR ResNet, 32 x 32, over dense; and the FLOPs of those very steps."""
+    """Time steps of a CIFAR ResNet (32 x 32) over dense, and count the FLOPs of these steps."""
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     runs, share = {}, {}
     for mode, rates in {"dense": None, **MODES}.items():
         models = []
-        for device in ("cpu", "meta"):  # where nothing is computed, and counting costs little
+        for device in ("cpu", "meta"):  # meta: counts FLOPs without computing
             model = CifarResNet(depth).train()
             if rates is not None:
                 torchdrop.add_stochastic_depth(model, **rates)
@@ -189,7 +189,7 @@ def over_dense(depth: int, batch: int, options: argparse.Namespace) -> dict[str,
         step = steps_of(models[1], x.to("meta"), y.to("meta"), WARM_UP)
         share[mode] = fmean(flops(step) for _ in range(options.steps if mode == "batch" else 2))
     ms = timed(runs, options)
-    # A mean over a mean, as what batch mode leaves out varies.
+    # Means, since the work that batch mode leaves out varies from step to step.
     return {
         "depth": depth,
         "batch": batch,

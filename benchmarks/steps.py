@@ -1,19 +1,19 @@
-"""Training steps side by side in one process: dense, masked, a subset of rows, and torchdrop.
+"""Time training steps in turn in one process: dense, masked, a subset of rows, torchdrop.
 
     python benchmarks/steps.py                        # all rows: about 40 minutes on two cores
     python benchmarks/steps.py --list
     python benchmarks/steps.py --only resnet50-batch --budget 300 --out runs/steps.json
 
-A step is forward, cross entropy and backward. In each round all four take one, another one first
-each time. Reported are medians, in batch mode means (what is left out varies from step to step),
-over dense; F, the FLOPs of those very steps of torchdrop over dense; the bytes kept for backward;
-and the peak memory of a process that does nothing but take steps of one of them.
+A step is forward, cross entropy and backward. In each round all four run one step, each time in
+another order. The script reports medians over dense (in batch mode means, since the work that is
+left out varies from step to step); F, the FLOPs of the same steps of torchdrop over dense; the
+bytes kept for backward; and the peak memory of a process that only runs steps of one of them.
 
 The file is written after every part of a row, and when the --budget of seconds is spent (after
-the part at work; counting the FLOPs of batch mode takes some minutes); run again, it goes on where
-it ended. A row that was begun with another package, other versions or other options begins anew.
-On a machine that does other work times are worth little, and the load is recorded; there,
---threads 1 --clock processor gives ratios of processor time.
+the current part; counting the FLOPs of batch mode takes some minutes). Run again, the script
+continues where it ended. A row that was started with another state of the code, other versions or
+other options is measured again from its first step. Times measured on a busy machine mean little,
+and the load is recorded; there, --threads 1 --clock processor gives ratios of processor time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CONTESTANTS = ("dense", "masked", "subset", "torchdrop")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table, and the time that torchdrop may take over dense: F + slack, or slack."""
+    """A row of the table, and its aim for torchdrop over dense: F + slack, or slack alone."""
 
     name: str
     network: str
@@ -121,7 +121,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def steps_of(model: nn.Module, x: Tensor, y: Tensor, begin: int = 0) -> Callable[[], None]:
-    """A training step, each with the seed of its number."""
+    """Return a function that runs a training step, seeded with the number of the step."""
     numbers = count(begin)
 
     def step() -> None:
@@ -133,10 +133,10 @@ def steps_of(model: nn.Module, x: Tensor, y: Tensor, begin: int = 0) -> Callable
 
 
 def count_flops(row: Row, steps: int) -> dict[str, float]:
-    """FLOPs over dense, of steps 0 to ``steps`` - 1: those that are timed.
+    """Return the FLOPs over dense of steps 0 to ``steps`` - 1, those that are timed.
 
-    In row mode the number of rows hardly varies, and four steps tell. In batch mode every step is
-    counted, on the meta device, where nothing is computed.
+    In row mode the number of rows hardly varies, so that four steps are enough. In batch mode every
+    step is counted, on the meta device, which computes nothing.
     """
     device = "meta" if row.mode == "batch" else "cpu"
     x, y = row.batch_of(device)
@@ -150,7 +150,7 @@ def count_flops(row: Row, steps: int) -> dict[str, float]:
 
 
 def count_bytes(row: Row, steps: int) -> dict[str, float]:
-    """Bytes kept for backward over dense; and of the model with every branch dropped."""
+    """Return the bytes kept for backward over dense, also with every branch dropped."""
     x, y = row.batch_of()
     counted = min(steps, 20) if row.mode == "batch" else 4
     found = {}
@@ -165,9 +165,9 @@ def count_bytes(row: Row, steps: int) -> dict[str, float]:
 
 
 def high_water() -> float:
-    """The most MiB that this process has had in memory so far."""
+    """Return the peak memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage hands on what the parent had when it began this process
+    if status.exists():  # getrusage would include the memory of the parent at the fork
         (kib,) = [s.split()[1] for s in status.read_text().splitlines() if s.startswith("VmHWM")]
         return int(kib) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -175,7 +175,7 @@ def high_water() -> float:
 
 
 def peak_memory(row: Row, contestant: str) -> dict[str, float]:
-    """MiB of this process: before its first step, and the peak of three."""
+    """Return MiB of this process: before its first step, and the peak of three steps."""
     x, y = row.batch_of()
     step = steps_of(row.model(contestant), x, y)
     before = high_water()
@@ -185,7 +185,7 @@ def peak_memory(row: Row, contestant: str) -> dict[str, float]:
 
 
 def measure_memory(row: Row, threads: int) -> dict[str, dict[str, float]]:
-    """:func:`peak_memory` of each, in a process of its own."""
+    """Return :func:`peak_memory` of each contestant, in a process of its own."""
     found = {}
     for name in CONTESTANTS:
         command = [sys.executable, __file__, "--threads", str(threads), "--peak", row.name, name]
@@ -195,7 +195,7 @@ def measure_memory(row: Row, threads: int) -> dict[str, dict[str, float]]:
 
 
 def digest() -> str:
-    """Of the code that is measured: the package without its command line, and the peers."""
+    """Return a digest of the measured code: all packages except ``app``, and peers.py."""
     found = hashlib.blake2b(digest_size=8)
     package = Path(torchdrop.__file__).parent
     for path in sorted(package.rglob("*.py")):
@@ -206,7 +206,7 @@ def digest() -> str:
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a figure depends on besides its row."""
+    """Return the versions, machine and options that a figure depends on."""
     names = ("torchdrop", "torch", "torchvision", "timm")
     return {
         "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
@@ -219,7 +219,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(row: Row, entry: dict[str, Any]) -> None:
-    """Bring the ratios of a row up to date with its times."""
+    """Update the ratios of a row from its times."""
     over = fmean if row.mode == "batch" else median
     dense = over(entry["ms"]["dense"])
     entry["n"] = len(entry["ms"]["dense"])
@@ -246,7 +246,7 @@ def run(
     options: Any,
     save: Callable[[], None],
 ) -> bool:
-    """Measure what is missing of a row, and save each part; whether nothing is missing."""
+    """Measure and save the missing parts of a row; return whether the row is complete."""
     clock = time.process_time if options.clock == "processor" else time.perf_counter
     ms = entry.setdefault("ms", {name: [] for name in CONTESTANTS})
     done = len(ms["dense"])

@@ -1,15 +1,16 @@
-"""Runs the invariants of tests/zoo/zoo.py over timm, torchvision and transformers; writes a table.
+"""Run the checks of tests/zoo/zoo.py on models of timm, torchvision and transformers.
 
     python benchmarks/zoo.py --jobs 2 --results runs/zoo.jsonl --table docs/coverage.md
 
-Every model runs in a process of its own, with one thread and a limit on time and memory, so that a
-crash is a row. Results are kept as JSON lines, one a model: what is there already is not run again
-(``--again REGEX`` does). No weights are downloaded; every model is small or gets a small input.
+Every model runs in a process of its own, with one thread and limits on time and memory, so that a
+crash becomes a row of the table. Results are JSON lines, one for each model. A model that has a
+result is not run again, unless ``--again REGEX`` matches it. No weights are downloaded; every model
+is small or gets a small input.
 
-Of every module of timm the three models with the fewest parameters are taken, at the smallest
-square input that they accept, with three layers where they are large and can be made so; of
-torchvision every model that has a builder; of transformers the families below, with a configuration
-of two or three layers of width 32.
+Models: of every module of timm the three models with the fewest parameters, at the smallest square
+input that they accept, with three layers if they are large and take a number of layers; every model
+of torchvision that has a builder; the families of transformers in tests/zoo/zoo_transformers.py,
+each with a configuration of a few layers of width 32.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from torchdrop.finding.survey import survey
 BATCH = 5  # no model has five heads, windows or experts
 # Models with more parameters are not run in float64, trained or copied: they do not fit.
 LARGE = 110e6
-LAYERS = 3  # of those of timm that can be made with fewer layers
+LAYERS = 3  # of the models of timm that take a number of layers
 TIMM_SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512, 640, 768, 1024)
 
 
@@ -58,17 +59,17 @@ TIMM_SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512, 640
 
 @dataclass
 class Subject:
-    """One model to try: how to make it, and what to call it with."""
+    """One model with its inputs."""
 
     model: nn.Module
     inputs: Any
     size: str
-    expected: tuple[int, int] | None = None  # blocks and branches, where they are known
+    expected: tuple[int, int] | None = None  # blocks and branches, if known
     always_example: bool = False
 
 
 def timm_names() -> list[str]:
-    """The three smallest models of every module, as "timm/module/model"."""
+    """Return the three smallest models of every module, as "timm/module/model"."""
     import timm
     from timm.models import _registry
 
@@ -110,14 +111,14 @@ def _timm(name: str) -> Subject:
             options = {"depth": LAYERS}
             try:
                 build(config.input_size[-1])
-            except Exception:  # it has no depth to be set
+            except Exception:  # it takes no depth
                 options = {}
     channels, full = config.input_size[0], config.input_size[-1]
     for size in [s for s in TIMM_SIZES if s < full]:
         try:
             with torch.device("meta"), torch.no_grad():
                 build(size).train()(torch.empty(BATCH, channels, size, size))
-        except Exception:  # too small, or fixed
+        except Exception:  # the input is too small, or the size is fixed
             continue
         break
     else:
@@ -201,7 +202,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _summary(plan: torchdrop.attaching.plan.Plan) -> dict[str, Any]:
-    """What is attached."""
+    """Return what the plan found: blocks, branches, actions and reasons."""
     branches = [b for block in plan.blocks for b in block.branches]
     return {
         "blocks": len(plan.blocks),
@@ -214,7 +215,7 @@ def _summary(plan: torchdrop.attaching.plan.Plan) -> dict[str, Any]:
 
 
 def _masks_named(model: nn.Module) -> int:
-    """How many places for a masking layer a model has by the names of its modules."""
+    """Return the number of modules that are named like a masking layer."""
     pattern = re.compile(r"(^|\.)(drop_?path\w*|stochastic_depth\w*)$")
     return sum(
         bool(pattern.search(name)) and next(module.children(), None) is None
@@ -223,7 +224,7 @@ def _masks_named(model: nn.Module) -> int:
 
 
 def run_one(key: str) -> dict[str, Any]:
-    """The row of one model."""
+    """Return the row of one model."""
     started = time.process_time()
     subject = build(key)
     model, inputs = zoo.without_randomness(subject.model), subject.inputs
@@ -275,9 +276,10 @@ def _note(checks: dict[str, str], name: str, check: Callable[[], Any]) -> None:
 
 
 def _masked(model: nn.Module, inputs: Any, options: dict[str, Any]) -> str:
-    """With kept branches scaled up; where what follows a branch's last module is not linear, not.
+    """Check gradients against masks; return the error.
 
-    A mask of zeros passes through what follows a module, a scale may not.
+    Kept branches are scaled, unless the operations behind the last module of a branch are not
+    linear: zeros pass through these unchanged, a scale does not.
     """
     try:
         return f"{zoo.check_masked_gradients(model, inputs, **options):.0e}"
@@ -291,7 +293,7 @@ def _masked(model: nn.Module, inputs: Any, options: dict[str, Any]) -> str:
 
 
 def _limited(key: str, gigabytes: float, pipe: multiprocessing.connection.Connection) -> None:
-    """The body of a worker: a row into ``pipe``, whatever happens."""
+    """Run one model in a worker process, and send its row or its error through ``pipe``."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     warnings.simplefilter("ignore")
@@ -340,11 +342,11 @@ def run_all(keys: list[str], args: argparse.Namespace) -> None:
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:
-    """The latest row of each model."""
+    """Return the latest row of each model."""
     rows: dict[str, dict[str, Any]] = {}
     if path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short
+            with contextlib.suppress(json.JSONDecodeError):  # an incomplete line
                 row = json.loads(line)
                 rows[row["model"]] = row
     return rows
@@ -355,7 +357,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """ "rows": only kept rows are computed and every check holds; else what is not so."""
+    """Return "rows" if only kept rows are computed and every check holds, else what failed."""
     if "failed" in row:
         return f"failed: {row['failed']}"
     found = row["found"]
@@ -381,18 +383,32 @@ def _versions() -> str:
     return ", ".join(found) + f", Python {platform.python_version()}"
 
 
+INTRODUCTION = (
+    "Look up your model: what `add_stochastic_depth` finds in the models of three libraries, and "
+    "which of its promises hold. `benchmarks/zoo.py` writes this page; its docstring says which "
+    "models are run."
+)
+COLUMNS = (
+    "*blocks*, *branches*: the residual blocks and branches that were found. *skip / mask / "
+    "layer*: branches that are computed on the kept rows only; branches that are computed for all "
+    "rows and masked; blocks that are dropped as a whole. *holds*: whether every check of "
+    '`tests/zoo/zoo.py` holds. *reason*: what the plan says, or what failed; "with '
+    'example_inputs" where the model needs these.'
+)
+
+
 def write_table(rows: dict[str, dict[str, Any]], path: Path, left: int = 0) -> None:
-    """Write the page from what was run; ``left`` models that are listed were not."""
+    """Write the page from the results; ``left`` is the number of listed models without any."""
     out = [
         "# Coverage",
         "",
-        "What `add_stochastic_depth` finds in the models of three libraries, and which of its "
-        "promises hold for each. Written by `benchmarks/zoo.py`, whose docstring says which models "
-        f"are taken. Versions: {_versions()}.",
-        "",
-        f"{len(rows)} of the {len(rows) + left} models that are listed were run.",
+        INTRODUCTION,
         "",
         _totals(rows),
+        "",
+        f"{len(rows)} of the {len(rows) + left} listed models were run. Versions: {_versions()}.",
+        "",
+        COLUMNS,
         "",
     ]
     titles = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers"}
@@ -412,7 +428,7 @@ def write_table(rows: dict[str, dict[str, Any]], path: Path, left: int = 0) -> N
             names = ", ".join(sorted(key.rpartition("/")[2] for key in plain))
             out += [
                 "",
-                f"No residual connection ({len(plain)}), refused with what was seen: {names}.",
+                f"No residual connection ({len(plain)}), so that an error is raised: {names}.",
             ]
         out.append("")
     path.write_text("\n".join(out))

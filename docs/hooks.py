@@ -1,7 +1,7 @@
-"""What is made whenever the pages are built: pictures of masks, and tables of measurements.
+"""Make the pictures of masks and the tables of measurements when the pages are built.
 
-Pictures for docs/methods are drawn by the code itself; tables for docs/speed.md come from the files
-in benchmarks/results.
+The layers themselves draw the pictures of docs/methods. The tables of docs/speed.md are made from
+the files in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = 20161009
 
 
 def _colour(value: float) -> str:
-    """White for 0, blue for 1, darker above; red below 0."""
+    """Return a colour: white for 0, blue for 1, darker above 1, red below 0."""
     if value < 0:
         light = round(255 * (1 - min(-value, 1.0)))
         return f"#ff{light:02x}{light:02x}"
@@ -37,7 +37,7 @@ def _colour(value: float) -> str:
 
 
 def _panel(values: Tensor, left: int, top: int, cell: int) -> list[str]:
-    """Rectangles for a matrix of factors: a run of equal values in a row is one of them."""
+    """Return rectangles for a matrix of factors, one for each run of equal values in a row."""
     shapes = []
     rows, columns = values.shape
     for r, row in enumerate(values.tolist()):
@@ -58,10 +58,10 @@ def _panel(values: Tensor, left: int, top: int, cell: int) -> list[str]:
 
 
 def _svg(panels: Sequence[tuple[str, Tensor]], caption: str, cell: int = CELL) -> str:
-    """Panels side by side, each with a label above it, and a caption for those who cannot see."""
+    """Return panels side by side, each with a label above it, and a caption for screen readers."""
     left, height, shapes = 1, 0, []
     for label, values in panels:
-        # As wide as its label too: letters of 11 pixels are about 6 wide.
+        # At least as wide as the label: letters of 11 pixels are about 6 pixels wide.
         width = max(values.shape[1] * cell, 6 * len(label))
         shapes.append(f'<text x="{left}" y="12">{label}</text>')
         shapes += _panel(values, left, 18, cell)
@@ -174,14 +174,14 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 
 def picture(name: str) -> str:
-    """The SVG of a method, the same every time. The caller's random numbers are left alone."""
+    """Return the SVG of a method, always the same, without changing the random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return PICTURES[name]()
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """What mkdocs calls before it builds: adds methods/NAME.svg for each picture."""
+    """Add methods/NAME.svg for each picture; mkdocs calls this before it builds."""
     from mkdocs.structure.files import File
 
     for name in PICTURES:
@@ -352,19 +352,19 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def with_tables(markdown: str, results: Path = RESULTS) -> str:
-    """The page with a table for each of its ``<!-- table: NAME -->``."""
+    """Return the page with a table for each of its ``<!-- table: NAME -->``."""
 
     def made(match: re.Match[str]) -> str:
         file, make = TABLES[match[1]]
         try:
             found = json.loads((results / file).read_text(encoding="utf-8"))
             return make(found)
-        except (FileNotFoundError, KeyError):  # there is no file, or not this part of it
+        except (FileNotFoundError, KeyError):  # no file, or a file without this part
             return f"Not measured yet: there are no such figures in benchmarks/results/{file}."
 
     return re.sub(r"<!-- table: (\w+) -->", made, markdown)
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """What mkdocs calls with each page: puts the tables in."""
+    """Insert the tables into a page; mkdocs calls this with each page."""
     return with_tables(markdown)

@@ -1,4 +1,4 @@
-"""The checks of tests/laws/hostile.py with ten thousand cases and more, all of them new each time.
+"""Run the checks of tests/laws/hostile.py with ten thousand new random cases and more.
 
 python benchmarks/soak/bad_input.py --cases 12000 --out runs/bad_input.json
 """

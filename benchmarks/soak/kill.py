@@ -1,10 +1,14 @@
 """Kill ``torchdrop compare`` with SIGKILL at random moments, and resume it.
 
-One comparison is left alone. Each of the others is killed at a random moment of its life and
-resumed to the end. Then, clock times aside, all figures have to be those of the first, bit for bit;
-what was finished at the kill has to be there afterwards with its very clock times, so it was not
-run again; results.json can be read at any moment; nobody else gets into the folder while the
-process lives, and anybody does once it is dead. Nothing but the results is left behind.
+One comparison runs undisturbed. Each of the others is killed at a random moment and resumed to the
+end. The script checks that
+
+* all figures, clock times aside, equal those of the first comparison bit for bit;
+* runs that were finished at the kill are still there with the same clock times, so that they were
+  not run again;
+* results.json can be read at any moment;
+* no other process can use the folder while the process lives, and any can once it is dead;
+* nothing but the results is left in the folder.
 
     python benchmarks/soak/kill.py --kills 20 --out runs/kill.json
 """
@@ -93,13 +97,14 @@ def one(out: Path, moment: float, whole: dict) -> dict:
         time.sleep(moment)
         begun = (out / ".lock").exists() and process.poll() is None
         content = content_of(out)
-        # One that has only made the lock's file may not hold it yet; one that is done let it go.
+        # A process that has only created the lock file may not hold the lock yet; a process
+        # that is done has released it.
         working = begun and content is not None and content["status"] == "partial"
         guarded = not working or refused(out) or process.poll() is not None
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    before = content_of(out)  # has to be readable
+    before = content_of(out)  # raises unless it can be read
     free = not refused(out) if out.exists() else True
     resumed = start(out, *(["--resume"] if before else []))
     _, errors = resumed.communicate()

@@ -1,15 +1,15 @@
-"""20,000 small training steps: memory flat, caches bounded, delivered rates as asked.
+"""Run 20,000 small training steps; check memory, sizes of caches, and the rates really dropped.
 
-A residual network is trained with rates that change at every step (they rise to their final value
-and fall again, a schedule over training), batches of varying size (a partial last one, as data
-loaders give, and sizes as bucketing by length gives) and varying length. Then
+A residual network is trained with rates that change in every step (a schedule over training: they
+rise and fall again), with batches of varying size (a partial last batch, as from a data loader, and
+the sizes of bucketing by length) and of varying length. The script checks
 
 * resident memory: the slope of a least-squares line over the second half of the run, in bytes a
-  step, has to be below ``--bound`` (64: a leak of one small tensor a step is 100 and more);
-* caches: what blocks read, dtypes, decisions and DropBlock's constants are counted all along, and
-  have to be as large after the run as after its first twentieth;
-* rates: of each branch, dropped rows minus asked, in standard deviations of the law of the sampler;
-  two-sided at alpha 1e-6 over all branches.
+  step, has to be below ``--bound`` (64; leaking one small tensor a step would give 100 and more);
+* caches: generated forwards, dtypes, decisions and DropBlock's constants are counted throughout,
+  and must not be larger after the run than after its first twentieth;
+* rates: for each branch, dropped rows minus expected ones, in standard deviations of the sampler's
+  distribution; two-sided at alpha 1e-6 over all branches.
 
     python benchmarks/soak/long_run.py --steps 20000 --out runs/long_run.json
 """
@@ -55,13 +55,13 @@ def network() -> nn.Module:
 
 
 def rate(step: int, steps: int) -> float:
-    """Up to .5 over the first half of training, down to .1 over the second."""
+    """Return the rate: up to .5 over the first half of training, down to .1 over the second."""
     progress = step / steps
     return 0.5 * 2 * progress if progress < 0.5 else 0.5 - 0.4 * (2 * progress - 1)
 
 
 def caches(model: nn.Module) -> dict[str, int]:
-    """How many things are remembered from call to call."""
+    """Return the sizes of everything that is kept from call to call."""
     sites = sites_of(model)
     found = {
         "programs": sum(len(s.train) + len(s.evaluate) for s in sites),
@@ -80,13 +80,13 @@ def caches(model: nn.Module) -> dict[str, int]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     file = Path("/proc/self/statm")  # Linux
     return int(file.read_text().split()[1]) * 4096 if file.exists() else 0
 
 
 def slope(points: list[tuple[int, int]]) -> float:
-    """Of the least-squares line."""
+    """Return the slope of the least-squares line."""
     n = len(points)
     x = sum(p[0] for p in points) / n
     y = sum(p[1] for p in points) / n
@@ -170,7 +170,7 @@ def main() -> int:
     for mode, sampling in (("row", "exact"), ("row", "independent"), ("batch", "exact")):
         found.append(run(options.steps, mode, sampling))
         print(json.dumps(found[-1]), flush=True)
-    # The twin: a run that keeps one small tensor a step has to be seen.
+    # The twin of the check: it has to notice a run that keeps one small tensor a step.
     leaking = run(options.steps // 4, "row", "exact", leak=[])
     seen = not sound(leaking, options.bound)
     print("leak of 256 bytes a step:", leaking["slope_bytes_a_step"], "seen" if seen else "MISSED")

@@ -1,9 +1,9 @@
-"""The whole matrix of ranks: each gradient against that of one process with the same rows.
+"""Compare each gradient on several ranks with that of one process on the same rows.
 
 ``python benchmarks/soak/ranks.py --out runs/ranks.json`` takes about half an hour.
-For 2 and 4 processes (gloo, CPU), DDP (``find_unused_parameters=False``) and FSDP2 (a shard a block
-and one at the root), both modes, local batches and rates: 200 steps each, in which no rank may wait
-in vain, lose a gradient, or end with other parameters than the others.
+Runs 200 steps for each combination of 2 and 4 processes (gloo, CPU), DDP
+(``find_unused_parameters=False``) and FSDP2 (one shard for each block and one at the root), mode,
+local batch and rate. No rank may hang, lose a gradient, or end with different parameters.
 """
 
 from __future__ import annotations

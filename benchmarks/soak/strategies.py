@@ -1,7 +1,7 @@
-"""Two processes on the CPU through the trainers that people use: who could run, and what came out.
+"""Train on two CPU processes with the trainers that people use, and report the result of each.
 
 ``python benchmarks/soak/strategies.py``. Local batch 1, p=.9: half of the steps drop every branch.
-Lightning's FSDPStrategy and Accelerate's FSDP want an accelerator; Lightning's
+Lightning's FSDPStrategy and Accelerate's FSDP need an accelerator and are not run; Lightning's
 ModelParallelStrategy is FSDP2 and runs here.
 """
 
