@@ -1,4 +1,7 @@
-"""Rates: what a legal one is, and the rules that spread one over depth. Plain floats, no torch."""
+"""Check a drop rate, and spread one over the depth of a network. Plain floats, no torch.
+
+To add a rule, write its function and add one entry to ``DEPTH_RULES``.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ __all__ = ["DEPTH_RULES", "check_rate", "linear", "linear_from_zero", "over_dept
 
 
 def check_rate(p: object, name: str = "p") -> float:
-    """Return ``p`` as a float, or say why it is no probability.
+    """Return ``p`` as a float, or raise an error if it is not a probability.
 
-    Any real number in [0, 1] is fine, the integers 0 and 1 and NumPy scalars too.
+    Any real number in [0, 1] is accepted, also the integers 0 and 1 and NumPy scalars.
 
     Raises:
-        TypeError: ``p`` is a bool, a string, a tensor or anything else that is not a real number.
+        TypeError: ``p`` is a bool, a string, a tensor or another object that is not a real number.
         ValueError: ``p`` is NaN or lies outside [0, 1].
     """
     if isinstance(p, bool) or not isinstance(p, Real):
@@ -36,9 +39,10 @@ def _check_depth(depth: int) -> None:
 
 
 def linear(p: float, depth: int) -> list[float]:
-    """The paper's linear decay: block l of L gets ``p * l / L``, l = 1..L.
+    """Let the rate grow linearly from the input, as in the paper: block l of L gets ``p * l / L``.
 
-    Huang et al. 2016, arXiv:1603.09382, equation (4), written for the drop probability.
+    For l = 1..L. Huang et al. 2016, arXiv:1603.09382, equation (4), written for the drop
+    probability.
     """
     rate = check_rate(p)
     _check_depth(depth)
@@ -46,7 +50,10 @@ def linear(p: float, depth: int) -> list[float]:
 
 
 def linear_from_zero(p: float, depth: int) -> list[float]:
-    """Timm's rule: block l of L gets ``p * (l - 1) / (L - 1)``; a lone block gets 0."""
+    """Let the rate grow linearly from 0, as in timm: block l of L gets ``p * (l - 1) / (L - 1)``.
+
+    For l = 1..L. A single block gets 0.
+    """
     rate = check_rate(p)
     _check_depth(depth)
     if depth == 1:
@@ -55,7 +62,7 @@ def linear_from_zero(p: float, depth: int) -> list[float]:
 
 
 def uniform(p: float, depth: int) -> list[float]:
-    """Every block gets ``p``."""
+    """Give every block the rate ``p``."""
     rate = check_rate(p)
     _check_depth(depth)
     return [rate] * depth
@@ -66,19 +73,22 @@ DEPTH_RULES: dict[str, Callable[[float, int], list[float]]] = {
     "linear_from_zero": linear_from_zero,
     "uniform": uniform,
 }
+"""The rules by name, for every argument ``schedule``. A rule maps (p, depth) to the rates of the
+blocks, the first block first. No rate is above ``p``, and none is below that of the block before.
+"""
 
 
 def over_depth(p: float, depth: int, schedule: str = "linear") -> list[float]:
-    """The rates of ``depth`` blocks under the rule named ``schedule``, the first block first.
+    """Return the rates of ``depth`` blocks by the rule ``schedule``, the first block first.
 
     Args:
-        p: The drop probability of the deepest block, in [0, 1].
+        p: The highest drop probability, that of the deepest block, in [0, 1].
         depth: The number of blocks L.
-        schedule: ``"linear"``, ``"linear_from_zero"`` or ``"uniform"``.
+        schedule: The name of a rule, a key of ``DEPTH_RULES``.
 
     Raises:
-        ValueError: ``schedule`` is none of these, or ``p`` or ``depth`` is out of range.
-        TypeError: ``p`` is no real number or ``depth`` no integer.
+        ValueError: ``schedule`` is not the name of a rule, or ``p`` or ``depth`` is out of range.
+        TypeError: ``p`` is not a real number, or ``depth`` is not an integer.
     """
     if not isinstance(schedule, str) or schedule not in DEPTH_RULES:
         raise ValueError(

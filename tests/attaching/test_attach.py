@@ -532,7 +532,7 @@ def test_the_rate_of_a_layer_that_was_taken_over_cannot_be_set() -> None:
 
     model = nn.Sequential(Layered(), Layered())
     torchdrop.add_stochastic_depth(model)
-    with pytest.raises(ValueError, match="has taken this layer over"):
+    with pytest.raises(ValueError, match="p of this layer cannot be set"):
         model[0].drop.p = 0.9
     assert model[0].drop.p == 0.1
     torchdrop.remove_stochastic_depth(model)

@@ -337,7 +337,7 @@ def test_a_sample_in_evaluation_and_without_an_image():
     assert layer(image, 3) == (image, 3)
     for bad in (None, [1.0], "x"):
         for module in (layer, Cutout(4), Cutout(4, p=0)):
-            with pytest.raises(TypeError, match=r"a sample that holds one, but got"):
+            with pytest.raises(TypeError, match=r"a sample that contains one, but got"):
                 module(bad)
 
 

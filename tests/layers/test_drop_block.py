@@ -25,7 +25,7 @@ RATES = [0.01, 0.1, 0.5, 0.9, 0.99]
 def either_way(request, monkeypatch):
     """Both ways of drawing: the gaps between seeds, and every place."""
     worth = 0 if request.param == "few" else 10**12
-    monkeypatch.setattr(module, "_WORTH_WRITING", worth)
+    monkeypatch.setattr(module, "_UNITS_WORTH_WRITING", worth)
     return request.param
 
 
@@ -98,11 +98,11 @@ def test_the_papers_gamma_is_newtons_first_step():
 
 def test_gamma_is_cached_and_the_cache_is_bounded():
     drop_block_gamma((11, 13), 3, 0.123)
-    hits = drop_block_gamma_module.law.cache_info().hits
+    hits = drop_block_gamma_module.seed_and_keep_probability.cache_info().hits
     drop_block_gamma((11, 13), 3, 0.123)
-    assert drop_block_gamma_module.law.cache_info().hits == hits + 1
-    assert drop_block_gamma_module.law.cache_info().maxsize is not None
-    assert drop_block_gamma_module._histogram.cache_info().maxsize is not None
+    assert drop_block_gamma_module.seed_and_keep_probability.cache_info().hits == hits + 1
+    assert drop_block_gamma_module.seed_and_keep_probability.cache_info().maxsize is not None
+    assert drop_block_gamma_module._cover_histogram.cache_info().maxsize is not None
 
 
 # The masks

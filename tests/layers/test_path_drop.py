@@ -281,7 +281,9 @@ def test_modules_may_change_the_shape_and_keep_channels_last():
     assert y.shape == (16, 8, 4, 4)
     assert y.is_contiguous(memory_format=torch.channels_last)
     other = PathDrop(0.5, [nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1)])
-    with pytest.raises(ValueError, match=r"give one shape, but Conv2d gave \(.*\) where another"):
+    with pytest.raises(
+        ValueError, match=r"tensors of one shape, but Conv2d returned \(.*\), where"
+    ):
         other(x, column=torch.arange(16) % 2)
 
 
@@ -402,7 +404,7 @@ def test_a_fractal_net_learns_and_every_column_is_a_network():
         (
             lambda x: path_drop((), 0.5),
             ValueError,
-            r"a join needs one input at least, but got none",
+            r"a join needs at least one input, but got none",
         ),
         (lambda x: path_drop((x, x[:1]), 0.5), ValueError, r"same shape, but got \(2, 3\), \(1, 3"),
         (lambda x: path_drop((x, 3), 0.5), TypeError, r"branches\[1\] has to be a tensor, but got"),
@@ -413,7 +415,7 @@ def test_a_fractal_net_learns_and_every_column_is_a_network():
             r"shape \(1,\) or \(2,\), as path_drop_column returns it, but got \(3,\)",
         ),
         (lambda x: PathDrop(0.5, [abs]), TypeError, r"branches have to be nn\.Modules, but got"),
-        (lambda x: PathDrop(0.5, []), ValueError, r"a join needs one branch at least, but got"),
+        (lambda x: PathDrop(0.5, []), ValueError, r"a join needs at least one branch, but got"),
         (lambda x: PathDrop(0.5, [nn.Identity()], columns=(1, 2)), ValueError, r"the 1 inputs"),
         (lambda x: PathDrop(0.5, [nn.ReLU()])(x, x), TypeError, r"takes one tensor, but got 2"),
         (

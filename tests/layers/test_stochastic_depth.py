@@ -274,7 +274,7 @@ def test_a_module_that_overwrites_its_input_is_refused(mode, decide):
     module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6))
     decide(True if mode == "batch" else [0, 2])
     layer = StochasticDepth(module, 0.5, mode=mode)
-    with pytest.raises(RuntimeError, match=r"Sequential changes its input in place.*=False"):
+    with pytest.raises(RuntimeError, match=r"Sequential changed it in place.*=False"):
         layer(torch.randn(4, 6))
     unscaled = StochasticDepth(module, 0.5, scale="none").eval()  # needs no skip beside it
     unscaled(torch.randn(4, 6))
@@ -351,7 +351,7 @@ def test_more_arguments_are_passed_on(x, block, decide):
     decide([2])
     assert torch.equal(by_row(x, 2.0)[2:3], block(x[2:3], 2.0))
     for extra in (shift, [shift], {"a": (shift,)}):
-        with pytest.raises(ValueError, match=r"mode='row' takes one tensor.*mode='batch'"):
+        with pytest.raises(ValueError, match=r"mode='row' the module takes one tensor.*mode='batch'"):
             by_row(x, 1.0, shift=extra)
     assert torch.equal(by_row.eval()(x, shift=shift), block(x, shift=shift))
 
@@ -415,9 +415,9 @@ def test_the_look_at_shapes_touches_nothing():
 
 def test_the_look_at_shapes_happens_once_for_each_shape(monkeypatch):
     looked = []
-    shape_of = stochastic_depth._output_shape
+    shape_of = stochastic_depth._output_shape_of
     monkeypatch.setattr(
-        stochastic_depth, "_output_shape", lambda *a: looked.append(a) or shape_of(*a)
+        stochastic_depth, "_output_shape_of", lambda *a: looked.append(a) or shape_of(*a)
     )
     layer = StochasticDepth(nn.Conv2d(4, 8, 1), 0.5, nn.Conv2d(4, 8, 1)).eval()
     for batch in (1, 2, 3):
@@ -740,7 +740,7 @@ def test_drop_path_forwards_its_arguments():
         (
             lambda: StochasticDepth(STRIDED, 0.1, scale="test"),
             ValueError,
-            r"scale has to be 'train', 'eval' or 'none', but got 'test'",
+            r"scale has to be one of 'train', 'eval', 'none', but got 'test'",
         ),
         (
             lambda: StochasticDepth(STRIDED, 0.1, "clone"),
@@ -755,7 +755,7 @@ def test_drop_path_forwards_its_arguments():
         (
             lambda: StochasticDepth(nn.LSTM(6, 6), 0.0)(torch.randn(2, 3, 6)),
             TypeError,
-            r"needs a module that returns a tensor, but LSTM returned tuple",
+            r"has to return a tensor, but LSTM returned tuple",
         ),
         (
             lambda: StochasticDepth(STRIDED, 0.0)(torch.ones(2, dtype=torch.int64)),

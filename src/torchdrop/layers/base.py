@@ -1,4 +1,4 @@
-"""What all layers with a rate have in common: checked when it is set, one node for torch.fx."""
+"""The base classes of the layers, and their call as a single node under torch.fx."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ __all__ = ["LayerWithCheckedProperties", "LayerWithRate", "fx_node_of_call"]
 
 
 class LayerWithCheckedProperties(nn.Module):
-    """A module whose properties check what they are set to, whatever that is."""
+    """A module whose properties are set by their own setters, which check the value.
+
+    nn.Module would register a Parameter or a submodule under the name of the property instead.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
-            object.__setattr__(self, name, value)  # nn.Module would register a Parameter
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
 
 class LayerWithRate(LayerWithCheckedProperties):
-    """A module with a drop probability that may be changed at any time and is checked when it is.
+    """A module with a drop probability ``p``, which can be set at any time and is checked then.
 
-    The rate is a plain float. Under torch.compile it turns into a symbol the second time it
-    changes, provided that nothing in the graph asks for its value beyond p = 0 and p = 1.
+    The rate is a plain float. torch.compile makes it a symbol of the graph when it changes for the
+    first time, and then compiles no more, as long as the forward compares it with 0 and 1 only.
     """
 
     _p: float
@@ -40,8 +43,8 @@ class LayerWithRate(LayerWithCheckedProperties):
         rate = check_rate(value)
         if getattr(self.__dict__.get("forward"), "takes_over", False):
             raise ValueError(
-                "stochastic depth has taken this layer over and does not follow its p any more; "
-                "use torchdrop.get_plan(model).set_p(...)"
+                "p of this layer cannot be set, because add_stochastic_depth has replaced the "
+                "layer; set its rate with torchdrop.get_plan(model).set_p(...)"
             )
         self._p = rate
 
@@ -49,9 +52,10 @@ class LayerWithRate(LayerWithCheckedProperties):
 def fx_node_of_call(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """While torch.fx traces a parent of ``module``: the call of it as one node.
+    """Return the call of ``module`` as one node while torch.fx traces a parent, else None.
 
-    Traced through, the drop of the moment would be baked in and would stay after ``eval()``.
+    If torch.fx traced the forward of the layer instead, the graph would keep the training mode of
+    the moment of tracing, and ``eval()`` would have no effect on it.
     """
     proxy = next((a for a in args if isinstance(a, fx.Proxy)), None)
     if proxy is None:

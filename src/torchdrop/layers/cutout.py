@@ -1,4 +1,4 @@
-"""Cutout: holes in images, every sample its own, in a few passes over the whole batch."""
+"""Cutout: cut rectangular holes into images, different ones into each sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_choice, check_generator
+from torchdrop.internals import tree_flatten, tree_unflatten
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.cutout_boxes import PLACES, check_count, check_size, cutout_boxes
 from torchdrop.layers.draws import draw_noise, in_memory_format_of, random_integers
@@ -21,11 +22,11 @@ __all__ = ["Cutout", "cutout"]
 
 
 def check_fill(fill: Any) -> None:
-    """Refuse what is neither a number, nor numbers for the channels, nor "mean" or "noise".
+    """Raise unless ``fill`` is a number, a sequence of numbers, "mean" or "noise".
 
     Raises:
-        TypeError: It is something else.
-        ValueError: It is another string.
+        TypeError: ``fill`` is of another type.
+        ValueError: ``fill`` is another string.
     """
     if isinstance(fill, str):
         check_choice(fill, ("mean", "noise"), "fill")
@@ -33,12 +34,13 @@ def check_fill(fill: Any) -> None:
     values = fill if isinstance(fill, (tuple, list)) else (fill,)
     if not values or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
         raise TypeError(
-            f"fill has to be a number, one number a channel, 'mean' or 'noise', but got {fill!r}"
+            "fill has to be a number, one number for each channel, 'mean' or 'noise', "
+            f"but got {fill!r}"
         )
 
 
 def _holes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Where the boxes of each sample lie: (samples, height, width)."""
+    """Return the mask of the pixels inside the boxes of each sample: (samples, height, width)."""
     y = torch.arange(height, device=boxes.device)
     x = torch.arange(width, device=boxes.device)
     inside: Tensor | None = None
@@ -48,13 +50,13 @@ def _holes(boxes: Tensor, height: int, width: int) -> Tensor:
         columns = (x >= left) & (x < right)
         hole = rows.unsqueeze(-1) & columns.unsqueeze(-2)
         inside = hole if inside is None else inside | hole
-    if inside is None:  # no box at all
+    if inside is None:  # there are no boxes
         return boxes.new_zeros((*boxes.shape[:-2], height, width), dtype=torch.bool)
     return inside
 
 
-def _filling(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor | float:
-    """What stands in the holes, in a shape that broadcasts against ``x`` (..., C, H, W)."""
+def _fill_values(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor | float:
+    """Return the values for the holes, in a shape that broadcasts to ``x`` (..., C, H, W)."""
     if fill == "mean":
         mean = x.mean((-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         return (mean if x.is_floating_point() else mean.round()).to(x.dtype)
@@ -74,6 +76,29 @@ def _filling(x: Tensor, fill: Any, generator: torch.Generator | None) -> Tensor 
     return fill  # type: ignore[no-any-return]
 
 
+def _check_images_and_boxes(x: object, boxes: object) -> None:
+    """Raise unless ``x`` is one image or a batch, and ``boxes`` None or boxes for it."""
+    if boxes is not None and not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes has to be a tensor, but got {type(boxes).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input has to be a tensor, but got {type(x).__name__}")
+    if x.dtype == torch.bool or x.is_complex():
+        raise TypeError(f"input has to be a floating-point or integer tensor, but got {x.dtype}")
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            "input has to have 3 dimensions (channels, height, width) or 4 (batch, channels, "
+            f"height, width), but got {x.dim()}"
+        )
+    batch = x.shape[:-3]
+    if boxes is not None and (
+        boxes.dim() != x.dim() - 1 or boxes.shape[:-2] != batch or boxes.shape[-1] != 4
+    ):
+        raise ValueError(
+            f"boxes has to have the shape {(*batch, 'holes', 4)} for an input of shape "
+            f"{tuple(x.shape)}, but got {tuple(boxes.shape)}"
+        )
+
+
 def cutout(
     x: Tensor,
     size: Any,
@@ -87,41 +112,43 @@ def cutout(
     return_boxes: bool = False,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """Cut rectangular holes into images, every sample its own.
+    """Cut rectangular holes into images, different ones into each sample.
 
-    With the centre (cy, cx) of each hole uniform over the pixels of the image, and (h, w) its
-    size, what is replaced by ``fill`` are the rows and columns::
+    The centre (cy, cx) of a hole is uniform over the pixels of the image. With (h, w) the size of
+    the hole, ``fill`` replaces the rows and columns::
 
         cy - h // 2, ..., cy - h // 2 + h - 1        cx - w // 2, ..., cx - w // 2 + w - 1
 
-    as far as they lie in the image: exactly h x w pixels where it fits, odd or even. Nothing is
-    scaled. Cut values are selected away, and get no gradient.
+    as far as they lie in the image. A hole that fits has exactly h x w pixels, for odd and even
+    sizes. The other pixels are not scaled. Pixels that are cut get no gradient.
 
     Args:
         x: One image (channels, height, width) or a batch (batch, channels, height, width), of any
             floating-point dtype, or of integers (uint8). Its memory format is kept.
-        size: Of a hole: an integer is pixels, a float a fraction of each side; or a pair
+        size: The size of a hole: an integer (pixels), a float (a fraction of each side), or a pair
             (height, width) of these.
-        holes: How many holes a sample gets. They may overlap.
-        p: The probability that a sample is cut at all, in [0, 1].
-        training: False returns ``x`` itself. So does ``p=0``.
-        place: ``"clipped"``: holes may reach over the border, where they are cut off (the paper).
-            ``"inside"``: they lie within the image, a hole larger than it covers it.
-        fill: A number, one number a channel, ``"mean"`` (of each sample's channel) or ``"noise"``
-            (standard normal; all values alike for integers). In the units of ``x``.
-        boxes: Cut these (:func:`cutout_boxes`) instead of drawing: (batch, holes, 4), or
+        holes: The number of holes of each sample. They may overlap.
+        p: The probability that a sample gets its holes, in [0, 1].
+        training: If False, or if ``p=0``, ``x`` itself is returned.
+        place: ``"clipped"``: holes may reach over the border of the image, which clips them (the
+            paper). ``"inside"``: they lie within the image; a hole larger than the image covers it.
+        fill: A number, one number for each channel, ``"mean"`` (of each channel of the sample) or
+            ``"noise"`` (standard normal; uniform over all values for integers), in the units of
+            ``x``.
+        boxes: Boxes to cut instead of random ones (:func:`cutout_boxes`): (batch, holes, 4), or
             (holes, 4) for one image. ``size``, ``holes``, ``p`` and ``place`` are then not used.
-        return_boxes: Return ``(result, boxes)``, to replay the same holes elsewhere.
-        generator: Draws the holes and noise, on the device of ``x``. Eager mode only.
+        return_boxes: Whether to return ``(result, boxes)``, so that the same holes can be cut
+            elsewhere.
+        generator: Draws the holes and the noise, on the device of ``x``. Eager mode only.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``; with ``return_boxes`` also the boxes.
 
     Raises:
-        TypeError: ``x`` is no tensor or one of bools or complex numbers; ``size``, ``holes``,
-            ``p`` or ``fill`` is none of the above.
+        TypeError: ``x`` is not a tensor, or its dtype is bool or complex; or ``size``, ``holes``,
+            ``p`` or ``fill`` is of another type than above.
         ValueError: ``x`` is neither 3-d nor 4-d; ``size``, ``holes``, ``p`` or ``place`` is out of
-            range; ``fill`` has another number of channels, or ``boxes`` another shape.
+            range; ``fill`` is for another number of channels, or ``boxes`` has another shape.
 
     Reference:
         DeVries & Taylor 2017, Improved Regularization of Convolutional Neural Networks with
@@ -148,28 +175,11 @@ def cutout(
     check_choice(place, PLACES, "place")
     check_fill(fill)
     check_generator(generator)
-    if boxes is not None and not isinstance(boxes, Tensor):
-        raise TypeError(f"boxes has to be a tensor, but got {type(boxes).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input has to be a tensor, but got {type(x).__name__}")
-    if x.dtype == torch.bool or x.is_complex():
-        raise TypeError(f"input has to be a floating-point or integer tensor, but got {x.dtype}")
-    if x.dim() not in (3, 4):
-        raise ValueError(
-            "input has to have 3 dimensions (channels, height, width) or 4 (batch, channels, "
-            f"height, width), but got {x.dim()}"
-        )
+    _check_images_and_boxes(x, boxes)
     batch, height, width = x.shape[:-3], x.shape[-2], x.shape[-1]
-    if boxes is not None and (
-        boxes.dim() != x.dim() - 1 or boxes.shape[:-2] != batch or boxes.shape[-1] != 4
-    ):
-        raise ValueError(
-            f"boxes has to have the shape {(*batch, 'holes', 4)} for an input of shape "
-            f"{tuple(x.shape)}, but got {tuple(boxes.shape)}"
-        )
     if not training or (boxes is None and rate == 0.0):
-        none = torch.zeros((*batch, holes, 4), dtype=torch.int64, device=x.device)
-        return (x, none) if return_boxes else x
+        no_boxes = torch.zeros((*batch, holes, 4), dtype=torch.int64, device=x.device)
+        return (x, no_boxes) if return_boxes else x
     if boxes is None:
         samples = x.shape[0] if batch else 1
         boxes = cutout_boxes(
@@ -179,16 +189,18 @@ def cutout(
         if not batch:
             boxes = boxes[0]
     inside = _holes(boxes.to(x.device), height, width).unsqueeze(-3)
-    out = torch.where(in_memory_format_of(x, inside), _filling(x, fill, generator), x).to(x.dtype)
+    out = torch.where(in_memory_format_of(x, inside), _fill_values(x, fill, generator), x).to(
+        x.dtype
+    )
     return (out, boxes) if return_boxes else out
 
 
-# Samples of torchvision.transforms.v2. Neither it nor PIL is imported: whoever passes an image of
-# theirs has imported them.
+# Samples as torchvision.transforms.v2 passes them. PIL and torchvision are looked up among the
+# imported modules and never imported here: an image of theirs cannot exist before they are.
 
 
-def _kind(leaf: object) -> str | None:
-    """What an item of a sample is: "pil", "video", "image", "tensor", or None for all others."""
+def _image_kind(leaf: object) -> str | None:
+    """Return "pil", "video", "image" or "tensor", or None for an item that is not an image."""
     pil, tv = sys.modules.get("PIL.Image"), sys.modules.get("torchvision.tv_tensors")
     if pil is not None and isinstance(leaf, pil.Image):
         return "pil"
@@ -200,7 +212,7 @@ def _kind(leaf: object) -> str | None:
 
 
 def _cut_pil(image: Any, boxes: Tensor, fill: Any) -> Any:
-    """A copy of a PIL image with holes, in its own mode."""
+    """Return a copy of a PIL image with holes, in the mode of the image."""
     from PIL import Image, ImageStat
 
     bands = len(image.getbands())
@@ -213,7 +225,7 @@ def _cut_pil(image: Any, boxes: Tensor, fill: Any) -> Any:
         patch = Image.frombytes(image.mode, image.size, noise)
     else:
         given = fill
-        if fill == "mean" and image.mode in ("F", "I"):  # ImageStat counts 256 levels
+        if fill == "mean" and image.mode in ("F", "I"):  # ImageStat knows 8-bit images
             given = image.convert("F").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
         elif fill == "mean":
             given = ImageStat.Stat(image).mean
@@ -234,14 +246,14 @@ def _cut_pil(image: Any, boxes: Tensor, fill: Any) -> Any:
 
 
 def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
-    """The leaves of a sample, for each what image it is or None, and the sample's structure.
+    """Flatten a sample: return its leaves, the kind of image of each or None, and the structure.
 
     Raises:
-        TypeError: There is no image.
-        ValueError: A tensor has fewer than three dimensions.
+        TypeError: The sample does not contain an image.
+        ValueError: An image tensor has fewer than three dimensions.
     """
-    leaves, structure = torch.utils._pytree.tree_flatten(sample)
-    kinds = [_kind(leaf) for leaf in leaves]
+    leaves, structure = tree_flatten(sample)
+    kinds = [_image_kind(leaf) for leaf in leaves]
     if any(kind in ("pil", "image", "video") for kind in kinds):
         kinds = [None if kind == "tensor" else kind for kind in kinds]
     else:
@@ -249,7 +261,7 @@ def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
         kinds = [kind if i == first else None for i, kind in enumerate(kinds)]
     if not any(kinds):
         raise TypeError(
-            f"input has to be a tensor, a PIL image, or a sample that holds one, "
+            "input has to be a tensor, a PIL image, or a sample that contains one, "
             f"but got {type(sample).__name__}"
         )
     for leaf, kind in zip(leaves, kinds, strict=True):
@@ -262,15 +274,15 @@ def check_sample(sample: Any) -> tuple[list[Any], list[str | None], Any]:
 
 
 def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill: Any) -> Any:
-    """:func:`cutout` of the images in a sample: nested lists, tuples and dicts.
+    """Apply :func:`cutout` to the images in a sample of nested lists, tuples and dicts.
 
     As in torchvision.transforms.v2, images are PIL images, tv_tensors.Image and tv_tensors.Video
-    (all frames have the same holes); only where there is none is the first plain tensor one.
-    Images of one size have the same holes. Everything else comes back as it is.
+    (whose frames share their holes). If there are none, the first plain tensor is the image.
+    Images of the same size get the same holes. Other items are returned unchanged.
 
     Raises:
-        TypeError: There is no image.
-        ValueError: A tensor has fewer than three dimensions.
+        TypeError: The sample does not contain an image.
+        ValueError: An image tensor has fewer than three dimensions.
     """
     leaves, kinds, structure = check_sample(sample)
     drawn: dict[tuple[int, int, int], Tensor] = {}
@@ -281,7 +293,7 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
         if kind == "pil":
             samples, height, width, device = 1, leaf.height, leaf.width, torch.device("cpu")
         else:
-            # A clip is one sample: (frames, C, H, W), or a batch of clips with one dimension more.
+            # A video is one sample of shape (frames, C, H, W); a batch of them is 5-d.
             batch = x.shape[: -4 if kind == "video" else -3]
             samples, device = (batch[0] if batch else 1), x.device
             height, width = x.shape[-2:]
@@ -300,52 +312,52 @@ def cut_sample(sample: Any, size: Any, holes: int, p: float, *, place: str, fill
             out = cutout(frames, size, fill=fill, boxes=each).view(x.shape)
         else:
             out = cutout(x, size, fill=fill, boxes=boxes if x.dim() == 4 else boxes[0])
-        leaves[i] = out if kind == "tensor" else _wrapped(out, leaf)
-    return torch.utils._pytree.tree_unflatten(leaves, structure)
+        leaves[i] = out if kind == "tensor" else _as_tv_tensor(out, leaf)
+    return tree_unflatten(leaves, structure)
 
 
-def _wrapped(x: Tensor, like: Tensor) -> Tensor:
+def _as_tv_tensor(x: Tensor, like: Tensor) -> Tensor:
     wrapped: Tensor = sys.modules["torchvision.tv_tensors"].wrap(x, like=like)
     return wrapped
 
 
 class Cutout(LayerWithRate):
-    """Cuts rectangular holes into images, every sample its own.
+    """Cut rectangular holes into images, different ones into each sample.
 
-    With the centre (cy, cx) of each hole uniform over the image, these rows and columns, as far as
-    they lie in it, are replaced by ``fill`` in training::
+    The centre (cy, cx) of a hole is uniform over the image. In training, ``fill`` replaces these
+    rows and columns, as far as they lie in the image::
 
         cy - h // 2, ..., cy - h // 2 + h - 1        cx - w // 2, ..., cx - w // 2 + w - 1
 
-    In evaluation, and with p = 0, the input comes back as it is. Works on a batch on any device,
-    and as a transform among those of torchvision.transforms.v2: on PIL images, tensors and
-    tv_tensors.Image, alone or in a sample, whose labels, boxes and masks are left alone. There,
+    In evaluation, and with p = 0, the input is returned. The layer works on batches, on any
+    device, and as one of the transforms of torchvision.transforms.v2: on PIL images, tensors and
+    tv_tensors.Image, alone or in a sample. Labels, boxes and masks of a sample are not changed.
     ``fill`` is in the units of the image (0 to 255 for PIL and uint8)::
 
         >>> train = v2.Compose([v2.RandomHorizontalFlip(), Cutout(16)])
         >>> image, label = train(image, label)
 
-    Random numbers are torch's own, on the device of the images: not NumPy's, which the workers of
-    a loader share.
+    Holes are drawn from torch's random numbers, on the device of the images. (NumPy's would be the
+    same in every worker of a DataLoader.)
 
     Args:
-        size: Of a hole: an integer is pixels, a float a fraction of each side; or a pair
+        size: The size of a hole: an integer (pixels), a float (a fraction of each side), or a pair
             (height, width) of these.
-        holes: How many holes a sample gets.
-        p: The probability that a sample is cut at all, in [0, 1].
-        place: ``"clipped"``: holes reach over the border and are cut off there (the paper).
-            ``"inside"``: they lie within the image.
-        fill: A number, one number a channel, ``"mean"`` or ``"noise"``
-            (:func:`torchdrop.functional.cutout`, which also replays holes).
+        holes: The number of holes of each sample.
+        p: The probability that a sample gets its holes, in [0, 1].
+        place: ``"clipped"``: holes may reach over the border of the image, which clips them (the
+            paper). ``"inside"``: they lie within the image.
+        fill: A number, one number for each channel, ``"mean"`` or ``"noise"``
+            (:func:`torchdrop.functional.cutout`, which can also cut given boxes).
 
     Shape:
         (channels, height, width) or (batch, channels, height, width); the output has the shape,
         dtype and memory format of the input.
 
     Raises:
-        TypeError: ``size``, ``holes``, ``p`` or ``fill`` is none of these.
-        ValueError: One of them is out of range, or ``place`` unknown. When called, also as
-            :func:`torchdrop.functional.cutout`.
+        TypeError: ``size``, ``holes``, ``p`` or ``fill`` is of another type than above.
+        ValueError: One of them is out of range, or ``place`` is unknown. A call can also raise the
+            errors of :func:`torchdrop.functional.cutout`.
 
     Reference:
         DeVries & Taylor 2017, Improved Regularization of Convolutional Neural Networks with
@@ -372,7 +384,7 @@ class Cutout(LayerWithRate):
         self.fill = fill
 
     def forward(self, *sample: Any) -> Any:
-        """Return an image, a batch or a sample with holes; the very object in evaluation."""
+        """Return an image, a batch or a sample with holes, or the input itself in evaluation."""
         node = fx_node_of_call(self, sample, {})
         if node is not None:
             return node
@@ -387,7 +399,7 @@ class Cutout(LayerWithRate):
         return cut_sample(x, self.size, self.holes, self.p, place=self.place, fill=self.fill)
 
     def extra_repr(self) -> str:
-        """The size, the number of holes, p, and the rules that differ from their defaults."""
+        """Return the size, the number of holes, p, and what differs from the defaults."""
         text = f"size={self.size}, holes={self.holes}, p={self.p}"
         if self.place != "clipped":
             text += f", place={self.place!r}"

@@ -1,4 +1,4 @@
-"""The holes of Cutout: their sizes, and where they lie."""
+"""The holes of Cutout: check their size and number, and draw their boxes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torchdrop.checks import check_choice, check_generator, check_whole
 from torchdrop.layers.draws import keep_mask, random_integers
 from torchdrop.schedules import check_rate
 
-__all__ = ["PLACES", "check_count", "check_size", "cutout_boxes"]
+__all__ = ["cutout_boxes"]
 
 PLACES = ("clipped", "inside")
 
 
 def check_size(size: Any) -> tuple[int | float, int | float]:
-    """Return height and width of a hole, each in pixels (int) or as a fraction (float).
+    """Return the height and width of a hole, each in pixels (int) or as a fraction (float).
 
     Raises:
-        TypeError: ``size`` is no number and no pair of them.
-        ValueError: A number of pixels is below 1, or a fraction not in (0, 1].
+        TypeError: ``size`` is neither a number nor a pair of numbers.
+        ValueError: A number of pixels is below 1, or a fraction is not in (0, 1].
     """
     sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     numbers = all(isinstance(s, Real) and not isinstance(s, bool) for s in sizes)
@@ -46,18 +46,14 @@ def check_count(holes: object) -> int:
     """Return the number of holes.
 
     Raises:
-        TypeError: ``holes`` is no integer.
-        ValueError: It is below 1.
+        TypeError: ``holes`` is not an integer.
+        ValueError: ``holes`` is below 1.
     """
-    if isinstance(holes, bool) or not isinstance(holes, int):
-        raise TypeError(f"holes has to be an integer, but got {holes!r}")
-    if holes < 1:
-        raise ValueError(f"holes has to be 1 or more, but got {holes}")
-    return holes
+    return check_whole(holes, "holes", 1)
 
 
 def _pixels(size: int | float, side: int) -> int:
-    """The length of a hole along a side; a fraction is rounded to the nearest pixel, at least 1."""
+    """Return the length of a hole along a side, in pixels: a fraction is rounded, to at least 1."""
     if isinstance(size, int):
         return size
     return max(1, int(size * side + 0.5))
@@ -75,16 +71,28 @@ def cutout_boxes(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw the holes of a batch of images, for :func:`cutout`'s ``boxes``.
+    """Draw the holes of a batch of images, for the argument ``boxes`` of :func:`cutout`.
+
+    Args:
+        samples: The number of images.
+        height: The height of the images, in pixels.
+        width: The width of the images, in pixels.
+        size: The size of a hole, as in :func:`cutout`.
+        holes: The number of holes of each image.
+        p: The probability that an image gets its holes, in [0, 1].
+        place: ``"clipped"`` or ``"inside"``, as in :func:`cutout`.
+        device: The device of the result.
+        generator: The generator to draw from, on ``device``. Eager mode only.
 
     Returns:
-        An int64 tensor (samples, holes, 4) of left, top, right, bottom, as torchvision's boxes
+        An int64 tensor (samples, holes, 4) of left, top, right and bottom, as torchvision's boxes
         ("XYXY"): columns left to right - 1 and rows top to bottom - 1 are cut. Boxes lie within
-        the image; those of a sample that is left whole are all zero, and cut nothing.
+        the image. The boxes of an image without holes are zero, and cut nothing.
 
     Raises:
-        TypeError: ``size`` is no number or pair of them, ``holes`` no integer, ``p`` no number.
-        ValueError: One of them is out of range, or ``place`` unknown.
+        TypeError: ``size`` is neither a number nor a pair of numbers, ``holes`` is not an integer,
+            or ``p`` is not a real number.
+        ValueError: One of them is out of range, or ``place`` is unknown.
     """
     tall, wide = check_size(size)
     check_count(holes)
@@ -99,8 +107,8 @@ def cutout_boxes(
             length = min(length, side)
             first = random_integers(side - length + 1, (samples, holes), device, generator)
         else:
-            # The centre lies in the image; of an even hole, it is the pixel after the middle.
-            # (An image without pixels has no centre either.)
+            # The centre lies in the image. For an even length it is the pixel after the middle.
+            # max: an image without pixels has no centre, but randint needs at least one value.
             first = random_integers(max(side, 1), (samples, holes), device, generator) - length // 2
         ends.append((first.clamp(min=0), (first + length).clamp(max=side)))
     (left, right), (top, bottom) = ends

@@ -1,4 +1,4 @@
-"""Draw the random masks and noise of the layers that multiply, on the device of the activation."""
+"""Random masks and noise for the layers, drawn on the device of the activation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from torchdrop.internals import (
+    count_dispatch_modes,
+    functorch_transforms_active,
+    is_legacy_batched_tensor,
+)
+
 __all__ = [
+    "along_dim",
     "can_read_on_host",
+    "divisor_of_kept",
     "draw_noise",
     "in_memory_format_of",
     "keep_mask",
     "multiply_and_round_once",
     "random_hit_indices",
     "random_integers",
+    "shape_of_decisions",
     "under_transform",
 ]
 
@@ -27,13 +36,14 @@ def keep_mask(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A boolean mask, True with probability ``1 - p`` independently in each place.
+    """Return a boolean mask whose elements are True with probability ``1 - p``, independently.
 
-    The uniform numbers are float32 whatever the activation is, so the rate does not depend on the
-    dtype of the activation: P(True) is ``1 - p`` to within 2**-24.
+    The uniform numbers are always float32, so the rate does not depend on the dtype of the
+    activation: P(True) is ``1 - p`` to within 2**-24.
     """
-    # rand is in [0, 1): p=0 keeps everything, p=1 nothing. bernoulli_ fails under vmap, rand works.
-    if generator is None:  # the overload that takes one refuses symbolic sizes under compile
+    # torch.rand gives numbers in [0, 1): p=0 keeps everything, and p=1 keeps nothing.
+    # torch.rand works under vmap, where Tensor.bernoulli_ fails.
+    if generator is None:  # under torch.compile, passing a generator fails for symbolic sizes
         return torch.rand(shape, device=device, dtype=torch.float32) >= p
     return torch.rand(shape, device=device, dtype=torch.float32, generator=generator) >= p
 
@@ -44,7 +54,10 @@ def draw_noise(
     generator: torch.Generator | None = None,
     shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Numbers for the elements of ``x``, float64 for float64 and float32 for any other dtype."""
+    """Return random numbers of the shape of ``x``, or of ``shape``, on the device of ``x``.
+
+    They are float64 where ``x`` is float64, and float32 for any other dtype.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     size = x.shape if shape is None else shape
     if generator is None:  # see keep_mask
@@ -58,46 +71,52 @@ def random_integers(
     device: torch.device | None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Integers from 0 to ``end - 1``, uniform."""
+    """Return uniform random integers from 0 to ``end - 1``."""
     if generator is None:  # see keep_mask
         return torch.randint(end, shape, device=device)
     return torch.randint(end, shape, device=device, generator=generator)
 
 
 def under_transform() -> bool:
-    """Whether something other than plain eager autograd looks on.
+    """Whether a compiler, a torch.func transform or a dispatch mode is active.
 
-    A compiler, vmap and its like, or a dispatch mode (fake tensors, make_fx) would not survive, or
-    would not see, that random numbers are read on the host.
+    Under one of them, random numbers must not be read on the host: torch.compile and vmap would
+    fail, and dispatch modes (fake tensors, make_fx) would record the decisions as constants.
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or functorch_transforms_active()
+        or count_dispatch_modes() > 0
     )
 
 
 def can_read_on_host(x: Tensor) -> bool:
-    """Whether what is drawn for ``x`` may be read on the host, and costs no waiting there."""
+    """Whether a mask drawn on the device of ``x`` can be read on the host without waiting.
+
+    That is so for plain CPU tensors, when no compiler, transform or dispatch mode is active.
+    """
     return (
         x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not under_transform()
-        and not _batched_the_old_way(x)
+        and not _is_legacy_batched(x)
     )
 
 
-def _batched_the_old_way(x: Tensor) -> bool:
-    """Whether autograd.grad(is_grads_batched=True) is at work."""
+def _is_legacy_batched(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor batched by autograd.grad(is_grads_batched=True)."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+    return is_legacy_batched_tensor(x)
 
 
 def in_memory_format_of(x: Tensor, drawn: Tensor) -> Tensor:
-    """What was drawn for ``x``, in its memory format, so that what is computed from both has it."""
-    if torch._C._are_functorch_transforms_active() or _batched_the_old_way(x):
-        return drawn  # a batched tensor does not tell its format
+    """Return ``drawn`` in the memory format of ``x``.
+
+    An elementwise operation on both then gives a result in the memory format of ``x``.
+    """
+    if functorch_transforms_active() or _is_legacy_batched(x):
+        return drawn  # a batched tensor does not report its memory format
     for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
             return drawn.contiguous(memory_format=memory_format)
@@ -105,11 +124,11 @@ def in_memory_format_of(x: Tensor, drawn: Tensor) -> Tensor:
 
 
 def random_hit_indices(total: int, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """The ascending indices, on the host, of the places among ``total`` that are hit.
+    """Return, on the host and in ascending order, the indices below ``total`` that are hit.
 
-    Each is hit with probability ``p``, independently. Only the gaps between hits are drawn, which
-    are geometric: for small ``p`` that costs a fraction of one number a place. They are float64, so
-    that small rates are exact too.
+    Each index is hit with probability ``p``, independently. Only the gaps between hits, which are
+    geometrically distributed, are drawn: a small ``p`` takes far fewer random numbers than one for
+    each index. The numbers are float64, so that small rates are exact too.
     """
     if p >= 1.0:
         return torch.arange(total, device="cpu")
@@ -117,7 +136,7 @@ def random_hit_indices(total: int, p: float, generator: torch.Generator | None =
     reached = -1.0
     while reached < total:
         rest = (total - reached) * p
-        draws = int(rest + 6.0 * math.sqrt(rest)) + 8  # seldom too few; then once more
+        draws = int(rest + 6.0 * math.sqrt(rest)) + 8  # rarely too few: the loop draws the rest
         gap = torch.rand(draws, generator=generator, dtype=torch.float64, device="cpu")
         # 1 - rand is in (0, 1], and P(gap >= k) = P(1 - rand <= (1 - p)**k) = (1 - p)**k.
         gap.neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1.0)
@@ -127,6 +146,27 @@ def random_hit_indices(total: int, p: float, generator: torch.Generator | None =
     return hits[: int(torch.searchsorted(hits, float(total)))].long()
 
 
+def shape_of_decisions(x: Tensor, *dims: int) -> list[int]:
+    """Return the shape of a mask with one decision for each index of ``dims``.
+
+    The mask has as many dimensions as ``x`` and broadcasts against it.
+    """
+    return [x.shape[d] if d in dims else 1 for d in range(x.dim())]
+
+
+def along_dim(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """Return a view of the 1-d ``values`` that broadcasts along ``dim`` of ``ndim`` dimensions."""
+    return values.view([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def divisor_of_kept(rate: float) -> float:
+    """Return ``1 - rate``, by which kept values are divided so that the mean stays.
+
+    Return 1 where everything is dropped: the zeros have to stay zeros, forward and backward.
+    """
+    return 1.0 - rate if rate < 1.0 else 1.0
+
+
 def multiply_and_round_once(x: Tensor, noise: Tensor) -> Tensor:
-    """``x * noise``, multiplied in the precision of the noise and rounded to ``x.dtype`` once."""
+    """Return ``x * noise``, computed in the precision of the noise and rounded once."""
     return (x * noise).to(x.dtype)

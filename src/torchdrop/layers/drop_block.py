@@ -1,4 +1,4 @@
-"""DropBlock: whole blocks of a map are set to zero, at an exact rate."""
+"""DropBlock: drop whole blocks of a feature map, at an exact rate."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torchdrop.layers.draws import (
 from torchdrop.layers.drop_block_gamma import (
     RATES,
     check_block_size,
-    law,
-    law_of_tensor,
+    seed_and_keep_probability,
+    seed_and_keep_probability_op,
 )
 from torchdrop.schedules import check_rate
 
@@ -40,38 +40,39 @@ SCALES = ("expectation", "count", "unit")
 
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 
-# Drawing the gaps between seeds and writing blocks one by one is faster than drawing every place
-# on maps of at least this many units together, while blocks cover less than the maps once.
-_WORTH_WRITING = 1 << 16
+# From this many units on (all maps together), it is faster to draw the gaps between seeds and to
+# write the blocks one by one than to draw a number for each position, as long as the blocks
+# together have at most as many units as the maps.
+_UNITS_WORTH_WRITING = 1 << 16
 
-# Units that are written at a time. Their indices, eight bytes each, stay in a cache, and up to this
-# many torch does not wake its other threads.
-_WRITTEN = 1 << 15
+# The number of units written at a time. Their indices, eight bytes each, fit into a cache, and up
+# to this many torch uses one thread only.
+_UNITS_PER_WRITE = 1 << 15
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # The masks
 
 
-def _few(
+def _writing_blocks_is_faster(
     maps: tuple[int, ...], spatial: tuple[int, ...], block: tuple[int, ...], gamma: float
 ) -> bool:
     units = math.prod(maps) * math.prod(spatial)
-    return units >= _WORTH_WRITING and gamma * math.prod(block) <= 1.0
+    return units >= _UNITS_WORTH_WRITING and gamma * math.prod(block) <= 1.0
 
 
-def _few_blocks(
+def _mask_by_writing_blocks(
     maps: tuple[int, ...],
     spatial: tuple[int, ...],
     block: tuple[int, ...],
     gamma: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Where blocks lie, True, written one seed after the other."""
+    """Return the mask of dropped units, on the host: draw the seeds' indices, write each block."""
     places = [length - b + 1 for length, b in zip(spatial, block, strict=True)]
     hits = random_hit_indices(math.prod(maps) * math.prod(places), gamma, generator)
-    # From the index among the places of seeds to the index among the units, axis by axis.
+    # Convert each seed's index among all positions to the index of its first unit, axis by axis.
     first = torch.zeros_like(hits)
     stride = 1
     for length, fit in zip(reversed(spatial), reversed(places), strict=True):
@@ -85,12 +86,12 @@ def _few_blocks(
         inside = (torch.arange(b)[:, None] * stride + inside).flatten()
         stride *= length
     dropped = torch.zeros(math.prod(maps) * math.prod(spatial), dtype=torch.bool)
-    for part in torch.split(first, max(1, _WRITTEN // inside.numel())):
+    for part in torch.split(first, max(1, _UNITS_PER_WRITE // inside.numel())):
         dropped.index_fill_(0, (part[:, None] + inside).flatten(), True)
     return dropped.view(*maps, *spatial)
 
 
-def _any_blocks(
+def _mask_by_dilating_seeds(
     maps: tuple[int, ...],
     spatial: tuple[int, ...],
     block: tuple[int, ...],
@@ -98,15 +99,18 @@ def _any_blocks(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Where blocks lie, on any device and under any transform: a seed drawn in every place."""
+    """Return the mask of dropped units: draw a seed at each position, and widen it to a block.
+
+    This works on any device, and under compilers and transforms.
+    """
     places = [length - b + 1 for length, b in zip(spatial, block, strict=True)]
     seeds = ~keep_mask((*maps, *places), gamma, device=device, generator=generator)
-    # As bytes: of padded booleans torch's compiler makes C++ that does not compile (2.14).
+    # Bytes: for padded booleans, torch.compile generates C++ that does not compile (2.14).
     covered = seeds.to(torch.uint8)
     ndim = len(spatial)
     covered = F.pad(covered, [n for b in reversed(block) for n in (0, b - 1)])
     for axis, b in enumerate(block):
-        # Runs of 1, 2, 4, ... and at last b: a maximum over b values in log2(b) passes.
+        # Widen to runs of 1, 2, 4, ... and at last b: a maximum over b values in log2(b) passes.
         run = 1
         while run < b:
             shift = min(run, b - run)
@@ -117,14 +121,14 @@ def _any_blocks(
     return covered != 0
 
 
-# What they do
+# Selecting and scaling
 
 
-class _SelectShared(torch.autograd.Function):
-    """``where(dropped, 0, x) / keep`` for a mask that channels share, in half the time.
+class _ZeroSharedBlocks(torch.autograd.Function):
+    """Compute ``where(dropped, 0, x) / keep`` for a mask that channels share, in half the time.
 
-    All bits of a mask set where kept and none where dropped select as ``where`` does: an inf or NaN
-    that is dropped is gone.
+    ``x`` is combined bitwise (AND) with an integer that has all bits set where a unit is kept, and
+    none where it is dropped. As with ``where``, a dropped inf or NaN becomes 0.
     """
 
     @staticmethod
@@ -132,34 +136,34 @@ class _SelectShared(torch.autograd.Function):
         ctx.save_for_backward(dropped)
         ctx.save_for_forward(dropped)
         ctx.keep = keep
-        bits = _BITS[x.element_size()]
+        bits = _INTEGER_OF_SIZE[x.element_size()]
         return torch.bitwise_and(x.view(bits), dropped.to(bits).sub_(1)).view(x.dtype).div_(keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dropped,) = ctx.saved_tensors
-        # Linear in its input, hence its own derivative, of whatever order.
-        return _select(grads[0], dropped, ctx.keep), None, None
+        # The function is linear in x, so it is its own derivative, of any order.
+        return _zero_dropped_and_divide(grads[0], dropped, ctx.keep), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         (dropped,) = ctx.saved_tensors
-        return _select(tangents[0], dropped, ctx.keep)
+        return _zero_dropped_and_divide(tangents[0], dropped, ctx.keep)
 
 
-def _select(x: Tensor, dropped: Tensor, keep: float | Tensor) -> Tensor:
-    """``where(dropped, 0, x) / keep``."""
+def _zero_dropped_and_divide(x: Tensor, dropped: Tensor, keep: float | Tensor) -> Tensor:
+    """Return ``where(dropped, 0, x) / keep``."""
     shared = dropped.shape[1] < x.shape[1]
     if shared and isinstance(keep, float) and x.is_contiguous() and can_read_on_host(x):
-        return _SelectShared.apply(x, dropped, keep)  # type: ignore[no-any-return]
-    # The division is in place on a tensor that is ours, and that vmap has made a batch of.
+        return _ZeroSharedBlocks.apply(x, dropped, keep)  # type: ignore[no-any-return]
+    # In place is safe: `where` made a new tensor. It also has the batch dimension of vmap.
     return torch.where(in_memory_format_of(x, dropped), 0.0, x).div_(keep)
 
 
-def _kept_of_units(
+def _keep_probability_of_units(
     spatial: tuple[int, ...], block: tuple[int, ...], gamma: float | Tensor, like: Tensor
 ) -> Tensor:
-    """For each unit of a map the probability that it is kept; 1 where that is 0."""
+    """Return the probability that each unit of a map is kept, and 1 in place of 0."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     covering = torch.ones((), dtype=dtype, device=like.device)
     for length, b in zip(spatial, block, strict=True):
@@ -171,13 +175,11 @@ def _kept_of_units(
     return kept.where(kept > 0, 1.0)
 
 
-def _kept_of_samples(dropped: Tensor) -> Tensor:
-    """For each sample the share of units that was kept; 1 where none was."""
+def _kept_share_of_samples(dropped: Tensor) -> Tensor:
+    """Return the share of units that was kept in each sample, and 1 where none was."""
     units = math.prod(dropped.shape[1:])
-    # Counted as integers: in float16 a sum beyond 65504 is inf.
-    if can_read_on_host(
-        dropped
-    ):  # count_nonzero of a whole tensor needs no memory, a sum 8 bytes a unit
+    # The count is an integer: in float16, a sum above 65504 would be inf.
+    if can_read_on_host(dropped):  # count_nonzero allocates nothing, sum 8 bytes for each unit
         count = torch.stack([mask.count_nonzero() for mask in dropped])
     else:
         count = dropped.flatten(1).sum(1)
@@ -219,22 +221,26 @@ def _drop_block(
     keep: float | Tensor
     if torch.compiler.is_compiling():
         given = torch.zeros((), dtype=torch.float64, device="cpu") + share
-        gamma, keep = law_of_tensor(given, spatial, block, rate).unbind()
+        gamma, keep = seed_and_keep_probability_op(given, spatial, block, rate).unbind()
     else:
-        gamma, keep = law(spatial, block, share, rate)
-    if isinstance(gamma, float) and can_read_on_host(x) and _few(maps, spatial, block, gamma):
-        dropped = _few_blocks(maps, spatial, block, gamma, generator)
+        gamma, keep = seed_and_keep_probability(spatial, block, share, rate)
+    if (
+        isinstance(gamma, float)
+        and can_read_on_host(x)
+        and _writing_blocks_is_faster(maps, spatial, block, gamma)
+    ):
+        dropped = _mask_by_writing_blocks(maps, spatial, block, gamma, generator)
     else:
-        dropped = _any_blocks(maps, spatial, block, gamma, x.device, generator)
+        dropped = _mask_by_dilating_seeds(maps, spatial, block, gamma, x.device, generator)
     if scale == "count":
-        keep = _kept_of_samples(dropped)
+        keep = _kept_share_of_samples(dropped)
     elif scale == "unit":
-        keep = _kept_of_units(spatial, block, gamma, x)
+        keep = _keep_probability_of_units(spatial, block, gamma, x)
     elif rate == "exact":
         keep = 1.0 - share
     if isinstance(keep, float) and not keep > 0.0:
-        keep = 1.0  # nothing is kept: divided by one, zeros stay zeros
-    return _select(x, dropped, keep)
+        keep = 1.0  # nothing is kept: the zeros have to stay zeros
+    return _zero_dropped_and_divide(x, dropped, keep)
 
 
 def drop_block1d(
@@ -248,7 +254,7 @@ def drop_block1d(
     scale: str = "expectation",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`drop_block2d` on maps of one axis: an input of shape (batch, channels, length)."""
+    """Drop blocks of sequences, of shape (batch, channels, length): see :func:`drop_block2d`."""
     if has_torch_function_unary(x):
         return handle_torch_function(
             drop_block1d,
@@ -276,42 +282,43 @@ def drop_block2d(
     scale: str = "expectation",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Set whole blocks of a map to zero, and scale the others so that the mean stays.
+    """Set whole blocks of a map to zero, and scale the other units so that the mean stays.
 
-    Every place where a block fits starts one with probability gamma, solved for the map so that a
-    share of exactly ``p`` of its units is dropped on average (:func:`drop_block_gamma`)::
+    A block starts with probability gamma at each position where it fits. Gamma is solved for the
+    size of the map, so that exactly a share ``p`` of its units is dropped on average
+    (:func:`drop_block_gamma`)::
 
         y = 0 in a block,   x / (1 - p) elsewhere
 
-    Dropped values are selected away, not multiplied by zero: an inf or NaN among them is gone.
-    Seeds do not depend on the dtype of ``x``.
+    Dropped values are replaced by 0, not multiplied by 0, so an inf or NaN among them does not
+    stay. The positions of the blocks do not depend on the dtype of ``x``.
 
     Args:
         x: Of shape (batch, channels, height, width), of any floating-point dtype. Its memory
             format is kept.
-        p: The share of units to drop, in [0, 1]. ``p=1`` gives zeros, and zeros as gradients.
-        block_size: Height and width of a block, an integer for both; odd or even, clipped to the
-            map. A block of the size of the map drops whole channels.
-        training: False returns ``x`` itself. So does ``p=0``.
+        p: The share of units to drop, in [0, 1]. With ``p=1`` values and gradients are zero.
+        block_size: The height and width of a block, or one integer for both; odd or even, clipped
+            to the map. A block of the size of the map drops whole channels.
+        training: If False, or if ``p=0``, ``x`` itself is returned.
         rate: ``"exact"``, or ``"paper"``: the gamma of the paper, with which published results
             were obtained and which drops less than ``p``.
-        per_channel: Whether each channel has blocks of its own; else a sample's channels share
-            them.
-        scale: What kept units are divided by. ``"expectation"``: the share that is kept on average,
-            1 - p. ``"count"``: the share that was kept in this sample, as in the paper, which
-            counts the whole batch and so couples samples. ``"unit"``: the probability that this
-            unit is kept, which near borders, where fewer blocks reach, is more than in the centre;
-            the mean of each unit is then exact, not just that of the map.
-        generator: Draws the seeds, on the device of ``x``. Eager mode only.
+        per_channel: Whether each channel has its own blocks. If False, the channels of a sample
+            share them.
+        scale: The divisor of kept units. ``"expectation"``: the share that is kept on average,
+            1 - p. ``"count"``: the share that was kept in this sample. (The paper counts over the
+            whole batch, which makes samples depend on each other.) ``"unit"``: the probability
+            that this unit is kept. Fewer blocks reach a unit near a border, so it is higher there
+            than in the centre; the mean of each unit is then exact, not only that of the map.
+        generator: Draws the positions of the blocks, on the device of ``x``. Eager mode only.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
-            none), or ``block_size`` no integer or tuple of them.
-        ValueError: ``p`` is NaN or outside [0, 1], ``x`` is not 4-d, ``block_size`` below 1 or for
-            another number of axes, ``rate`` or ``scale`` unknown.
+        TypeError: ``x`` is not a floating-point tensor, ``p`` is not a real number (bools and
+            strings are not accepted), or ``block_size`` is not an integer or a tuple of them.
+        ValueError: ``p`` is NaN or outside [0, 1], ``x`` is not 4-d, ``block_size`` is below 1 or
+            for another number of axes, or ``rate`` or ``scale`` is unknown.
 
     Reference:
         Ghiasi et al. 2018, DropBlock, arXiv:1810.12890.
@@ -343,7 +350,10 @@ def drop_block3d(
     scale: str = "expectation",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`drop_block2d` on volumes: (batch, channels, depth, height, width)."""
+    """Drop blocks of volumes, of shape (batch, channels, depth, height, width).
+
+    See :func:`drop_block2d`.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(
             drop_block3d,
@@ -385,7 +395,7 @@ class _DropBlock(LayerWithRate):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with blocks dropped; ``x`` itself in evaluation."""
+        """Return ``x`` with blocks dropped, or ``x`` itself in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
@@ -400,7 +410,7 @@ class _DropBlock(LayerWithRate):
         )
 
     def extra_repr(self) -> str:
-        """p, the block, and the rules that differ from their defaults."""
+        """Return p, the block size, and the other arguments that differ from their defaults."""
         text = f"p={self.p}, block_size={self.block_size}"
         if self.rate != "exact":
             text += f", rate={self.rate!r}"
@@ -410,33 +420,33 @@ class _DropBlock(LayerWithRate):
 
 
 class DropBlock1d(_DropBlock):
-    """:class:`DropBlock2d` for sequences: inputs of shape (batch, channels, length)."""
+    """Drop blocks of sequences, of shape (batch, channels, length): see :class:`DropBlock2d`."""
 
     _ndim = 1
     _function = staticmethod(drop_block1d)
 
 
 class DropBlock2d(_DropBlock):
-    """Sets whole blocks of the maps of a convolutional network to zero, at an exact rate.
+    """Set whole blocks of the maps of a convolutional network to zero, at an exact rate.
 
-    Neighbouring units of a map tell much the same, so that dropping units one by one takes little
-    away. With N the number of places where a block would cover a unit, and gamma the probability
-    that a block is at a place::
+    Neighbouring units of a map are correlated, so dropping single units removes little
+    information. With N the number of positions at which a block covers a unit, and gamma the
+    probability that a block starts at a position::
 
         1 - mean over units of (1 - gamma)**N = p
         y = 0 in a block,   x / (1 - p) elsewhere   in training
         y = x                                       in evaluation and with p = 0
 
-    ``p`` can be set later and is checked then; the paper raises it over training. Other
-    implementations deliver another rate than they are asked for: timm .93 for p=.1 with block 7
-    on 7x7 maps, torchvision .175 for .2 on 14x14.
+    ``p`` can be set at any time and is checked then; the paper raises it during training. Other
+    implementations do not drop the share asked for: with block 7, timm drops .93 instead of .1 on
+    7x7 maps, torchvision .175 instead of .2 on 14x14.
 
     Args:
         p: The share of units to drop, in [0, 1].
-        block_size: An integer or one a dimension; odd or even, clipped to the map.
-        rate: ``"exact"``, or ``"paper"``: the gamma of the paper, which delivers less than p.
-        per_channel: Whether each channel has blocks of its own; else a sample's channels share
-            them.
+        block_size: An integer, or one for each axis; odd or even, clipped to the map.
+        rate: ``"exact"``, or ``"paper"``: the gamma of the paper, which drops less than p.
+        per_channel: Whether each channel has its own blocks. If False, the channels of a sample
+            share them.
         scale: ``"expectation"``, ``"count"`` or ``"unit"``
             (:func:`torchdrop.functional.drop_block2d`).
 
@@ -445,10 +455,10 @@ class DropBlock2d(_DropBlock):
         input.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none), or ``block_size`` no
-            integer or sequence of them.
-        ValueError: ``p`` is NaN or outside [0, 1], ``block_size`` below 1 or for another number of
-            axes, ``rate`` or ``scale`` unknown. When called, also as
+        TypeError: ``p`` is not a real number (bools and strings are not accepted), or
+            ``block_size`` is not an integer or a sequence of them.
+        ValueError: ``p`` is NaN or outside [0, 1], ``block_size`` is below 1 or for another number
+            of axes, or ``rate`` or ``scale`` is unknown. A call can also raise the errors of
             :func:`torchdrop.functional.drop_block2d`.
 
     Reference:
@@ -460,7 +470,10 @@ class DropBlock2d(_DropBlock):
 
 
 class DropBlock3d(_DropBlock):
-    """:class:`DropBlock2d` for volumes: inputs of shape (batch, channels, depth, height, width)."""
+    """Drop blocks of volumes, of shape (batch, channels, depth, height, width).
+
+    See :class:`DropBlock2d`.
+    """
 
     _ndim = 3
     _function = staticmethod(drop_block3d)

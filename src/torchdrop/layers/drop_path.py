@@ -1,4 +1,4 @@
-"""What drops whole slices: samples of a branch, also while it is added, and channels."""
+"""Drop path: drop whole samples of a residual branch, alone or while the branch is added."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
+from torchdrop.internals import base_of, saves_own_output
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
-from torchdrop.layers.draws import can_read_on_host, keep_mask, under_transform
+from torchdrop.layers.draws import (
+    can_read_on_host,
+    divisor_of_kept,
+    keep_mask,
+    shape_of_decisions,
+    under_transform,
+)
 from torchdrop.schedules import check_rate
 
 __all__ = ["DropPath", "drop_path", "drop_path_add"]
 
-# Fewer elements a row than this, and one elementwise kernel over everything beats one kernel a run
-# of rows (about 4 microseconds each, against .8 nanoseconds an element that a second pass costs).
+# Below this many elements a row, one elementwise kernel over the whole tensor is faster than one
+# kernel for each run of rows: a kernel takes about 4 microseconds to start, and the second pass
+# over memory that it saves takes about .8 nanoseconds an element.
 _ROW_WORTH_A_KERNEL = 4096
 
-# The names under which a node of autograd holds its own output (ReLU, sigmoid, softmax, ...).
-# Only their presence on the class is looked at: reading one would unpack it, and in a
-# checkpointed region that runs the recompute.
-_SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "_saved_out", "saved_tensors")
 
-
-def _mask(
+def _draw_mask(
     x: Tensor, p: float, mode: str, batch_dim: int, generator: torch.Generator | None
 ) -> Tensor:
-    """What is kept, in a shape that broadcasts against ``x`` whatever its number of dimensions."""
-    shape = [1] * x.dim()
-    if mode == "row":
-        shape[batch_dim] = x.shape[batch_dim]
+    """Draw which samples are kept: a mask with the dimensions of ``x`` that broadcasts to it."""
+    shape = shape_of_decisions(x, batch_dim) if mode == "row" else shape_of_decisions(x)
     return keep_mask(shape, p, device=x.device, generator=generator)
 
 
 def _in_runs(x: Tensor, mask: Tensor, dim: int) -> bool:
-    """Whether to work on runs of rows, each in one pass, with the mask read on the host."""
+    """Whether to read the mask on the host and handle each run of equal decisions at once."""
     return (
         can_read_on_host(x)
         and x.numel() >= _ROW_WORTH_A_KERNEL * mask.numel()
@@ -49,7 +50,7 @@ def _in_runs(x: Tensor, mask: Tensor, dim: int) -> bool:
 
 
 def _runs(mask: Tensor, rows: int) -> tuple[list[bool], list[int]]:
-    """For each run of equal decisions: whether it is kept, and its length."""
+    """Return, for each run of equal decisions, whether its rows are kept, and its length."""
     kept: list[bool] = mask.flatten().tolist()
     if len(kept) == 1:
         return kept, [rows]
@@ -65,7 +66,7 @@ def _runs(mask: Tensor, rows: int) -> tuple[list[bool], list[int]]:
 
 
 class _KeepRuns(torch.autograd.Function):
-    """``where(mask, x, 0) / keep``, each run of rows in one pass over memory."""
+    """Compute ``where(mask, x, 0) / keep`` with one kernel, one pass, for each run of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, keep: float, dim: int, inplace: bool) -> Tensor:
@@ -76,7 +77,7 @@ class _KeepRuns(torch.autograd.Function):
             ctx.mark_dirty(x)
         out = x if inplace else torch.empty_like(x)
         decisions, lengths = _runs(mask, x.shape[dim])
-        # The method that torch.split calls, without its Python.
+        # torch.split would call this method too, with some Python around it.
         parts = (t.split_with_sizes(lengths, dim) for t in (out, x))
         for kept, part, old in zip(decisions, *parts, strict=True):
             if kept:
@@ -88,7 +89,7 @@ class _KeepRuns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        # Linear in its input, hence its own derivative, of whatever order.
+        # The function is linear in x, so it is its own derivative, of any order.
         return _keep(grads[0], mask, ctx.keep, ctx.dim), None, None, None, None
 
     @staticmethod
@@ -98,17 +99,20 @@ class _KeepRuns(torch.autograd.Function):
 
 
 def _keep(x: Tensor, mask: Tensor, keep: float, dim: int, inplace: bool = False) -> Tensor:
-    """``where(mask, x, 0) / keep``: selected, so that an inf or NaN that is dropped is gone."""
+    """Return ``where(mask, x, 0) / keep``.
+
+    Dropped values are replaced, not multiplied by 0: an inf or NaN among them does not stay.
+    """
     if _in_runs(x, mask, dim):
         return _KeepRuns.apply(x, mask, keep, dim, inplace)  # type: ignore[no-any-return]
     if inplace:
         return x.masked_fill_(~mask, 0.0).div_(keep)
-    # The division is in place on a tensor that is ours, and that vmap has made a batch of.
+    # In place is safe: `where` made a new tensor. It also has the batch dimension of vmap.
     return torch.where(mask, x, 0.0).div_(keep)
 
 
 class _AddRuns(torch.autograd.Function):
-    """``skip + where(mask, branch, 0) / keep``, each run of rows in one pass over memory."""
+    """Compute ``skip + where(mask, branch, 0) / keep`` in one pass for each run of rows."""
 
     @staticmethod
     def forward(
@@ -124,7 +128,7 @@ class _AddRuns(torch.autograd.Function):
             if not kept:
                 part.copy_(old)
             elif skip.dtype in (torch.float16, torch.bfloat16):
-                # `alpha` would be rounded to the dtype first, the divisor is not.
+                # torch.add would round `alpha` to half precision, torch.div does not round `keep`.
                 torch.div(new, keep, out=part).add_(old)
             else:
                 torch.add(old, new, alpha=1.0 / keep, out=part)
@@ -143,17 +147,18 @@ class _AddRuns(torch.autograd.Function):
 
 
 def _may_overwrite(x: Tensor) -> bool:
-    """Whether autograd, as far as it can be seen from ``x``, does not need its values."""
+    """Whether ``x`` can be overwritten: as far as ``x`` shows, autograd has not saved its values.
+
+    It may not be under a compiler or a torch.func transform.
+    """
     if under_transform():
         return False
     if not (torch.is_grad_enabled() and x.requires_grad):
         return True
-    # A view writes into its base: flatten(relu(z)) is no safer than relu(z).
-    owners = (x,) if x._base is None else (x, x._base)
-    return not any(
-        owner.is_leaf or any(hasattr(type(owner.grad_fn), name) for name in _SAVED_OUTPUT)
-        for owner in owners
-    )
+    # Writing to a view writes to its base: flatten(relu(z)) is no safer than relu(z).
+    base = base_of(x)
+    owners = (x,) if base is None else (x, base)
+    return not any(owner.is_leaf or saves_own_output(owner) for owner in owners)
 
 
 def drop_path(
@@ -172,38 +177,39 @@ def drop_path(
 
         drop_path(x) = x / (1 - p)  where b = 1,  and exactly 0  where b = 0
 
-    The kept value is ``x / (1 - p)`` to one rounding in every dtype: the activation is divided, not
-    multiplied by a mask that was rounded first (in bfloat16 1/0.9 would become 1.109375). Dropped
-    values are selected away, not multiplied by zero, so an inf or NaN among them is gone too.
-    Nothing but the mask, one boolean a sample, is kept for backward; derivatives of every order,
-    forward and backward, are those of the equation.
+    Kept values are ``x / (1 - p)``, rounded once, in every dtype: the activation is divided. A
+    mask that holds 1 / (1 - p) would be rounded first (in bfloat16, 1/0.9 becomes 1.109375).
+    Dropped values are replaced by 0, not multiplied by 0, so an inf or NaN among them does not
+    stay. Only the mask, one boolean a sample, is saved for backward. Derivatives of every order,
+    in forward and reverse mode, are those of the equation.
 
     Args:
         x: The output of a residual branch, of any shape with at least one dimension and of any
             floating-point dtype. Its memory format is kept.
-        p: The probability of dropping, in [0, 1]. ``p=1`` gives zeros, and zeros as gradients.
-        training: False returns ``x`` itself. So does ``p=0``.
-        mode: ``"row"``: each sample along ``batch_dim`` has its own draw. ``"batch"``: one draw.
+        p: The probability of dropping, in [0, 1]. With ``p=1`` values and gradients are zero.
+        training: If False, or if ``p=0``, ``x`` itself is returned.
+        mode: ``"row"``: one decision for each sample along ``batch_dim``. ``"batch"``: one for
+            the whole batch.
         batch_dim: The dimension that counts samples: 1 for tensors of (tokens, batch, features).
-        inplace: Let the result overwrite ``x``. Done where autograd does not need the values of
-            ``x``; a new tensor is returned where it does (a branch that ends in ReLU or softmax),
-            and under ``torch.compile`` and ``torch.func``, which plan memory themselves.
+        inplace: Allow the result to overwrite ``x``. Where autograd needs the values of ``x`` (for
+            instance after a branch that ends in ReLU or softmax), and under ``torch.compile`` and
+            ``torch.func``, which plan memory themselves, a new tensor is returned nevertheless.
         generator: Draws the mask, on the device of ``x``. Eager mode only.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
-            none), or ``batch_dim`` no integer.
-        ValueError: ``p`` is NaN or outside [0, 1], ``mode`` is unknown, ``x`` is 0-d or has no
+        TypeError: ``x`` is not a floating-point tensor, ``p`` is not a real number (bools and
+            strings are not accepted), or ``batch_dim`` is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``mode`` is unknown, or ``x`` is 0-d or has no
             dimension ``batch_dim``.
 
     Reference:
         Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv:1603.09382 ("batch"); Larsson
         et al. 2017, FractalNet, arXiv:1605.07648 (the name).
     """
-    if has_torch_function_unary(x):  # fx records one node; a tensor subclass takes over
+    if has_torch_function_unary(x):  # torch.fx and tensor subclasses handle the call
         return handle_torch_function(
             drop_path,
             (x,),
@@ -223,10 +229,8 @@ def drop_path(
     dim = check_dim(batch_dim, x.dim())
     if not training or rate == 0.0:
         return x
-    mask = _mask(x, rate, mode, dim, generator)
-    # With p=1 nothing is kept: divided by one, zeros stay zeros, forward and backward.
-    keep = 1.0 - rate if rate < 1.0 else 1.0
-    return _keep(x, mask, keep, dim, inplace and _may_overwrite(x))
+    mask = _draw_mask(x, rate, mode, dim, generator)
+    return _keep(x, mask, divisor_of_kept(rate), dim, inplace and _may_overwrite(x))
 
 
 def drop_path_add(
@@ -239,30 +243,31 @@ def drop_path_add(
     batch_dim: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``skip + drop_path(branch, p)`` without the tensor in between.
+    """Add a residual branch with whole samples dropped: ``skip + drop_path(branch, p)``.
 
-    On CPU each run of kept rows is one fused multiply and add, each run of dropped rows one copy,
-    so the whole is one pass over memory. ``torch.compile`` fuses it into one pass on any device.
-    Elsewhere, and for rows of few elements, it is composed of :func:`drop_path` and a sum. The
-    same seed drops the same rows as :func:`drop_path`; the values agree to rounding, since a
-    fused product is not rounded before it is added.
+    On CPU no intermediate tensor is made: each run of kept rows is one fused multiply and add, and
+    each run of dropped rows is one copy, so memory is passed over once. ``torch.compile`` fuses
+    the sum into one pass on any device. Otherwise, and for rows of few elements, the function is
+    composed of :func:`drop_path` and a sum. The same seed drops the same rows as
+    :func:`drop_path`. The values agree up to rounding, since the fused product is not rounded
+    before it is added.
 
     Args:
         skip: The other side of the residual sum.
         branch: The side that is dropped, of the shape of ``skip``. Dtypes promote as in a sum.
-        p: The probability of dropping, in [0, 1]. ``p=1`` gives a copy of ``skip``.
-        training: False gives ``skip + branch``, bit for bit. So does ``p=0``.
+        p: The probability of dropping, in [0, 1]. With ``p=1`` the result is a copy of ``skip``.
+        training: If False, or if ``p=0``, the result is ``skip + branch``, bit for bit.
         mode: ``"row"`` or ``"batch"``, as in :func:`drop_path`.
         batch_dim: The dimension that counts samples.
         generator: Draws the mask, on the device of ``branch``. Eager mode only.
 
     Returns:
-        A new tensor, which shares no memory with ``skip``: an in-place activation may follow.
+        A new tensor that shares no memory with ``skip``: an in-place activation may follow it.
 
     Raises:
         TypeError: As :func:`drop_path`, for ``skip`` and ``branch``.
-        ValueError: As :func:`drop_path`; or the shapes differ. They are not broadcast: a sum of
-            unlike shapes is nearly always a mistake in a residual block.
+        ValueError: As :func:`drop_path`, or the shapes differ. Shapes are not broadcast, because
+            unequal shapes are nearly always a mistake in a residual block.
     """
     if has_torch_function((skip, branch)):
         return handle_torch_function(
@@ -289,8 +294,8 @@ def drop_path_add(
     dim = check_dim(batch_dim, branch.dim())
     if not training or rate == 0.0:
         return skip + branch
-    mask = _mask(branch, rate, mode, dim, generator)
-    keep = 1.0 - rate if rate < 1.0 else 1.0
+    mask = _draw_mask(branch, rate, mode, dim, generator)
+    keep = divisor_of_kept(rate)
     alike = skip.dtype == branch.dtype and skip.stride() == branch.stride()
     if alike and type(skip) in (Tensor, torch.nn.Parameter) and _in_runs(branch, mask, dim):
         return _AddRuns.apply(skip, branch, mask, keep, dim)  # type: ignore[no-any-return]
@@ -298,25 +303,25 @@ def drop_path_add(
 
 
 class DropPath(LayerWithRate):
-    """Stochastic depth as a mask: sets whole samples of a residual branch to zero.
+    """Set whole samples of a residual branch to zero: stochastic depth as a mask.
 
     With ``b ~ Bernoulli(1 - p)`` for each sample (``mode="row"``) or once (``"batch"``)::
 
         y = b * x / (1 - p)   in training,     y = x   in evaluation and with p = 0
 
-    It changes what a network learns, not how long that takes: the branch is computed first. See
-    :class:`StochasticDepth` and :func:`torchdrop.add_stochastic_depth` for the time.
+    The layer regularises, but saves no time, since the branch is computed before it is dropped.
+    :class:`StochasticDepth` and :func:`torchdrop.add_stochastic_depth` skip the computation.
 
-    ``p`` can be set later and is checked then. Under ``torch.compile`` a rate that changes every
-    step compiles twice (once for the first value, once for any); going to exactly 0 or 1 and
-    back compiles once more for each. torch.fx records the layer as one node, which honours
-    ``eval()``.
+    ``p`` can be set at any time and is checked then. Under ``torch.compile``, a rate that changes
+    every step causes two compilations (one for the first value, one for all others), and one more
+    each for the values 0 and 1. torch.fx records the layer as one node, which follows ``train()``
+    and ``eval()``.
 
     Args:
         p: The probability of dropping, in [0, 1].
         mode: ``"row"`` or ``"batch"``.
         batch_dim: The dimension that counts samples: 1 for tensors of (tokens, batch, features).
-        inplace: Let the result overwrite the input where autograd does not need it
+        inplace: Allow the result to overwrite the input where autograd does not need it
             (:func:`torchdrop.functional.drop_path`).
 
     Shape:
@@ -324,10 +329,10 @@ class DropPath(LayerWithRate):
         input.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none), or ``batch_dim`` is no
-            integer.
-        ValueError: ``p`` is NaN or outside [0, 1], or ``mode`` is unknown. When called, also as
-            :func:`torchdrop.functional.drop_path`.
+        TypeError: ``p`` is not a real number (bools and strings are not accepted), or
+            ``batch_dim`` is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1], or ``mode`` is unknown. A call can also raise
+            the errors of :func:`torchdrop.functional.drop_path`.
 
     Reference:
         Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv:1603.09382.
@@ -345,7 +350,7 @@ class DropPath(LayerWithRate):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with samples dropped; ``x`` itself in evaluation."""
+        """Return ``x`` with samples dropped, or ``x`` itself in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
@@ -359,7 +364,7 @@ class DropPath(LayerWithRate):
         )
 
     def extra_repr(self) -> str:
-        """The arguments that differ from their defaults, and p and mode."""
+        """Return p, the mode, and the other arguments that differ from their defaults."""
         text = f"p={self.p}, mode={self.mode!r}"
         if self.batch_dim != 0:
             text += f", batch_dim={self.batch_dim}"

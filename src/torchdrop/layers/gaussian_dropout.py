@@ -11,14 +11,14 @@ from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.draws import draw_noise, multiply_and_round_once
 from torchdrop.schedules import check_rate
 
-__all__ = ["GaussianDropout", "check_finite_rate", "gaussian_dropout"]
+__all__ = ["GaussianDropout", "gaussian_dropout"]
 
 
 def check_finite_rate(p: object) -> float:
-    """:func:`check_rate`, and refuse 1, for which the noise would have infinite variance.
+    """Return ``p`` as a float. Unlike :func:`check_rate`, refuse 1, where the variance is infinite.
 
     Raises:
-        TypeError: ``p`` is no real number.
+        TypeError: ``p`` is not a real number.
         ValueError: ``p`` is NaN or outside [0, 1).
     """
     rate = check_rate(p)
@@ -38,25 +38,26 @@ def gaussian_dropout(
 
         gaussian_dropout(x) = x * (1 + sqrt(p / (1 - p)) * n)
 
-    A mask of dropout, 0 with probability p and else 1 / (1 - p), has mean 1 and variance
-    p / (1 - p) too. So the mean stays, and the variance of an element with mean m and variance v
-    becomes v + p / (1 - p) * (v + m**2).
+    The mask of dropout, 0 with probability p and 1 / (1 - p) otherwise, has the same mean, 1, and
+    the same variance, p / (1 - p). So the mean of an element stays, and its variance, with mean m
+    and variance v before, becomes v + p / (1 - p) * (v + m**2).
 
     Args:
         x: Of any shape with at least one dimension and of any floating-point dtype. Its memory
-            format is kept. The noise is float32 (float64 for float64) and the product is rounded
-            once.
-        p: The probability of dropping whose noise this is, in [0, 1).
-        training: False returns ``x`` itself. So does ``p=0``.
+            format is kept. The noise is float32 (float64 for float64), and the product is rounded
+            to the dtype of ``x`` once.
+        p: The drop probability of the dropout that has this variance, in [0, 1).
+        training: If False, or if ``p=0``, ``x`` itself is returned.
         generator: Draws the noise, on the device of ``x``. Eager mode only.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``p`` no real number (a bool or a string
-            is none).
-        ValueError: ``p`` is NaN, outside [0, 1], or 1, which has infinite variance; ``x`` is 0-d.
+        TypeError: ``x`` is not a floating-point tensor, or ``p`` is not a real number (bools and
+            strings are not accepted).
+        ValueError: ``p`` is NaN, outside [0, 1], or 1, where the variance is infinite; or ``x`` is
+            0-d.
 
     Reference:
         Srivastava et al. 2014, Dropout, section 10.
@@ -68,14 +69,14 @@ def gaussian_dropout(
     check_generator(generator)
     if not training or rate == 0.0:
         return x
-    # Not math.sqrt, which torch.compile does not take for a rate that changes.
-    return multiply_and_round_once(
-        x, draw_noise(torch.randn, x, generator).mul_((rate / (1.0 - rate)) ** 0.5).add_(1.0)
-    )
+    # Not math.sqrt: torch.compile cannot trace it for a rate that is a symbol of the graph.
+    deviation = (rate / (1.0 - rate)) ** 0.5
+    noise = draw_noise(torch.randn, x, generator).mul_(deviation).add_(1.0)
+    return multiply_and_round_once(x, noise)
 
 
 class GaussianDropout(LayerWithRate):
-    """Multiplies by normal noise with mean 1 and the variance of dropout's mask.
+    """Multiply by normal noise with mean 1 and the variance of dropout's mask.
 
     With ``n ~ N(0, 1)`` for each element::
 
@@ -83,16 +84,16 @@ class GaussianDropout(LayerWithRate):
         y = x                                 in evaluation and with p = 0
 
     Args:
-        p: The probability of dropping whose noise this is, in [0, 1).
+        p: The drop probability of the dropout that has this variance, in [0, 1).
 
     Shape:
         Any number of dimensions from 1; the output has the shape, dtype and memory format of the
         input.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none).
-        ValueError: ``p`` is NaN, outside [0, 1], or 1, which has infinite variance. When called,
-            also as :func:`torchdrop.functional.gaussian_dropout`.
+        TypeError: ``p`` is not a real number (bools and strings are not accepted).
+        ValueError: ``p`` is NaN, outside [0, 1], or 1, where the variance is infinite. A call can
+            also raise the errors of :func:`torchdrop.functional.gaussian_dropout`.
 
     Reference:
         Srivastava et al. 2014, Dropout, section 10.
@@ -104,7 +105,7 @@ class GaussianDropout(LayerWithRate):
 
     @property
     def p(self) -> float:
-        """The probability of dropping, in [0, 1)."""
+        """The drop probability of the dropout that has this variance, in [0, 1)."""
         return self._p
 
     @p.setter
@@ -112,12 +113,12 @@ class GaussianDropout(LayerWithRate):
         self._p = check_finite_rate(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with noise; ``x`` itself in evaluation."""
+        """Return ``x`` times the noise, or ``x`` itself in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return gaussian_dropout(x, self.p, self.training)
 
     def extra_repr(self) -> str:
-        """The rate."""
+        """Return the rate."""
         return f"p={self.p}"

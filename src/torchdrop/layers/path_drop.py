@@ -1,4 +1,4 @@
-"""PathDrop: which inputs of a join are kept, local to it or as one column of the whole network."""
+"""PathDrop: drop inputs of a join, each join by itself or along one column of the network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torchdrop.checks import (
     check_whole,
 )
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
-from torchdrop.layers.draws import in_memory_format_of, keep_mask, random_integers
+from torchdrop.layers.draws import along_dim, in_memory_format_of, keep_mask, random_integers
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import host_generator
 from torchdrop.rows.take_and_add import add_rows, take, with_zero_grads
 from torchdrop.schedules import check_rate
 
-__all__ = ["PATHS", "PathDrop", "path_drop", "path_drop_column"]
+__all__ = ["PathDrop", "path_drop", "path_drop_column"]
 
 PATHS = ("local", "global", "mixed")
 
@@ -38,25 +38,26 @@ def path_drop_column(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw the column that a network of many joins keeps, to be passed to all of them.
+    """Draw the column that a network keeps, which is then passed to all of its joins.
 
     Args:
         columns: How many columns the network has.
         samples: The number of samples in the batch.
-        paths: ``"global"``: every sample one column, uniformly. ``"local"``: none, each join
-            decides by itself. ``"mixed"``: one or the other, each with probability one half (the
-            paper's training).
-        mode: ``"row"``: each sample has its own draw. ``"batch"``: one draw.
-        device: Where the result is to be: that of the activations, or the host (None) where joins
-            run modules (:class:`torchdrop.layers.PathDrop`).
-        generator: Draws, on ``device``. Eager mode only.
+        paths: ``"global"``: a uniformly drawn column for each sample. ``"local"``: no column, each
+            join decides by itself. ``"mixed"``: one or the other, each with probability one half
+            (as the paper trains).
+        mode: ``"row"``: one draw for each sample. ``"batch"``: one draw for the whole batch.
+        device: The device of the result: that of the activations, or None for the host, where the
+            joins run modules (:class:`torchdrop.layers.PathDrop`).
+        generator: The generator to draw from, on ``device``. Eager mode only.
 
     Returns:
-        An int64 tensor (samples,), or (1,) with ``mode="batch"``: a column from 0, or -1 where
-        joins decide.
+        An int64 tensor of shape (samples,), or (1,) with ``mode="batch"``: the number of a column,
+        from 0, or -1 where each join decides by itself.
 
     Raises:
-        TypeError: ``columns`` or ``samples`` is no integer, or ``generator`` none.
+        TypeError: ``columns`` or ``samples`` is not an integer, or ``generator`` is neither None
+            nor a torch.Generator.
         ValueError: ``paths`` or ``mode`` is unknown, ``columns`` below 1 or ``samples`` below 0.
     """
     check_choice(paths, PATHS, "paths")
@@ -74,7 +75,7 @@ def path_drop_column(
     return column
 
 
-def _kept(
+def _draw_kept_inputs(
     n: int,
     samples: int,
     p: float,
@@ -83,9 +84,10 @@ def _kept(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """For each of ``n`` inputs and each sample, whether it is kept: (n, samples). Never none."""
+    """Draw which of ``n`` inputs each sample keeps: (n, samples), with at least one True each."""
     kept = keep_mask((n, samples), p, device=device, generator=generator)
-    # Where all are dropped, one stays. It is drawn always: what is drawn is not to depend on it.
+    # Where all inputs are dropped, one of them stays. It is drawn in any case, so that the number
+    # of random numbers does not depend on the values drawn.
     number = torch.arange(n, device=device)[:, None]
     last = random_integers(n, (samples,), device, generator)
     kept = kept | (~kept.any(0) & (number == last))
@@ -94,7 +96,7 @@ def _kept(
     column = column.to(device)
     own = number if columns is None else torch.tensor(columns, device=device)[:, None]
     chosen = own == column
-    # A join that this column does not pass through is not used; it is the mean of all.
+    # The output of a join that the column does not pass through is not used: keep all inputs.
     chosen = chosen | ~chosen.any(0)
     return torch.where(column >= 0, chosen, kept)
 
@@ -135,40 +137,41 @@ def path_drop(
     columns: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The mean of the inputs of a join that are not dropped: drop-path of FractalNet.
+    """Return the mean of the inputs of a join that are not dropped: drop-path of FractalNet.
 
-    *Local*: each of the n inputs is dropped with probability p. Where all are, one of them chosen
-    uniformly is kept, so an input is dropped with probability ``p - p**n / n``, less than p, and
-    with p=1 exactly one is kept::
+    *Local*: each of the n inputs is dropped with probability p. If all are dropped, one of them,
+    chosen uniformly, is kept. An input is therefore dropped with probability ``p - p**n / n``,
+    which is less than p, and with p=1 exactly one input is kept::
 
         path_drop(x_1, ..., x_n) = mean of the x_i that are kept       in training
                                    mean of all                        in evaluation and with p = 0
 
-    *Global*: with ``column``, drawn once for a network by :func:`path_drop_column` and passed to
-    all its joins, a sample keeps the input that belongs to its column and drops the others. A join
-    that the column does not pass through gives the mean of all, which is not used.
+    *Global*: ``column`` is drawn once for a network by :func:`path_drop_column` and passed to all
+    its joins. Each sample keeps the input that belongs to its column, and drops the others. A join
+    that the column does not pass through returns the mean of all inputs, which is not used.
 
-    Nothing else is scaled: the mean of survivors has the right size. Dropped values are selected
-    away, not multiplied by zero.
+    No other scaling is needed, since a mean does not grow with the number of inputs. Dropped
+    values are replaced by 0, not multiplied by 0.
 
     Args:
         branches: The inputs, tensors of one shape. Dtypes promote as in a sum.
         p: The probability of dropping an input, in [0, 1].
-        training: False gives the mean of all inputs; of a single one, the object itself.
-        mode: ``"row"``: each sample has its own draws. ``"batch"``: one draw for all.
+        training: If False, the result is the mean of all inputs; for a single one, that very
+            object.
+        mode: ``"row"``: decisions for each sample. ``"batch"``: for the whole batch.
         batch_dim: The dimension that counts samples.
-        column: For each sample, or once, the column to keep, or -1 for local draws.
+        column: The column to keep, for each sample or for all, or -1 to draw locally.
         columns: The columns that the inputs belong to; by default 0, 1, ..., n - 1.
-        generator: Draws, on the device of the inputs. Eager mode only.
+        generator: The generator to draw from, on the device of the inputs. Eager mode only.
 
     Returns:
         A tensor of the shape of the inputs.
 
     Raises:
-        TypeError: An input is no floating-point tensor, ``p`` no real number (a bool or a string
-            is none), or ``batch_dim`` no integer.
-        ValueError: There is no input, or their shapes differ; ``p`` is NaN or outside [0, 1],
-            ``mode`` is unknown; ``column`` or ``columns`` has another length.
+        TypeError: ``branches`` is not a sequence of floating-point tensors, ``p`` is not a real
+            number (bools and strings are not accepted), or ``batch_dim`` is not an integer.
+        ValueError: There is no input, or the shapes differ; ``p`` is NaN or outside [0, 1];
+            ``mode`` is unknown; or ``column`` or ``columns`` has the wrong length.
 
     Reference:
         Larsson et al. 2017, FractalNet, arXiv:1605.07648.
@@ -194,7 +197,7 @@ def path_drop(
     rate = check_rate(p)
     check_mode(mode)
     if not branches:
-        raise ValueError("a join needs one input at least, but got none")
+        raise ValueError("a join needs at least one input, but got none")
     for i, x in enumerate(branches):
         check_input(x, f"branches[{i}]")
     check_generator(generator)
@@ -210,22 +213,21 @@ def path_drop(
         return _mean(branches)
     if mode == "batch":
         samples = 1 if column is None else column.shape[0]
-    kept = _kept(len(branches), samples, rate, column, columns, first.device, generator)
-    shape = [1] * first.dim()
-    shape[dim] = kept.shape[1]
+    kept = _draw_kept_inputs(len(branches), samples, rate, column, columns, first.device, generator)
     dtype = _result_dtype(branches)
     out: Tensor | None = None
     for x, mask in zip(branches, kept.unbind(0), strict=True):
-        part = torch.where(in_memory_format_of(x, mask.view(shape)), x, 0.0)
-        # In place: what `where` gave is ours, and nothing needs its values later.
-        out = _wide(part.to(dtype)) if out is None else out.add_(part)
-        del part  # before the next one is made
+        own_mask = in_memory_format_of(x, along_dim(mask, dim, x.dim()))
+        part = torch.where(own_mask, x, 0.0)
+        # In place is safe: `where` made a new tensor, and autograd does not save it.
+        out = _at_least_float32(part.to(dtype)) if out is None else out.add_(part)
+        del part  # frees its memory before the next one is made
     assert out is not None
-    return out.div_(kept.sum(0).view(shape)).to(dtype)
+    return out.div_(along_dim(kept.sum(0), dim, out.dim())).to(dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: a sum of many in half precision would be rounded every time."""
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32, in which a sum is not rounded with every input."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -240,37 +242,38 @@ def _result_dtype(branches: Iterable[Tensor]) -> torch.dtype:
 def _mean(branches: Sequence[Tensor]) -> Tensor:
     if len(branches) == 1:
         return branches[0]
-    out = _wide(branches[0])
+    out = _at_least_float32(branches[0])
     for x in branches[1:]:
         out = out + x
     return (out / len(branches)).to(_result_dtype(branches))
 
 
 class PathDrop(LayerWithRate):
-    """A join that drops inputs and takes the mean of the others: drop-path of FractalNet.
+    """Drop inputs of a join and return the mean of the others: drop-path of FractalNet.
 
-    Each of n inputs is dropped with probability p; where all are, one chosen uniformly is kept, so
-    the delivered rate is ``p - p**n / n``::
+    Each of n inputs is dropped with probability p. If all are dropped, one of them, chosen
+    uniformly, is kept, so an input is dropped with probability ``p - p**n / n``::
 
         y = mean of the x_i that are kept   in training
         y = mean of all                     in evaluation and with p = 0
 
-    Called with tensors, it joins them. Made with ``branches``, modules, and called with one tensor,
-    it joins what they give for it, and while training runs none that is dropped: with
-    ``mode="batch"`` only the branches that are kept, with ``"row"`` each on the rows that keep it.
+    Without ``branches``, the layer is called with tensors and joins them. With ``branches``, a
+    list of modules, it is called with one tensor and joins their outputs. A dropped module does
+    not run in training: with ``mode="batch"`` only the kept modules run, and with ``"row"`` each
+    module runs on the rows that keep it.
 
-    In a network of many joins, the paper keeps one column of all of them for half of the samples.
-    The network draws it and passes it on, so that a checkpoint or a second network cannot confuse
-    it::
+    For half of the samples, the paper keeps one column throughout the network. The network draws
+    it once and passes it to its joins, so that activation checkpointing repeats it and several
+    networks do not share it::
 
         >>> column = functional.path_drop_column(4, len(x), device=x.device)
         >>> y = join(a, b, column=column)
 
     Args:
         p: The probability of dropping an input, in [0, 1]; .15 in the paper.
-        branches: Modules that take the input of the join, or None.
+        branches: Modules that take the input of the join, or None to join tensors.
         mode: ``"row"`` or ``"batch"``.
-        columns: The columns of the network that the inputs belong to, where not all of its columns
+        columns: The columns of the network that the inputs belong to, if only some of its columns
             end in this join; by default 0, 1, ..., n - 1.
         batch_dim: The dimension that counts samples.
 
@@ -278,16 +281,18 @@ class PathDrop(LayerWithRate):
         Inputs (or outputs of ``branches``) of one shape, any number of dimensions from 1; the
         output has the same.
 
-    With ``branches``, draws are made on the host, with ``mode="batch"`` alike on all ranks of a
-    process group, and parameters of a branch that did not run get gradients of zero, which
-    DistributedDataParallel waits for; where ranks wait for each other in a branch (SyncBatchNorm,
-    ``fully_shard`` inside), all of them run and are masked. ``torch.compile`` breaks the graph
-    there, since what runs depends on the draw; of tensors, the join compiles whole.
+    With ``branches``, decisions are drawn on the host; with ``mode="batch"`` all ranks of a
+    process group draw the same ones. Parameters of a branch that did not run get gradients of
+    zero, which DistributedDataParallel waits for. If ranks wait for each other inside a branch
+    (SyncBatchNorm, ``fully_shard``), all branches run and are masked. ``torch.compile`` breaks the
+    graph at the join, since the decisions determine which modules run. A join of tensors compiles
+    without a break.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none), a branch no module.
-        ValueError: ``p`` is NaN or outside [0, 1], ``mode`` is unknown, or ``branches`` empty.
-            When called, also as :func:`torchdrop.functional.path_drop`.
+        TypeError: ``p`` is not a real number (bools and strings are not accepted), or a branch is
+            not an nn.Module.
+        ValueError: ``p`` is NaN or outside [0, 1], ``mode`` is unknown, or ``branches`` is empty.
+            A call can also raise the errors of :func:`torchdrop.functional.path_drop`.
 
     Reference:
         Larsson et al. 2017, FractalNet, arXiv:1605.07648.
@@ -312,7 +317,7 @@ class PathDrop(LayerWithRate):
                         f"branches have to be nn.Modules, but got {type(module).__name__}"
                     )
             if not modules:
-                raise ValueError("a join needs one branch at least, but got none")
+                raise ValueError("a join needs at least one branch, but got none")
         check_mode(mode)
         self.mode = mode
         if columns is not None:
@@ -322,14 +327,14 @@ class PathDrop(LayerWithRate):
         self.branches = None if modules is None else nn.ModuleList(modules)
 
     def extra_repr(self) -> str:
-        """The rate and the rules."""
+        """Return the rate, the mode, and the arguments that differ from their defaults."""
         text = f"p={self.p}, mode={self.mode!r}"
         if self.columns is not None:
             text += f", columns={self.columns}"
         return text if self.batch_dim == 0 else text + f", batch_dim={self.batch_dim}"
 
     def forward(self, *inputs: Tensor, column: Tensor | None = None) -> Tensor:
-        """Join ``inputs``, or what the branches give for the one input."""
+        """Join ``inputs``, or the outputs of the branches for the one input."""
         node = fx_node_of_call(self, inputs, {} if column is None else {"column": column})
         if node is not None:
             return node
@@ -354,7 +359,7 @@ class PathDrop(LayerWithRate):
         return self._run(list(self.branches), x, dim, column)
 
     def _run(self, branches: list[nn.Module], x: Tensor, dim: int, column: Tensor | None) -> Tensor:
-        """The mean of what the branches give, each run on the rows that keep it."""
+        """Return the mean of the outputs of the branches, each run on the rows that keep it."""
         if meets_ranks(branches, "a branch", alike=self.mode == "batch"):
             return path_drop(
                 [_output(branch, x) for branch in branches],
@@ -370,12 +375,12 @@ class PathDrop(LayerWithRate):
             draws = max(draws if self.mode == "row" else 1, column.shape[0])
         host = torch.device("cpu")
         generator = host_generator(alike=self.mode == "batch")
-        kept = _kept(len(branches), draws, self.p, column, self.columns, host, generator).expand(
-            -1, samples
-        )
+        kept = _draw_kept_inputs(
+            len(branches), draws, self.p, column, self.columns, host, generator
+        ).expand(-1, samples)
         out: Tensor | None = None
         idle: list[nn.Parameter] = []
-        dtypes: list[Tensor] = []
+        outputs: list[Tensor] = []
         for branch, mask in zip(branches, kept, strict=True):
             index = mask.nonzero().flatten()
             if len(index) == 0 and samples > 0:
@@ -384,23 +389,21 @@ class PathDrop(LayerWithRate):
             whole = len(index) == samples
             index = index.to(x.device, non_blocking=True)
             y = _output(branch, x if whole else take(x, index, dim))
-            dtypes.append(y)
+            outputs.append(y)
             if out is None:
                 shape = list(y.shape)
                 shape[dim] = samples
-                out = _wide(in_memory_format_of(y, y.new_zeros(shape)))
+                out = _at_least_float32(in_memory_format_of(y, y.new_zeros(shape)))
             expected = (*out.shape[:dim], len(index), *out.shape[dim + 1 :])
             if tuple(y.shape) != expected:
                 raise ValueError(
-                    f"branches have to give one shape, but {type(branch).__name__} gave "
-                    f"{tuple(y.shape)} where another gave {expected}"
+                    f"branches have to return tensors of one shape, but {type(branch).__name__} "
+                    f"returned {tuple(y.shape)}, where {expected} was expected"
                 )
             out = out + y if whole else add_rows(out, y, index, 1.0, dim)
         assert out is not None  # every row keeps one branch
-        count = kept.sum(0).to(out.device)
-        shape = [1] * out.dim()
-        shape[dim] = samples
-        out = (out / count.view(shape)).to(_result_dtype(dtypes))
+        count = along_dim(kept.sum(0).to(out.device), dim, out.dim())
+        out = (out / count).to(_result_dtype(outputs))
         return with_zero_grads(out, idle) if idle else out
 
 

@@ -1,4 +1,4 @@
-"""ShakeDrop: one random factor forward and another one backward."""
+"""ShakeDrop: scale a residual branch by a random factor, and its gradient by another one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input, check_mode
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
-from torchdrop.layers.draws import draw_noise, keep_mask, multiply_and_round_once
+from torchdrop.layers.draws import (
+    draw_noise,
+    keep_mask,
+    multiply_and_round_once,
+    shape_of_decisions,
+)
 from torchdrop.schedules import check_rate
 
 __all__ = ["ShakeDrop", "shake_drop"]
@@ -22,7 +27,7 @@ def check_range(ends: Any, name: str) -> tuple[float, float]:
     """Return both ends of a range as floats.
 
     Raises:
-        TypeError: ``ends`` is no pair of real numbers.
+        TypeError: ``ends`` is not a pair of real numbers.
         ValueError: One of them is not finite, or the first is above the second.
     """
     pair = isinstance(ends, (tuple, list)) and len(ends) == 2
@@ -30,18 +35,20 @@ def check_range(ends: Any, name: str) -> tuple[float, float]:
         raise TypeError(f"{name} has to be a pair of real numbers, but got {ends!r}")
     low, high = float(ends[0]), float(ends[1])
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ValueError(f"{name} has to be a range from low to high, but got {ends!r}")
+        raise ValueError(
+            f"{name} has to be a range from low to high, both of them finite, but got {ends!r}"
+        )
     return low, high
 
 
 class _Shake(torch.autograd.Function):
-    """``ahead * x``, whose derivative is said to be ``back``."""
+    """Compute ``forward_factor * x``; multiply the gradient by ``backward_factor`` instead."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, ahead: Tensor, back: Tensor) -> Tensor:
-        return multiply_and_round_once(x, ahead)
+    def forward(x: Tensor, forward_factor: Tensor, backward_factor: Tensor) -> Tensor:
+        return multiply_and_round_once(x, forward_factor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -49,8 +56,8 @@ class _Shake(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return multiply_and_round_once(grads[0], back), None, None
+        (backward_factor,) = ctx.saved_tensors
+        return multiply_and_round_once(grads[0], backward_factor), None, None
 
 
 def shake_drop(
@@ -73,20 +80,20 @@ def shake_drop(
         backward  (b + c - b * c) * grad
         evaluation  (1 - p + p * E[a]) * x,  which is (1 - p) * x for the paper's alpha
 
-    What is dropped is not gone: with p=1 every branch is shaken (Shake-Shake for one branch). The
-    gradient is not that of the forward, on purpose. As an operator of the gradient it is linear,
-    and a second derivative (``create_graph=True``) differentiates that operator: through ``grad``,
-    with the factor of the backward again. Forward-mode derivatives are refused by torch, since none
-    is defined.
+    A dropped branch is scaled, not removed: with p=1 every branch is shaken (Shake-Shake for one
+    branch). By design, the gradient is not the derivative of the forward. It is linear in
+    ``grad``, so a second derivative (``create_graph=True``) passes through ``grad``, multiplied by
+    the backward factor again. torch raises an error for forward-mode derivatives, since none is
+    defined.
 
     Args:
         x: The output of a residual branch, of any shape with at least one dimension and of any
             floating-point dtype. Its memory format is kept.
-        p: The probability of shaking, in [0, 1]: 1 - p_l of the paper. As in the paper, let it
-            grow linearly with depth up to .5.
-        training: False returns the expectation.
-        alpha: The range of the factor forward.
-        beta: The range of the factor backward.
+        p: The probability of shaking, in [0, 1]: 1 - p_l of the paper, where it grows linearly
+            with depth up to .5.
+        training: If False, ``x`` is multiplied by the expectation of the forward factor.
+        alpha: The range (low, high) of the forward factor a.
+        beta: The range (low, high) of the backward factor c.
         mode: ``"row"`` (the paper's image level) or ``"batch"``.
         batch_dim: The dimension that counts samples.
         generator: Draws the factors, on the device of ``x``. Eager mode only.
@@ -95,10 +102,11 @@ def shake_drop(
         A tensor of the shape, dtype and device of ``x``; with ``p=0``, ``x`` itself.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
-            none), ``alpha`` or ``beta`` no pair of them, or ``batch_dim`` no integer.
-        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` no range, ``mode`` is
-            unknown, ``x`` is 0-d or has no dimension ``batch_dim``.
+        TypeError: ``x`` is not a floating-point tensor, ``p`` is not a real number (bools and
+            strings are not accepted), ``alpha`` or ``beta`` is not a pair of real numbers, or
+            ``batch_dim`` is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` is not a range from low
+            to high, ``mode`` is unknown, or ``x`` is 0-d or has no dimension ``batch_dim``.
 
     Reference:
         Yamada et al. 2018, ShakeDrop Regularization for Deep Residual Learning, arXiv:1802.02375.
@@ -127,18 +135,16 @@ def shake_drop(
         return x
     if not training:
         return x * (1.0 - rate + rate * (low + high) / 2.0)
-    shape = [1] * x.dim()
-    if mode == "row":
-        shape[dim] = x.shape[dim]
+    shape = shape_of_decisions(x, dim) if mode == "row" else shape_of_decisions(x)
     kept = keep_mask(shape, rate, device=x.device, generator=generator)
-    ahead = draw_noise(torch.rand, x, generator, shape) * (high - low) + low
-    back = draw_noise(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
-    shaken: Tensor = _Shake.apply(x, torch.where(kept, 1.0, ahead), torch.where(kept, 1.0, back))
+    a = draw_noise(torch.rand, x, generator, shape) * (high - low) + low
+    c = draw_noise(torch.rand, x, generator, shape) * (back_high - back_low) + back_low
+    shaken: Tensor = _Shake.apply(x, torch.where(kept, 1.0, a), torch.where(kept, 1.0, c))
     return shaken
 
 
 class ShakeDrop(LayerWithRate):
-    """Multiplies a residual branch by one random factor, and its gradient by another.
+    """Multiply a residual branch by one random factor, and its gradient by another, in training.
 
     With ``b ~ Bernoulli(1 - p)``, and a and c uniform in ``alpha`` and ``beta``, for each sample
     (``mode="row"``) or once (``"batch"``)::
@@ -146,13 +152,13 @@ class ShakeDrop(LayerWithRate):
         y    = (b + a - b * a) * x,    dx = (b + c - b * c) * dy    in training
         y    = (1 - p + p * E[a]) * x                               in evaluation
 
-    Evaluation multiplies by the expectation, so a branch's ShakeDrop stays in the network.
+    Evaluation multiplies by the expectation, so the layer has to stay in the network that is used.
 
     Args:
-        p: The probability of shaking, in [0, 1]; with depth, the paper lets it grow linearly to .5
+        p: The probability of shaking, in [0, 1]; in the paper it grows linearly with depth to .5
             (:func:`torchdrop.schedules.linear`).
-        alpha: The range of the factor forward.
-        beta: The range of the factor backward.
+        alpha: The range (low, high) of the forward factor a.
+        beta: The range (low, high) of the backward factor c.
         mode: ``"row"`` or ``"batch"``.
         batch_dim: The dimension that counts samples.
 
@@ -161,10 +167,11 @@ class ShakeDrop(LayerWithRate):
         input.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none), ``alpha`` or ``beta`` no
-            pair of them, or ``batch_dim`` no integer.
-        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` no range, or ``mode`` is
-            unknown. When called, also as :func:`torchdrop.functional.shake_drop`.
+        TypeError: ``p`` is not a real number (bools and strings are not accepted), ``alpha`` or
+            ``beta`` is not a pair of real numbers, or ``batch_dim`` is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1], ``alpha`` or ``beta`` is not a range from low
+            to high, or ``mode`` is unknown. A call can also raise the errors of
+            :func:`torchdrop.functional.shake_drop`.
 
     Reference:
         Yamada et al. 2018, ShakeDrop Regularization for Deep Residual Learning, arXiv:1802.02375.
@@ -188,7 +195,7 @@ class ShakeDrop(LayerWithRate):
         self.batch_dim = check_dim(batch_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``, shaken in training, times the expectation in evaluation."""
+        """Return ``x``, shaken in training, and times the expected factor in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
@@ -203,7 +210,7 @@ class ShakeDrop(LayerWithRate):
         )
 
     def extra_repr(self) -> str:
-        """The rate, the mode, and the ranges that differ from the paper's."""
+        """Return the rate, the mode, and the ranges that differ from the paper's."""
         text = f"p={self.p}, mode={self.mode!r}"
         if self.alpha != (-1.0, 1.0):
             text += f", alpha={self.alpha}"

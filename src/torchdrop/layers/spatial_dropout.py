@@ -1,4 +1,4 @@
-"""Spatial dropout: whole channels of a sample are set to zero."""
+"""Spatial dropout: drop whole channels of a sample."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdrop.checks import check_dim, check_generator, check_input
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
-from torchdrop.layers.draws import in_memory_format_of, keep_mask
+from torchdrop.layers.draws import (
+    divisor_of_kept,
+    in_memory_format_of,
+    keep_mask,
+    shape_of_decisions,
+)
 from torchdrop.schedules import check_rate
 
 __all__ = ["SpatialDropout", "spatial_dropout"]
 
 
 def check_channels(x: Tensor, batch_dim: object, channel_dim: object) -> tuple[int, int]:
-    """Return both dimensions, counted from the front.
+    """Return the batch and the channel dimension of ``x``, counted from the front.
 
     Raises:
-        TypeError: One of them is no integer.
-        ValueError: ``x`` has no such dimension, or they are the same.
+        TypeError: One of them is not an integer.
+        ValueError: ``x`` has no such dimension, or both are the same.
     """
     if x.dim() < 2:
         raise ValueError(
-            f"input has to have at least 2 dimensions, of samples and channels, but got {x.dim()}"
+            "input has to have at least 2 dimensions, one of samples and one of channels, "
+            f"but got {x.dim()}"
         )
     batch = check_dim(batch_dim, x.dim())
     channel = check_dim(channel_dim, x.dim(), "channel_dim")
@@ -47,14 +53,15 @@ def spatial_dropout(
 
         spatial_dropout(x) = x / (1 - p)  where b = 1,  and exactly 0  where b = 0
 
-    Which dimension counts channels is said, never guessed from the shape: of a 3-d input
-    ``torch.nn.functional.dropout2d`` drops channels too, with a warning that it will drop rows.
+    ``channel_dim`` names the dimension of channels; it is never guessed from the shape.
+    (``torch.nn.functional.dropout2d`` takes a 3-d input for a batch today, and warns that it will
+    take it for one image later.)
 
     Args:
-        x: Of at least two dimensions, one of samples and one of channels, the others of any number
-            and place, of any floating-point dtype. Its memory format is kept.
-        p: The probability of dropping a channel, in [0, 1]. ``p=1`` gives zeros.
-        training: False returns ``x`` itself. So does ``p=0``.
+        x: A tensor with a dimension of samples, a dimension of channels, and any others, of any
+            floating-point dtype. Its memory format is kept.
+        p: The probability of dropping a channel, in [0, 1]. With ``p=1`` the result is zero.
+        training: If False, or if ``p=0``, ``x`` itself is returned.
         channel_dim: The dimension that counts channels: 1 for (batch, channels, height, width) and
             (batch, channels, length), -1 for (batch, length, channels).
         batch_dim: The dimension that counts samples.
@@ -64,10 +71,10 @@ def spatial_dropout(
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, ``p`` no real number (a bool or a string is
-            none), or a dimension no integer.
-        ValueError: ``p`` is NaN or outside [0, 1]; ``x`` has fewer than two dimensions, or not
-            those named; or they are the same.
+        TypeError: ``x`` is not a floating-point tensor, ``p`` is not a real number (bools and
+            strings are not accepted), or a dimension is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1]; ``x`` has fewer than two dimensions, or does
+            not have those named; or both are the same.
 
     Reference:
         Tompson et al. 2015, Efficient Object Localization Using Convolutional Networks,
@@ -90,22 +97,20 @@ def spatial_dropout(
     batch, channel = check_channels(x, batch_dim, channel_dim)
     if not training or rate == 0.0:
         return x
-    shape = [1] * x.dim()
-    shape[batch], shape[channel] = x.shape[batch], x.shape[channel]
+    shape = shape_of_decisions(x, batch, channel)
     mask = keep_mask(shape, rate, device=x.device, generator=generator)
-    keep = 1.0 - rate if rate < 1.0 else 1.0
-    return torch.where(in_memory_format_of(x, mask), x, 0.0).div_(keep)
+    return torch.where(in_memory_format_of(x, mask), x, 0.0).div_(divisor_of_kept(rate))
 
 
 class SpatialDropout(LayerWithRate):
-    """Sets whole channels to zero.
+    """Set whole channels to zero.
 
     With ``b ~ Bernoulli(1 - p)`` for each channel of each sample::
 
         y = b * x / (1 - p)   in training,     y = x   in evaluation and with p = 0
 
-    One layer for sequences, images and volumes, whatever the order of their dimensions:
-    ``channel_dim`` says where the channels are, and 3-d inputs are batches.
+    The layer works on sequences, images and volumes, with their dimensions in any order:
+    ``channel_dim`` says which one counts channels. Inputs always have a batch dimension.
 
     Args:
         p: The probability of dropping a channel, in [0, 1].
@@ -117,9 +122,10 @@ class SpatialDropout(LayerWithRate):
         input.
 
     Raises:
-        TypeError: ``p`` is no real number (a bool or a string is none), or a dimension no integer.
-        ValueError: ``p`` is NaN or outside [0, 1], or both dimensions are the same. When called,
-            also as :func:`torchdrop.functional.spatial_dropout`.
+        TypeError: ``p`` is not a real number (bools and strings are not accepted), or a dimension
+            is not an integer.
+        ValueError: ``p`` is NaN or outside [0, 1], or both dimensions are the same. A call can
+            also raise the errors of :func:`torchdrop.functional.spatial_dropout`.
 
     Reference:
         Tompson et al. 2015, Efficient Object Localization Using Convolutional Networks,
@@ -137,7 +143,7 @@ class SpatialDropout(LayerWithRate):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with channels dropped; ``x`` itself in evaluation."""
+        """Return ``x`` with channels dropped, or ``x`` itself in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
@@ -146,6 +152,6 @@ class SpatialDropout(LayerWithRate):
         )
 
     def extra_repr(self) -> str:
-        """The rate and the layout."""
+        """Return the rate and the dimensions."""
         text = f"p={self.p}, channel_dim={self.channel_dim}"
         return text if self.batch_dim == 0 else text + f", batch_dim={self.batch_dim}"

@@ -1,4 +1,4 @@
-"""StochasticDepth: a module that is skipped, not masked, with probability p."""
+"""StochasticDepth: skip a module, instead of masking its output, with probability p."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdrop.checks import check_dim, check_input, check_mode
+from torchdrop.checks import check_choice, check_dim, check_input, check_mode
+from torchdrop.internals import clear_forward_hooks, modifications_of, tree_map_only
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
+from torchdrop.layers.draws import along_dim
 from torchdrop.rows.collectives import meets_ranks
 from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
 from torchdrop.rows.take_and_add import take, with_zero_grads
@@ -19,12 +21,12 @@ __all__ = ["StochasticDepth"]
 
 SCALES = ("train", "eval", "none")
 
-# Input shapes for which a StochasticDepth remembers that skip and module agree.
+# The number of input shapes for which a layer remembers that skip and module agree in shape.
 _MAX_CHECKED_SHAPES = 64
 
 
 def _scale_residual(skip: Tensor, out: Tensor, keep: float) -> Tensor:
-    """``skip + (out - skip) / keep``, and ``out`` itself where nothing is to be scaled."""
+    """Return ``skip + (out - skip) / keep``, and ``out`` itself if ``keep`` is 1."""
     return skip + (out - skip) / keep if keep < 1.0 else out
 
 
@@ -38,42 +40,41 @@ def _tensors(value: object) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _output_shape(
+def _output_shape_of(
     module: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> tuple[int, ...] | None:
-    """The shape of ``module(x, ...)``, computed without computing anything; None if it cannot be.
+    """Return the shape of ``module(x, ...)`` without computing it, or None if that is impossible.
 
-    Runs a copy whose parameters, buffers and inputs are on the meta device: no statistics, no
-    counters, no hooks and no random numbers of the module itself are touched.
+    A copy runs whose parameters, buffers and inputs are on the meta device. Statistics, counters,
+    hooks and random numbers of the module itself are not touched.
     """
 
-    def ghost(t: Tensor) -> Tensor:
-        # One dtype for all: autocast, which reconciles them, does not know the meta device.
+    def to_meta(t: Tensor) -> Tensor:
+        # One dtype for all: autocast, which would convert them, does not support the meta device.
         dtype = torch.float32 if t.is_floating_point() else t.dtype
         return torch.empty_like(t, device="meta", dtype=dtype)
 
-    def ghosts(value: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(Tensor, ghost, value)
+    def all_to_meta(value: Any) -> Any:
+        return tree_map_only(Tensor, to_meta, value)
 
     try:
         memo: dict[int, Any] = {}
         for p in module.parameters():
-            memo[id(p)] = nn.Parameter(ghost(p), requires_grad=False)
+            memo[id(p)] = nn.Parameter(to_meta(p), requires_grad=False)
         for b in module.buffers():
-            memo[id(b)] = ghost(b)
+            memo[id(b)] = to_meta(b)
         twin = copy.deepcopy(module, memo)
         for part in twin.modules():
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
+            clear_forward_hooks(part)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            out = twin(*ghosts((x, *args)), **ghosts(kwargs or {}))
-    except Exception:  # whatever a module may raise where it meets a tensor without values
+            out = twin(*all_to_meta((x, *args)), **all_to_meta(kwargs or {}))
+    except Exception:  # a module may raise anything for a tensor without values
         return None
     return tuple(out.shape) if isinstance(out, Tensor) else None
 
 
 def _copy_of_first_conv(module: nn.Module) -> nn.Module:
-    """A deep copy of the first convolution of ``module``, where it can stand in for ``module``."""
+    """Return a deep copy of the first convolution, if its output has the shape of the module's."""
     convs = (
         (name, m)
         for name, m in module.named_modules()
@@ -86,12 +87,12 @@ def _copy_of_first_conv(module: nn.Module) -> nn.Module:
             "has none; pass projection=nn.Module or None"
         )
     advice = (
-        "pass a module that does, projection=nn.Conv2d(...) of the right channels and stride, or "
-        "the shortcut that the stage already has (layer[0].downsample in torchvision's ResNets)"
+        "pass a projection that does: nn.Conv2d(...) with the right channels and stride, or the "
+        "shortcut that the stage already has (layer[0].downsample in torchvision's ResNets)"
     )
     size = (64,) * len(conv.kernel_size)
     probe = torch.empty(2, conv.in_channels, *size, device="meta", dtype=conv.weight.dtype)
-    ours, theirs = _output_shape(conv, probe), _output_shape(module, probe)
+    ours, theirs = _output_shape_of(conv, probe), _output_shape_of(module, probe)
     if ours is not None and theirs is not None:
         if ours != theirs:
             raise ValueError(
@@ -100,12 +101,12 @@ def _copy_of_first_conv(module: nn.Module) -> nn.Module:
                 f"{advice}"
             )
         return copy.deepcopy(conv)
-    # The module does not run on a tensor without values: read what its last layer says.
-    last = [
+    # The module cannot run on tensors without values: compare the channels of its last layer.
+    declared = [
         getattr(m, "out_channels", None) or getattr(m, "num_features", None)
         for m in module.modules()
     ]
-    channels = next((c for c in reversed(last) if isinstance(c, int)), conv.out_channels)
+    channels = next((c for c in reversed(declared) if isinstance(c, int)), conv.out_channels)
     if channels != conv.out_channels:
         raise ValueError(
             f"projection='copy' does not fit: the first convolution, {name!r}, gives "
@@ -115,9 +116,10 @@ def _copy_of_first_conv(module: nn.Module) -> nn.Module:
 
 
 class StochasticDepth(LayerWithRate):
-    """A module that is skipped at random while training: what is dropped is not computed.
+    """Skip a module at random while training: a dropped module is not computed.
 
-    With ``s(x) = x``, or ``projection(x)`` where the module ``m`` changes the shape:
+    The module ``m`` is replaced by ``s(x) = x``, or by ``s(x) = projection(x)`` if ``m`` changes
+    the shape:
 
     =======  =======================  ===========================  ==========================
     scale    training, dropped (p)    training, kept (1 - p)       evaluation
@@ -127,9 +129,9 @@ class StochasticDepth(LayerWithRate):
     "none"   ``s(x)``                 ``m(x)``                     ``m(x)``
     =======  =======================  ===========================  ==========================
 
-    ``m`` is a whole block or stage, its own skip connection included: ``m(x) - s`` is then its
-    residual branch. "train" keeps the mean of the output, "eval" is the rule of the paper, "none"
-    is LayerDrop. Where the factor is 1 the output is ``m(x)`` itself, not a sum that rounds.
+    ``m`` is a whole block or stage with its skip connection, so that ``m(x) - s`` is its residual
+    branch. "train" keeps the mean of the output, "eval" is the rule of the paper, and "none" is
+    LayerDrop. Where the factor is 1, the output is ``m(x)`` itself, without rounding.
 
     Wrapping renames the keys of a state dict, ``layer1.0.conv1.weight`` becomes
     ``layer1.module.0.conv1.weight``: load weights first, wrap afterwards.
@@ -142,49 +144,51 @@ class StochasticDepth(LayerWithRate):
         >>> model.layer3 = StochasticDepth(model.layer3, 0.2, model.layer3[0].downsample)
         >>> model.layer4 = StochasticDepth(model.layer4, 0.2, nn.Conv2d(256, 512, 1, stride=2))
 
-    Decisions are drawn on the host from torch's global CPU generator: ``torch.manual_seed``
-    governs them and activation checkpointing replays them. In a process group, all ranks take the
-    decisions of ``mode="batch"`` alike (see ``sync_ranks``) and draw rows of their own in "row".
-    ``torch.compile`` breaks the graph at the decision, since what runs depends on it. A module in
-    which ranks wait for each other (SyncBatchNorm, or ``fully_shard`` inside) is not skipped, but
-    run in full and masked.
+    Decisions are drawn on the host, from torch's global CPU generator: ``torch.manual_seed`` makes
+    them reproducible, and activation checkpointing repeats them. In a process group, all ranks
+    draw the same decisions with ``mode="batch"`` (see ``sync_ranks``), and their own rows with
+    "row". ``torch.compile`` breaks the graph at the decision, which determines what runs. If ranks
+    wait for each other inside the module (SyncBatchNorm, ``fully_shard``), it is not skipped: it
+    runs in full and is masked.
 
     Args:
-        module: The module m. It takes a tensor first and returns a tensor; more arguments are
-            passed on.
-        p: The probability of dropping, in [0, 1]; may be set later. With 1 the module never runs
-            while training, with 0 it always does and nothing else.
-        projection: What stands in for a module that changes the shape. ``None``: x itself. A
-            module: it may be new, trained with the rest, or a part of ``module`` (its keys are then
-            in the state dict twice, its parameters once; BatchNorm in it sees kept batches twice).
-            ``"copy"``: a copy of the first convolution in ``module``, weights included; refused
-            where that does not give the shape of the module's output.
-        mode: ``"batch"``: one decision a call (the paper). ``"row"``: each sample its own, and the
-            module runs on the rows that are kept, a uniformly random subset whose mean size is
-            exactly ``(1-p) * batch``. Then no tensor may be among the other arguments, because
-            nothing tells whether it would have to be cut with the rows.
+        module: The module m. Its first argument and its result are tensors; further arguments are
+            passed on to it.
+        p: The probability of dropping, in [0, 1]; can be set later. With 1, the module never runs
+            while training; with 0, the layer only calls the module.
+        projection: What replaces a dropped module. ``None``: x itself. A module: it may be new,
+            and is trained with the rest, or a part of ``module`` (whose keys are then in the state
+            dict twice and its parameters once; a BatchNorm in it sees kept batches twice).
+            ``"copy"``: a copy of the first convolution in ``module``, weights included, if its
+            output has the shape of the module's.
+        mode: ``"batch"``: one decision for each call (the paper). ``"row"``: one for each sample;
+            the module runs on the kept rows, a uniformly random subset whose mean size is exactly
+            ``(1-p) * batch``. The further arguments must then not contain tensors, because the
+            layer cannot know whether to take the kept rows of them too.
         scale: ``"train"``, ``"eval"`` or ``"none"``, see the table.
         batch_dim: The dimension that counts samples, for ``mode="row"``.
-        sync_ranks: Whether all ranks of a process group decide alike in ``mode="batch"``, else a
-            step is as slow as the rank that keeps most. None: they do.
-        zero_grad: Give the parameters of what did not run, the module or a projection that was not
-            needed, gradients of zero, which DistributedDataParallel waits for. False leaves None.
+        sync_ranks: Whether all ranks of a process group draw the same decisions with
+            ``mode="batch"``. If they do not, each step takes as long as the rank that keeps most.
+            None means True.
+        zero_grad: Whether parameters that were not used, of the module or of a projection, get
+            gradients of zero, which DistributedDataParallel waits for. False leaves them None.
 
     Shape:
-        ``m(x)`` and ``s(x)`` have to have the same shape. This is checked whenever both are known,
-        and else once for each shape of input, by running a copy of the one that was not needed on
-        the meta device: that computes nothing and touches no state.
+        ``m(x)`` and ``s(x)`` need the same shape. It is compared whenever both are computed, and
+        otherwise once for each input shape, by running a copy of the one that was not computed on
+        the meta device, which computes no values and changes no state.
 
-    In training with p > 0 the output has the dtype of ``x``, whichever way the decision went;
-    under autocast ``s(x)`` and ``m(x)`` may have others. With p = 0, and in evaluation unless
-    ``scale`` is "eval", ``m(x)`` is returned as it is.
+    In training with p > 0, the output has the dtype of ``x`` for every decision, although under
+    autocast ``s(x)`` and ``m(x)`` may have other dtypes. With p = 0, and in evaluation unless
+    ``scale`` is "eval", ``m(x)`` is returned unchanged.
 
     Raises:
-        TypeError: ``module`` is no module, ``projection`` none of the above, ``p`` no real number;
-            or, when called, the input is no floating-point tensor or the output no tensor.
-        ValueError: ``p``, ``mode`` or ``scale`` is out of range, ``projection="copy"`` does not
-            fit; or, when called, the shapes do not agree, or ``mode="row"`` got more tensors.
-        RuntimeError: ``module`` changes its input in place where the skip needs it too.
+        TypeError: ``module`` is not an nn.Module, ``projection`` is none of the above, or ``p`` is
+            not a real number. In a call: the input is not a floating-point tensor, or the output
+            is not a tensor.
+        ValueError: ``p``, ``mode`` or ``scale`` is out of range, or ``projection="copy"`` does not
+            fit. In a call: the shapes do not agree, or ``mode="row"`` got further tensors.
+        RuntimeError: ``module`` changes its input in place, which the skip needs too.
 
     Reference:
         Huang et al. 2016, Deep Networks with Stochastic Depth, arXiv:1603.09382 ("eval"); Fan et
@@ -209,8 +213,7 @@ class StochasticDepth(LayerWithRate):
             raise TypeError(f"module has to be an nn.Module, but got {type(module).__name__}")
         self.p = p
         check_mode(mode)
-        if scale not in SCALES:
-            raise ValueError(f"scale has to be 'train', 'eval' or 'none', but got {scale!r}")
+        check_choice(scale, SCALES, "scale")
         if isinstance(projection, str):
             if projection != "copy":
                 raise ValueError(
@@ -230,13 +233,13 @@ class StochasticDepth(LayerWithRate):
         if sync_ranks is not None and not isinstance(sync_ranks, bool):
             raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
         self.sync_ranks = sync_ranks
-        self.gives_zero_grads = zero_grad  # nn.Module has a method zero_grad
+        self.gives_zero_grads = zero_grad  # not zero_grad, a method of nn.Module
         self._checked_shapes: set[tuple[int, ...]] = set()
-        # This flag only: a BatchNorm frozen inside the module stays as it is.
+        # Set the flag only: train() would also change a BatchNorm that is frozen in the module.
         self.training = module.training
 
     def extra_repr(self) -> str:
-        """The rate and the rules."""
+        """Return the rate, the mode, the scale, and what differs from the defaults."""
         text = f"p={self.p}, mode={self.mode!r}, scale={self.scale!r}"
         if self.batch_dim != 0:
             text += f", batch_dim={self.batch_dim}"
@@ -245,55 +248,56 @@ class StochasticDepth(LayerWithRate):
         return text if self.gives_zero_grads else text + ", zero_grad=False"
 
     def forward(self, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``m(x)``, ``s(x)`` or their mixture, by the table of the class."""
+        """Return ``m(x)``, ``s(x)`` or a mixture of both, as in the table of the class."""
         node = fx_node_of_call(self, (x, *args), kwargs)
         if node is not None:
             return node
         check_input(x)
         if self.p == 0.0 or (not self.training and self.scale != "eval"):
-            return self._unscaled(x, args, kwargs)
+            return self._run_without_skip(x, args, kwargs)
         if not self.training:
-            return self._expected(x, args, kwargs)
+            return self._expectation(x, args, kwargs)
         refuse_recording(x)
         alike = self.mode == "batch" and self.sync_ranks is not False
         if meets_ranks([self.module], type(self.module).__name__, alike=alike):
-            out = self._masked(x, args, kwargs)
+            out = self._mask_rows(x, args, kwargs)
         elif self.mode == "row":
-            out = self._by_rows(x, args, kwargs)
+            out = self._drop_rows(x, args, kwargs)
         elif keep_batch(self.p, self.sync_ranks):
-            out = self._kept(x, args, kwargs)
+            out = self._keep(x, args, kwargs)
         else:
-            out = self._dropped(x, args, kwargs)
-        # Under autocast s and m may disagree, and when m is dropped its dtype is not known.
+            out = self._drop(x, args, kwargs)
+        # Under autocast the dtypes of s(x) and m(x) may differ, and that of a dropped m(x) is not
+        # known.
         return out.to(x.dtype)
 
-    def _by_rows(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _drop_rows(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if any(True for _ in _tensors((args, kwargs))):
             raise ValueError(
-                "mode='row' takes one tensor, since nothing tells whether another one would "
-                "have to be cut with the rows; use mode='batch', or "
-                "torchdrop.add_stochastic_depth, which finds out"
+                "with mode='row' the module takes one tensor only, because the layer cannot know "
+                "whether to take the kept rows of another one; use mode='batch', or "
+                "torchdrop.add_stochastic_depth, which finds it out"
             )
         dim = check_dim(self.batch_dim, x.dim())
         batch = x.shape[dim]
         kept = keep_rows(batch, self.p)
         if len(kept) == 0:
-            return self._dropped(x, args, kwargs)
+            return self._drop(x, args, kwargs)
         if len(kept) == batch:
-            return self._kept(x, args, kwargs)
+            return self._keep(x, args, kwargs)
         index = kept.to(x.device, non_blocking=True)
         part = take(x, index, dim)
         skip = self._skip(x)
         part_skip = part if skip is x else take(skip, index, dim)
         out = self._run(part, args, kwargs)
-        self._compare(x, tuple(part_skip.shape), tuple(out.shape), tuple(part.shape))
+        self._check_same_shape(x, tuple(part_skip.shape), tuple(out.shape), tuple(part.shape))
         if self.scale == "train":
             out = _scale_residual(part_skip, out, 1.0 - self.p)
-        # Not index_copy, which makes channels_last contiguous; a clone keeps the format.
+        # Not index_copy, whose result is contiguous: clone keeps channels_last.
         return skip.clone().index_copy_(dim, index, out.to(skip.dtype))
 
-    def _masked(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The same, with the module run in full: other ranks wait for it there."""
+    def _mask_rows(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the module in full, since other ranks wait inside it, and replace dropped rows."""
         dim = check_dim(self.batch_dim, x.dim())
         kept = torch.zeros(x.shape[dim], dtype=torch.bool, device="cpu")
         if self.mode == "row":
@@ -302,49 +306,49 @@ class StochasticDepth(LayerWithRate):
             kept.fill_(keep_batch(self.p, self.sync_ranks))
         skip = self._skip(x)
         out = self._run(x, args, kwargs)
-        self._compare(x, tuple(skip.shape), tuple(out.shape))
+        self._check_same_shape(x, tuple(skip.shape), tuple(out.shape))
         if self.scale == "train":
             out = _scale_residual(skip, out, 1.0 - self.p) if self.p < 1.0 else out
-        kept = kept.to(x.device, non_blocking=True).view(
-            [-1 if d == dim else 1 for d in range(x.dim())]
-        )
+        kept = along_dim(kept.to(x.device, non_blocking=True), dim, x.dim())
         return torch.where(kept, out, skip)
 
-    def _kept(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _keep(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.scale != "train":
-            return self._unscaled(x, args, kwargs)
+            return self._run_without_skip(x, args, kwargs)
         skip = self._skip(x)
         out = self._run(x, args, kwargs)
-        self._compare(x, tuple(skip.shape), tuple(out.shape))
+        self._check_same_shape(x, tuple(skip.shape), tuple(out.shape))
         return _scale_residual(skip, out, 1.0 - self.p)
 
-    def _dropped(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """s(x), a new tensor: an in-place activation that follows must not change x."""
+    def _drop(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return s(x) as a new tensor, so that a later in-place activation does not change x."""
         skip = self._skip(x)
-        if self._is_new(x):
-            self._compare(x, tuple(skip.shape), _output_shape(self.module, x, args, kwargs))
+        if self._shape_is_unchecked(x):
+            self._check_same_shape(
+                x, tuple(skip.shape), _output_shape_of(self.module, x, args, kwargs)
+            )
         if self.gives_zero_grads:
             return with_zero_grads(skip, self.module.parameters())
         return skip.clone() if skip is x else skip
 
-    def _unscaled(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """m(x) as it is. s(x) is not needed; its shape is looked at once."""
+    def _run_without_skip(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return m(x), without s(x), of which only the shape is compared once."""
         skip: tuple[int, ...] | None = tuple(x.shape)
         if self.projection is not None:
-            skip = _output_shape(self.projection, x) if self._is_new(x) else None
+            skip = _output_shape_of(self.projection, x) if self._shape_is_unchecked(x) else None
         out = self._run(x, args, kwargs, may_write=True)
-        self._compare(x, skip, tuple(out.shape))
+        self._check_same_shape(x, skip, tuple(out.shape))
         if self.training and self.gives_zero_grads and self.projection is not None:
-            out = with_zero_grads(out, self.projection.parameters())  # it did not run either
+            out = with_zero_grads(out, self.projection.parameters())  # it did not run
         return out
 
-    def _expected(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """(1-p) m(x) + p s(x), the mean of what training gives."""
-        if self.p == 1.0:  # 0 * m(x) is not needed, and NaN where m, never trained, gives inf
-            return self._dropped(x, args, kwargs)
+    def _expectation(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return (1-p) m(x) + p s(x), the mean of the output in training."""
+        if self.p == 1.0:  # 0 * m(x) would be NaN where m, which was never trained, gives inf
+            return self._drop(x, args, kwargs)
         skip = self._skip(x)
         out = self._run(x, args, kwargs)
-        self._compare(x, tuple(skip.shape), tuple(out.shape))
+        self._check_same_shape(x, tuple(skip.shape), tuple(out.shape))
         return (1.0 - self.p) * out + self.p * skip
 
     def _skip(self, x: Tensor) -> Tensor:
@@ -357,22 +361,23 @@ class StochasticDepth(LayerWithRate):
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, may_write: bool = False
     ) -> Tensor:
         watch = not (may_write or torch.compiler.is_compiling() or x.is_inference())
-        version = x._version if watch else 0
+        version = modifications_of(x) if watch else 0
         out = self.module(x, *args, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(
-                "StochasticDepth needs a module that returns a tensor, but "
+                "the module of StochasticDepth has to return a tensor, but "
                 f"{type(self.module).__name__} returned {type(out).__name__}"
             )
-        if watch and x._version != version:
+        if watch and modifications_of(x) != version:
             raise RuntimeError(
-                f"{type(self.module).__name__} changes its input in place, so the input that the "
-                "skip needs is gone; give its first activation inplace=False"
+                f"the module must not change its input, which the skip needs too, but "
+                f"{type(self.module).__name__} changed it in place; give its first activation "
+                "inplace=False"
             )
         return out
 
-    def _is_new(self, x: Tensor) -> bool:
-        """Whether no input of this shape, the batch aside, has been compared yet."""
+    def _shape_is_unchecked(self, x: Tensor) -> bool:
+        """Whether shapes have not been compared for inputs of this shape, batch size aside."""
         return (
             not torch.compiler.is_compiling()
             and self._shape_of_sample(x) not in self._checked_shapes
@@ -383,14 +388,14 @@ class StochasticDepth(LayerWithRate):
         del shape[check_dim(self.batch_dim, x.dim())]
         return tuple(shape)
 
-    def _compare(
+    def _check_same_shape(
         self,
         x: Tensor,
         skip: tuple[int, ...] | None,
         out: tuple[int, ...] | None,
         seen: tuple[int, ...] | None = None,
     ) -> None:
-        """Compare the shapes of s(x) and m(x); None stands for one that could not be known."""
+        """Raise unless s(x) and m(x) have the same shape; None is a shape that is not known."""
         if skip is not None and out is not None and skip != out:
             name = "x" if self.projection is None else "projection(x)"
             raise ValueError(

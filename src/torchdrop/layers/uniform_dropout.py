@@ -16,10 +16,10 @@ __all__ = ["UniformDropout", "uniform_dropout"]
 
 
 def check_beta(beta: object) -> float:
-    """Return the half-width of uniform noise as a float.
+    """Return ``beta``, the half-width of the noise, as a float.
 
     Raises:
-        TypeError: ``beta`` is no real number (a bool or a string is none).
+        TypeError: ``beta`` is not a real number (bools and strings are not accepted).
         ValueError: ``beta`` is NaN or outside [0, 1].
     """
     if isinstance(beta, bool) or not isinstance(beta, Real):
@@ -42,23 +42,23 @@ def uniform_dropout(
 
         uniform_dropout(x) = x * (1 + beta * u)
 
-    The mean stays, and the variance of an element with mean m and variance v becomes
-    v + beta**2 / 3 * (v + m**2): at most a third of what dropout with p=.5 adds, which is why it
-    does less harm in front of a batch normalization.
+    The mean of an element stays, and its variance, with mean m and variance v before, becomes
+    v + beta**2 / 3 * (v + m**2). That adds at most a third of the variance that dropout with p=.5
+    adds, and so does less harm in front of a batch normalization.
 
     Args:
         x: As for :func:`gaussian_dropout`.
-        beta: The half-width of the noise, in [0, 1]. It is no probability.
-        training: False returns ``x`` itself. So does ``beta=0``.
+        beta: The half-width of the noise, in [0, 1]. It is not a probability.
+        training: If False, or if ``beta=0``, ``x`` itself is returned.
         generator: Draws the noise, on the device of ``x``. Eager mode only.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``beta`` no real number (a bool or a
-            string is none).
-        ValueError: ``beta`` is NaN or outside [0, 1]; ``x`` is 0-d.
+        TypeError: ``x`` is not a floating-point tensor, or ``beta`` is not a real number (bools
+            and strings are not accepted).
+        ValueError: ``beta`` is NaN or outside [0, 1], or ``x`` is 0-d.
 
     Reference:
         Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization by
@@ -71,31 +71,30 @@ def uniform_dropout(
     check_generator(generator)
     if not training or width == 0.0:
         return x
-    return multiply_and_round_once(
-        x, draw_noise(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width)
-    )
+    noise = draw_noise(torch.rand, x, generator).mul_(2.0 * width).add_(1.0 - width)
+    return multiply_and_round_once(x, noise)
 
 
 class UniformDropout(LayerWithCheckedProperties):
-    """Multiplies by uniform noise around 1 ("Uout").
+    """Multiply by uniform noise around 1 ("Uout").
 
     With ``u`` uniform in [-1, 1) for each element::
 
         y = x * (1 + beta * u)   in training,     y = x   in evaluation and with beta = 0
 
-    Its noise has variance beta**2 / 3, a third at most; dropout's has p / (1 - p), 1 at p=.5.
-    ``beta`` can be set later and is checked then.
+    The noise has variance beta**2 / 3, at most a third; dropout's mask has p / (1 - p), which is 1
+    for p=.5. ``beta`` can be set at any time and is checked then.
 
     Args:
-        beta: The half-width of the noise, in [0, 1]. It is no probability.
+        beta: The half-width of the noise, in [0, 1]. It is not a probability.
 
     Shape:
         Any number of dimensions from 1; the output has the shape, dtype and memory format of the
         input.
 
     Raises:
-        TypeError: ``beta`` is no real number (a bool or a string is none).
-        ValueError: ``beta`` is NaN or outside [0, 1]. When called, also as
+        TypeError: ``beta`` is not a real number (bools and strings are not accepted).
+        ValueError: ``beta`` is NaN or outside [0, 1]. A call can also raise the errors of
             :func:`torchdrop.functional.uniform_dropout`.
 
     Reference:
@@ -117,12 +116,12 @@ class UniformDropout(LayerWithCheckedProperties):
         self._beta = check_beta(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with noise; ``x`` itself in evaluation."""
+        """Return ``x`` times the noise, or ``x`` itself in evaluation."""
         node = fx_node_of_call(self, (x,), {})
         if node is not None:
             return node
         return uniform_dropout(x, self.beta, self.training)
 
     def extra_repr(self) -> str:
-        """The half-width."""
+        """Return the half-width of the noise."""
         return f"beta={self.beta}"
