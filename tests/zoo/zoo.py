@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 import torchdrop
 from torchdrop import cost
-from torchdrop.finding.residual_sums import summands
 from torchdrop.finding.survey import Survey, survey
 from torchdrop.running.branch_state import BranchState
+from torchdrop.tracing.nodes import summands
 from torchdrop.tracing.operations import callee
 
 # 1 / (1 - p) rounds to 1 in every dtype, and B * (1 - p) to B: nothing is dropped or scaled.
@@ -591,11 +591,11 @@ class _Additions(TorchFunctionMode):
 
     def mask(self, branch: Any, masks: list[Tensor], gain: float, dim: int) -> bool:
         """Ask for the addition of ``branch`` to be masked; whether it is one that can be told."""
-        split, block = branch._split, branch._traced
+        split, block = branch.source.split, branch.source.graph
         if callee(split.add) not in _ADDITIONS:
             return False
         sums = [node for node in block.graph.nodes if summands(node) is not None]
-        owner = self._model.get_submodule(branch._owner)
+        owner = self._model.get_submodule(branch.source.owner)
         for path in block.look_through:
             self._part_of[owner.get_submodule(path)] = owner
         operand = 0 if split.branch_first else 1

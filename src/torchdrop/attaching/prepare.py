@@ -39,7 +39,7 @@ def prepare_sites(
     by_owner: dict[str, list[tuple[Residual, Branch]]] = {}
     for residual in chosen:
         for branch in residual.branches:
-            by_owner.setdefault(branch._owner, []).append((residual, branch))
+            by_owner.setdefault(branch.source.owner, []).append((residual, branch))
     taken = Counter(b.name for r in chosen for b in r.branches)
     twice = [name for name, times in taken.items() if times > 1]
     if twice:
@@ -68,13 +68,13 @@ def _prepare_site(
             f"the forward of {owner!r} was replaced on the instance already (by "
             f"{module.__dict__['forward']!r}); add stochastic depth before that"
         )
-    block = members[0][1]._traced
+    block = members[0][1].source.graph
     if block is None:
         return _prepare_layer(model, *members[0], settings, compute, order)
     entries: list[tuple[Residual, Branch, Split]] = []
     for residual, branch in members:
-        assert branch._split is not None
-        entries.append((residual, branch, branch._split))
+        assert branch.source.split is not None
+        entries.append((residual, branch, branch.source.split))
     position = {node: i for i, node in enumerate(block.graph.nodes)}
     entries.sort(key=lambda entry: position[entry[2].add])
     for _, branch, split in entries:
@@ -121,12 +121,12 @@ def _prepare_layer(
     order: dict[str, int],
 ) -> WholeSite:
     """The site of a block that is dropped as a whole."""
-    assert branch._whole_block is not None
+    assert branch.source.whole_block is not None
     action, reason = (
         ("mask", MASK_REQUESTED) if compute == "mask" else (branch.action, branch.reason)
     )
     state = _state(model, residual, branch, None, action, reason, order, settings, compute)
-    return WholeSite(residual.module, settings, state, branch._whole_block)
+    return WholeSite(residual.module, settings, state, branch.source.whole_block)
 
 
 def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str]]) -> Program:
@@ -175,7 +175,7 @@ def _state(
         )
     )
     weights = [p for top in called for p in top.parameters()]
-    weights += [attrgetter(path)(model.get_submodule(branch._owner)) for path in own]
+    weights += [attrgetter(path)(model.get_submodule(branch.source.owner)) for path in own]
     elementwise = (
         (compute, settings.mode, action) == ("auto", "row", "skip")
         and split is not None
@@ -191,8 +191,8 @@ def _state(
         name=branch.name,
         block=residual.name,
         path=""
-        if residual.module is model.get_submodule(branch._owner)
-        else _relative(residual.name, branch._owner),
+        if residual.module is model.get_submodule(branch.source.owner)
+        else _relative(residual.name, branch.source.owner),
         index=order[residual.name],
         shortcut=branch.shortcut,
         action=action,
@@ -206,11 +206,11 @@ def _state(
         has_batch_norm=norms,
         elementwise=elementwise,
         convolves=any(is_lazy(w) or (w.dim() > 2 and _is_matrix(w)) for w in weights),
-        inner=tuple(_relative(child, branch._owner) or "" for child in branch.children),
+        inner=tuple(_relative(child, branch.source.owner) or "" for child in branch.children),
         dim=(split.dim or 0)
         if split is not None
-        else branch._whole_block.dim
-        if branch._whole_block
+        else branch.source.whole_block.dim
+        if branch.source.whole_block
         else 0,
         row_layouts=None if split is None else split.row_layouts,
         own=own,
@@ -233,4 +233,4 @@ def _relative(name: str, owner: str) -> str | None:
 def _batch_dim(branch: Branch, split: Split | None) -> int:
     if split is not None:
         return split.dim or 0
-    return branch._whole_block.dim if branch._whole_block is not None else 0
+    return branch.source.whole_block.dim if branch.source.whole_block is not None else 0

@@ -190,7 +190,7 @@ def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
         if not isinstance(module, StochasticDepth) or module.p == 0.0:
             continue
         for branch in branches:
-            within = not path or f"{branch._owner}.".startswith(f"{path}.")
+            within = not path or f"{branch.source.owner}.".startswith(f"{path}.")
             if within or any(f"{path}.".startswith(f"{child}.") for child in branch.children):
                 raise ValueError(
                     f"{path or 'the model'!r} is a torchdrop.StochasticDepth with p={module.p}, "
@@ -205,11 +205,11 @@ def check_batch_dims(chosen: Sequence[Residual]) -> None:
     silent = []
     for residual in chosen:
         for branch in residual.branches:
-            if branch._split is None:
+            if branch.source.split is None:
                 continue
-            for path, dim in branch._split.batch_first_votes.items():
-                says.setdefault(f"{branch._owner}.{path}".lstrip("."), dim)
-            if branch._split.dim is None and not branch._split.batch_first_votes:
+            for path, dim in branch.source.split.batch_first_votes.items():
+                says.setdefault(f"{branch.source.owner}.{path}".lstrip("."), dim)
+            if branch.source.split.dim is None and not branch.source.split.batch_first_votes:
                 silent.append(branch.name)
     first = {dim: path for path, dim in reversed(says.items())}
     if len(first) == 2:

@@ -256,15 +256,15 @@ def _residual_sums(
     for residual in found.residuals:
         dim = _channel_dim(residual.module, channel_dim)
         for branch in residual.branches if residual.default else ():
-            if branch._owner in attached:
+            if branch.source.owner in attached:
                 continue
-            if "forward" in model.get_submodule(branch._owner).__dict__:
-                unreadable[branch._owner] = "its forward was replaced on the instance"
-            elif branch._split is None or branch._traced is None or branch._traced.look_through:
-                unreadable[branch._owner] = "its sum cannot be told from the rest of it"
+            if "forward" in model.get_submodule(branch.source.owner).__dict__:
+                unreadable[branch.source.owner] = "its forward was replaced on the instance"
+            elif branch.source.split is None or branch.source.graph is None or branch.source.graph.look_through:
+                unreadable[branch.source.owner] = "its sum cannot be told from the rest of it"
             else:
-                known = sums.setdefault(branch._owner, [])
-                known.append(_Sum(branch._split.order, branch.name, dim))
+                known = sums.setdefault(branch.source.owner, [])
+                known.append(_Sum(branch.source.split.order, branch.name, dim))
     unreadable.update({k: v for k, v in found.unreadable.items() if k not in attached})
     return sums, unreadable
 

@@ -11,7 +11,7 @@ from torchdrop.finding.residual_sums import Split
 from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.tracing.block_graph import BlockGraph
 
-__all__ = ["Branch", "Residual", "WholeBlock"]
+__all__ = ["Branch", "BranchSource", "Residual", "WholeBlock"]
 
 
 @dataclass(eq=False)
@@ -33,6 +33,8 @@ class Branch:
             a module around it that leaves out whole layers itself (``layerdrop``).
         share: The branch's share of the FLOPs of a forward pass; None where it was not measured,
             which takes ``example_inputs``.
+        source: Where the branch stands in the forward that was read. For torchdrop itself; it may
+            change with any version.
     """
 
     name: str
@@ -43,10 +45,7 @@ class Branch:
     children: tuple[str, ...]
     masks: tuple[str, ...]
     share: float | None = None
-    _split: Split | None = field(default=None, repr=False)
-    _traced: BlockGraph | None = field(default=None, repr=False)
-    _owner: str = field(default="", repr=False)
-    _whole_block: WholeBlock | None = field(default=None, repr=False)
+    source: BranchSource = field(default_factory=lambda: BranchSource(""), repr=False)
 
 
 @dataclass(eq=False, repr=False)
@@ -60,6 +59,8 @@ class Residual:
         default: Whether ``add_stochastic_depth`` takes the block without being asked; a lone,
             inner or linear one only if ``select`` says so.
         why_not: Why ``default`` is False.
+        owner: The path of the module whose forward adds the branches: the block itself, or a module
+            around it that calls the block in a loop.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Residual:
     branches: list[Branch]
     default: bool = True
     why_not: str = ""
-    _owner: str = field(default="", repr=False, kw_only=True)
+    owner: str = field(default="", repr=False, kw_only=True)
 
     def __repr__(self) -> str:
         count = len(self.branches)
@@ -98,6 +99,24 @@ class Residual:
     def p(self) -> float:
         """The drop probability; the largest where branches were given different ones."""
         return max(b.p for b in self.branches)
+
+
+@dataclass(eq=False)
+class BranchSource:
+    """Where a branch stands in the forward that was read.
+
+    Attributes:
+        owner: The path of the module whose forward adds the branch.
+        split: The addition and how it falls into shortcut and branch; None where a block is dropped
+            as a whole.
+        graph: The forward that holds the addition; None where a block is dropped as a whole.
+        whole_block: How the block is dropped as a whole; None where it is split.
+    """
+
+    owner: str
+    split: Split | None = None
+    graph: BlockGraph | None = None
+    whole_block: WholeBlock | None = None
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from torchdrop.checks import check_model
 from torchdrop.finding.block_reader import CONTAINERS, BlockReader
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import drops_layers, is_mask, mask_rate
-from torchdrop.finding.residual import Branch, Residual
+from torchdrop.finding.residual import Branch, BranchSource, Residual
 from torchdrop.finding.residual_sums import (
     ResidualSum,
     ResidualSums,
@@ -85,7 +85,7 @@ def survey(
         rest = {name: why for name, why in unreadable.items() if name not in reader.on_data}
         found += whole_layers(model, example, found, rest, uses, batch_dim)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-        found.sort(key=lambda residual: order.get(residual._owner, 0))
+        found.sort(key=lambda residual: order.get(residual.owner, 0))
     _settle_masks(model, found)
     _mark_inner(found)
     found = _joined(model, found)
@@ -117,13 +117,11 @@ def _residuals_of(
                 p=0.0,
                 children=tuple(_join(name, path) for path in called_modules(entry.split)),
                 masks=(),
-                _split=entry.split,
-                _traced=finder.block,
-                _owner=name,
+                source=BranchSource(name, entry.split, finder.block),
             )
             for entry, branch_name in zip(members, names, strict=True)
         ]
-        result.append(Residual(label, module, branches, not why, why, _owner=name))
+        result.append(Residual(label, module, branches, not why, why, owner=name))
     return result
 
 
@@ -147,7 +145,7 @@ def _branch_names(block: str, splits: list[Split], owner: nn.Module) -> list[str
 
 def _settle_masks(model: nn.Module, residuals: list[Residual]) -> None:
     """Give each masking layer to the innermost branch around it."""
-    owners = {r._owner for r in residuals}
+    owners = {r.owner for r in residuals}
     for residual in residuals:
         for branch in residual.branches:
             masks: list[str] = []
@@ -162,7 +160,7 @@ def _settle_masks(model: nn.Module, residuals: list[Residual]) -> None:
                     if not between & owners:
                         masks.append(path)
             rates = [mask_rate(model.get_submodule(m)) or 0.0 for m in masks]
-            atoms = branch._owner.split(".")
+            atoms = branch.source.owner.split(".")
             for above in [".".join(atoms[:i]) for i in range(len(atoms))]:
                 loop = drops_layers(model.get_submodule(above))
                 if loop is not None:
@@ -180,7 +178,7 @@ def _mark_inner(residuals: list[Residual]) -> None:
     """Of nested residuals the outermost is taken."""
     outer = {c for r in residuals if r.default for b in r.branches for c in b.children}
     for residual in residuals:
-        atoms = residual._owner.split(".")
+        atoms = residual.owner.split(".")
         above = {".".join(atoms[:i]) for i in range(1, len(atoms) + 1)}
         own = {c for b in residual.branches for c in b.children}
         if residual.default and above & outer - own:
@@ -194,7 +192,7 @@ def _joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
     An encoder layer whose attention adds its input itself, and whose feed-forward part the layer
     adds, is one unit of depth with two branches. Elements of a container are units of their own.
     """
-    taken = {r.name: r for r in residuals if r.default and r.name == r._owner}
+    taken = {r.name: r for r in residuals if r.default and r.name == r.owner}
     joined: list[Residual] = []
     for residual in residuals:
         above, _, child = residual.name.rpartition(".")

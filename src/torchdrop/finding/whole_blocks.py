@@ -9,7 +9,7 @@ from torch import nn
 
 from torchdrop.finding.block_reader import CONTAINERS
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.residual import Branch, Residual, WholeBlock
+from torchdrop.finding.residual import Branch, BranchSource, Residual, WholeBlock
 from torchdrop.finding.row_layout import RowLayouts, differing_dims, row_layout, same_rows
 from torchdrop.finding.source_code import source_has_addition
 from torchdrop.tracing.call_arguments import flatten_arguments
@@ -48,10 +48,9 @@ def whole_layers(
             p=0.0,
             children=(name,),
             masks=(),
-            _owner=name,
-            _whole_block=layer,
+            source=BranchSource(name, whole_block=layer),
         )
-        layers.append(Residual(name, module, [branch], _owner=name))
+        layers.append(Residual(name, module, [branch], owner=name))
     return layers
 
 

@@ -28,7 +28,7 @@ def _last_module(model: nn.Module, branch: Branch) -> nn.Module | None:
 
     None where the branch does not end in a module, or where that module is called elsewhere too.
     """
-    split = branch._split
+    split = branch.source.split
     if split is None or split.branch.op != "call_module":
         return None
     target = str(split.branch.target)
