@@ -1,1 +1,1 @@
-"""The command line. Nothing here is imported by ``import torchdrop``."""
+"""The command line. ``import torchdrop`` does not import it."""

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from .errors import UserError, one_line
 
-__all__ = ["Batches", "Data", "Images", "Source", "open_source", "stratified"]
+__all__ = ["DATA_NAMES", "Batches", "Data", "Images", "Source", "open_source", "stratified"]
+
+DATA_NAMES = ("digits", "mnist5k", "folder:PATH", "torchvision:NAME")
+"""The forms of a name that :func:`open_source` knows."""
 
 DEFAULT_TEST_SIZE = 1000
-"""Test images of the sources that come without a test split of their own."""
+"""The number of test images of digits and mnist5k, which have no test split of their own."""
 
 FOLDER_TEST_SHARE = 0.2
 """The same for a folder that is split, as a share of its images."""
@@ -269,7 +272,7 @@ def open_source(
             test = test.take(stratified(test.labels, test_size, generator, "--test-size"))
     else:
         raise UserError(
-            f"there is no data {name!r}; give digits, mnist5k, folder:PATH or torchvision:NAME"
+            f"there is no data {name!r}; give {', '.join(DATA_NAMES[:-1])} or {DATA_NAMES[-1]}"
         )
     if image_size is not None:
         pool, test = _resized(pool, image_size), _resized(test, image_size)

@@ -1,4 +1,4 @@
-"""The one error that a user of the command line is meant to see."""
+"""The error that the command line shows to its user as one line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ __all__ = ["UserError", "one_line"]
 
 
 class UserError(Exception):
-    """Something the user can put right. Its message is one line that says how."""
+    """An error that the user can correct. Its message is one line that says how."""
 
 
 def one_line(error: object) -> str:
-    """The message of an error as a single line; its type where it has no message."""
+    """Return the message of an error as a single line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

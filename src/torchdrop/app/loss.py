@@ -1,4 +1,4 @@
-"""The loss of a batch. Apart from training, so that timing a step needs no Lightning."""
+"""The loss of a batch, in a file of its own so that ``bench`` need not import Lightning."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ __all__ = ["loss_of"]
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The cross entropy of a batch; zero, with a gradient of zeros, for an empty batch."""
+    """Return the cross entropy of a batch; for an empty batch zero, with a gradient of zeros.
+
+    Raises:
+        UserError: The model returns something other than logits of shape (batch, classes).
+    """
     if len(labels) == 0:
-        # An optimizer step still happens, as it does for every batch of every method.
+        # An optimizer step is taken all the same, so that every method takes equally many.
         return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
     logits = model(images)
     if not isinstance(logits, Tensor) or logits.dim() != 2:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchdrop.cost import FlopCounter, SavedBytes
 from torchdrop.diagnostics import variance_shift
+from torchdrop.internals import BatchNormBase
 
 from .data import Batches
 from .loss import loss_of
@@ -142,7 +142,7 @@ def largest_shift(subject: Subject) -> float | None:
     On a few training batches, as the method has them in training. None for a network without
     BatchNorm, or where it cannot be measured.
     """
-    if not any(isinstance(module, _BatchNorm) for module in subject.model.modules()):
+    if not any(isinstance(module, BatchNormBase) for module in subject.model.modules()):
         return None
     torch.manual_seed(0)
     batches = [images for images, _ in subject.steps(SHIFT_BATCHES)]

@@ -12,6 +12,11 @@ from typing import Any, Self
 from torch import nn
 
 from torchdrop.finding.existing_drops import drops_layers
+from torchdrop.internals import (
+    replicate_for_data_parallel,
+    set_replicate_method,
+    unset_replicate_method,
+)
 
 __all__ = [
     "LayerDropBypass",
@@ -49,7 +54,7 @@ class _Replicate:
 
     def __call__(self) -> nn.Module:
         module = self.module
-        replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+        replica = replicate_for_data_parallel(module)
         put_in_slot(replica, module.__dict__["forward"].for_copy(replica))
         return replica
 
@@ -87,12 +92,12 @@ class LayerDropBypass(MaskBypass):
 def put_in_slot(module: nn.Module, what: SlotOccupant) -> None:
     """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
     object.__setattr__(module, "forward", what)
-    object.__setattr__(module, "_replicate_for_data_parallel", _Replicate(module))
+    set_replicate_method(module, _Replicate(module))
 
 
 def clear_slot(module: nn.Module) -> None:
     """Undo :func:`put_in_slot`, also where it was interrupted between its two lines."""
-    module.__dict__.pop("_replicate_for_data_parallel", None)
+    unset_replicate_method(module)
     del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
 
 

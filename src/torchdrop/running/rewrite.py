@@ -16,6 +16,7 @@ from torch import fx
 
 from torchdrop.finding.residual_sums import Split, outside_inputs
 from torchdrop.finding.row_layout import RowLayout
+from torchdrop.internals import reserve_name
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.nodes import is_shape_node
@@ -31,7 +32,7 @@ def _source(label: str, graph: fx.Graph) -> Source:
 
 def _graph() -> fx.Graph:
     graph = fx.Graph()
-    graph._graph_namespace.create_name("self", None)  # a child may have that name
+    reserve_name(graph, "self")  # a child may have that name
     return graph
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from torchdrop.internals import call_by_full_name
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
 from torchdrop.tracing.random_states import RandomStates, TorchDraws
@@ -134,7 +135,7 @@ def trace_block(
                 raise UntraceableError(f"{_where(module, error)}: {what}") from None
     for node in graph.nodes:
         # with it the text that fx writes would wrap the function for every trace to come
-        node.meta.pop("is_wrapped", None)
+        call_by_full_name(node)
     decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
     if outputs:
         _settle_outputs(graph, module, outputs)

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
+from torchdrop.internals import BatchNormBase, ConvBase, DropoutBase
 from torchdrop.tracing.traced_functions import add_padded, passed_through
 
 __all__ = [
@@ -306,7 +304,7 @@ TABLE: tuple[Operation, ...] = (
         keeps_layout=True,
     ),
     # Layers that say where the batch is.
-    Operation(layers=(_ConvNd, _BatchNorm, nn.GroupNorm), batch_first=True),
+    Operation(layers=(ConvBase, BatchNormBase, nn.GroupNorm), batch_first=True),
     # Activations.
     Operation(("relu",), in_place=("relu_",), keeps_layout=True),
     Operation(("gelu", "silu", "tanh", "sigmoid"), keeps_layout=True),
@@ -318,7 +316,7 @@ TABLE: tuple[Operation, ...] = (
         linear=True, view=True,  # at a rate of 0 they return their input itself
         keeps_layout=True, drops=DropForm(),
     ),
-    Operation(layers=(_DropoutNd,), drops=DropForm()),
+    Operation(layers=(DropoutBase,), drops=DropForm()),
     Operation(("feature_alpha_dropout", "feature_dropout", "native_dropout"), drops=DropForm()),
     Operation(
         ("scaled_dot_product_attention",),

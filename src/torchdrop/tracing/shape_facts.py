@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
+
+from torchdrop.internals import (
+    DisableTorchFunction,
+    disable_dispatch_modes,
+    fake_tensor_mode,
+    is_data_dependent_error,
+)
 
 __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
@@ -22,7 +28,7 @@ __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 @contextmanager
 def _unobserved() -> Iterator[None]:
     """Past the modes that record factories and draws while a forward is read, and the user's."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
+    with DisableTorchFunction(), disable_dispatch_modes():
         yield
 
 
@@ -35,9 +41,6 @@ def meta_double(value: Tensor) -> Tensor:
 
 class NeedsDataError(LookupError):
     """What is asked for depends on the data of a tensor."""
-
-
-_ASKED_FOR_DATA = ("DataDependentOutputException", "DynamicOutputShapeException")
 
 
 class ShapeFacts:
@@ -53,11 +56,8 @@ class ShapeFacts:
     def __init__(
         self, owner: nn.Module, known: dict[fx.Node, Tensor], larger: int | None = None
     ) -> None:
-        # Not at the top: the first fake tensor of a process takes a second or more to import.
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         self._owner = owner
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_tensor_mode()
         self._values: dict[fx.Node, Any] = {}
         batch: int | None = None
         for node, value in known.items():
@@ -90,7 +90,7 @@ class ShapeFacts:
         except LookupError:
             raise
         except Exception as error:  # what a model does with tensors that have no data
-            asked = type(error).__name__ in _ASKED_FOR_DATA
+            asked = is_data_dependent_error(error)
             raise (NeedsDataError if asked else LookupError)(node) from error
         self._values[node] = value
         return value

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from torchdrop.internals import NotAParameter, tensors_of_tracer, wrap_functions_of
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import is_shape_node, reads_device
 from torchdrop.tracing.operations import factories, in_place_operators, is_function_of_table, named
@@ -31,7 +32,7 @@ from torchdrop.tracing.watched_attributes import AttributeWatch
 __all__ = ["Reader", "RecordFactories"]
 
 
-class _Proxy(fx.Proxy):
+class _Proxy(NotAParameter, fx.Proxy):
     """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``.
 
     Where Python needs a number, or how many items there are, it gives what follows from the call.
@@ -46,8 +47,6 @@ class _Proxy(fx.Proxy):
         # memory of what says that it is a Tensor: they are told what it is.
         asked = "isinstance" in sys._getframe(1).f_code.co_names
         return Tensor if asked and self.node.op == "placeholder" else _Proxy
-
-    _is_param = False  # what isinstance(x, nn.Parameter) asks for
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -141,7 +140,7 @@ class Reader(fx.Tracer):
         super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
         self._batch_dim = batch_dim
         self._look_through = look_through
-        self._autowrap_search.append(torch)
+        wrap_functions_of(self, torch)
         self._given = arguments
         self._training = training
         self._thread = threading.get_ident()
@@ -347,7 +346,7 @@ class Reader(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            known = a in self.tensor_attrs or any(a is b for b in self.root.buffers())
+            known = a in tensors_of_tracer(self) or any(a is b for b in self.root.buffers())
             if not known:
                 # fx would store it on the user's module, and it would stay what it is now
                 raise UntraceableError("it makes a tensor that does not come from its inputs")

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchdrop.internals import MODULE_DICTS
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["AttributeWatch", "same"]
@@ -126,7 +127,7 @@ class AttributeWatch:
         metaclass: Any = type(kind)
         double: nn.Module = object.__new__(metaclass(kind.__name__, (kind,), space))
         state = {**module.__dict__, "training": training}
-        for name in ("_parameters", "_buffers", "_modules"):
+        for name in MODULE_DICTS:
             state[name] = dict(state[name])
         object.__setattr__(double, "__dict__", state)
         return double

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import torchdrop
 from torchdrop import functional
 from torchdrop.finding.residual import Residual
+from torchdrop.internals import BatchNormBase, ConvBase
 
 from ..errors import UserError, one_line
 from .hooks import HookedMethod, ModuleHook, count_dropped_values
@@ -19,7 +19,7 @@ from .registry import Applied, Method, register
 
 __all__ = ["residual_blocks"]
 
-_CHANNELS_IN_DIM_1 = (_BatchNorm, nn.modules.conv._ConvNd)
+_CHANNELS_IN_DIM_1 = (BatchNormBase, ConvBase)
 """A block that holds one of these modules has its channels in dimension 1. In other blocks they
 are taken to be the last dimension, as for tokens."""
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from torchdrop.internals import AttentionOutputLinear, BatchNormBase
 
 from ..errors import UserError
 from .hooks import HookedMethod, ModuleHook, count_dropped_values
@@ -27,7 +27,7 @@ def _dropout(model: nn.Module, p: float) -> Applied:
         module
         for module in model.modules()
         # nn.MultiheadAttention reads the weights of its output projection, but never calls it.
-        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if isinstance(module, nn.Linear) and not isinstance(module, AttentionOutputLinear)
     ]
     if not linears:
         raise UserError(
@@ -45,7 +45,7 @@ register(
 
 
 def _last_batch_norm(model: nn.Module, name: str) -> nn.Module:
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNormBase)]
     if not norms:
         raise UserError(
             f"{name} goes next to the last BatchNorm of a network, and this one has none; "
