@@ -1,4 +1,4 @@
-"""``python -m torchdrop``: the command line, for when the script ``torchdrop`` is not on the path."""
+"""The command line as ``python -m torchdrop``, for where the script is not on the path."""
 
 from __future__ import annotations
 

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
-import torchdrop
-from torchdrop.app import cli, compare, data, report
+from torchdrop.app import cli, compare, report
 from torchdrop.app.compare import Settings
+from torchdrop.app.compare_settings import set_up
 from torchdrop.app.errors import UserError
 from torchdrop.app.methods import METHODS
 from torchdrop.app.results import FIGURES, locked
@@ -140,6 +136,7 @@ def test_the_table_has_every_method_uncut(finished):
     for name in compare.DEFAULT_METHODS:
         assert name in printed
     assert "…" not in printed
+    assert "\x1b" not in printed  # no terminal: plain text
     assert max(map(len, printed.splitlines())) <= WIDTH
     assert "test error" in printed.splitlines()[1]
 
@@ -164,12 +161,12 @@ def test_nothing_else_is_left_in_the_folder(finished):
 
 
 def test_weights_start_alike_for_all_methods(tmp_path):
-    plan = compare._resolved(_small(tmp_path))
+    setup = set_up(_small(tmp_path))
     results = compare.Results(tmp_path, {})
-    comparison = compare._Comparison(_small(tmp_path), plan, results, _silent)
+    comparison = compare._Comparison(_small(tmp_path), setup, results, _silent)
     comparison.source = compare.open_source("digits")
     comparison.p["subsample"] = 0.5
-    states = [comparison._build(name, 1)[0].state_dict() for name in plan.methods]
+    states = [comparison._build(name, 1)[0].state_dict() for name in setup.methods]
     for state in states:
         assert all((state[key] == value).all() for key, value in states[0].items())
     other = comparison._build("none", 0)[0].state_dict()
@@ -187,16 +184,10 @@ def everything(tmp_path_factory):
     return compare.compare(_small(out, methods=("all",), seeds=1, epochs=1), said.append), said
 
 
-def test_the_default_list_is_as_long_as_it_was(tmp_path):
-    plan = compare._resolved(Settings(out=tmp_path))
-    assert plan.methods == list(METHODS)[:6] == list(compare.DEFAULT_METHODS)
-    assert plan.left_out == []
-
-
 def test_all_is_every_method_that_has_a_place(everything):
     content, said = everything
     assert list(content["methods"]) == [name for name in METHODS if name != "path_drop"]
-    assert said[0].startswith("left out, since they have no place in resnet-8: path_drop (asked")
+    assert said[0].startswith("left out, since resnet-8 has no place for them: path_drop (ask for")
     for name, method in content["methods"].items():
         nothing_dropped = name in {"none", "gaussian_dropout", "uniform_dropout"}
         for figure in FIGURES:
@@ -216,11 +207,11 @@ def test_a_fractal_net_is_compared_with_what_it_has_a_place_for(tmp_path):
     content = compare.compare(settings, _silent)
     assert list(content["methods"]) == ["none", "dropout", "path_drop"]
     assert content["methods"]["path_drop"]["mean"]["observed_p"] > 0.1
-    plan = compare._resolved(_small(tmp_path, model="fractalnet", methods=("all",)))
-    assert plan.methods == [
+    setup = set_up(_small(tmp_path, model="fractalnet", methods=("all",)))
+    assert setup.methods == [
         *("none", "dropout", "dropout_before_bn", "dropout_after_bn", "cutout", "path_drop")
     ]
-    assert "subsample" in plan.left_out  # it has the FLOPs of a method that is
+    assert "subsample" in setup.left_out  # it has the FLOPs of a method that is
 
 
 def test_results_of_a_version_without_the_shift_are_gone_on_with(finished, tmp_path, capsys):
@@ -340,38 +331,6 @@ def test_results_that_were_stopped_end_like_those_that_were_not(tmp_path, monkey
     assert _without_clocks(again) == _without_clocks(whole)
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
-    out = tmp_path / "out"
-    arguments = ["compare", *SMALL, "--epochs=9999", "--methods=none", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torchdrop", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (out / "runs" / "none-0").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        try:
-            _, errors = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            # Python loses one that comes while a finalizer runs; a user presses the keys again.
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "go on with: torchdrop compare" in errors
-    assert f"--out {out} --resume" in errors
-    assert _content(out)["status"] == "partial"
-
-
 def test_no_space_in_the_middle_keeps_what_was_finished(tmp_path, monkeypatch):
     settings = _small(tmp_path, methods=("dropout",), seeds=1)
     real = compare.Results.save
@@ -412,7 +371,7 @@ def test_no_space_in_the_middle_keeps_what_was_finished(tmp_path, monkeypatch):
         (["--p=1.5"], "p has to be a number between 0 and 1"),
         (["--p=dropout=-1"], "p has to be a number between 0 and 1"),
         (["--p=cutout=.1"], "'cutout' is not among the methods compared"),
-        (["--preset=paper"], "no preset 'paper'; there is paper-cifar10"),
+        (["--preset=paper"], "no preset 'paper'; choose one of paper-cifar10"),
         (["--train-size=5"], "--train-size 5 has to be between the number of classes"),
         (["--train-size=5000"], "images to train on, but 5000 training images"),
         (["--epochs=0"], "--epochs has to be 1 or more, but got 0"),
@@ -486,46 +445,6 @@ def test_gray_images_go_through_a_torchvision_model(tmp_path):
     assert content["methods"]["stochastic_depth_row"]["mean"]["flops"] > 0
 
 
-# --- the rest of the command line
-
-
-def test_version_and_help(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"torchdrop {torchdrop.__version__}\n"
-    assert cli.main(["--help"]) == 0
-    assert "compare" in capsys.readouterr().out
-    assert cli.main(["compare", "--help"]) == 0
-    assert "--resume" in capsys.readouterr().out
-    assert cli.main(["comparison"]) == 2
-    assert "No such command" in capsys.readouterr().err
-
-
-def test_help_shows_the_defaults_that_are(capsys):
-    assert cli.main(["compare", "--help"]) == 0
-    words = re.sub(r"[^\w.:;,'()+/-]+", " ", capsys.readouterr().out)
-    recipe = compare.default_recipe()
-    assert f"Passes over the training images. default: ({recipe.epochs}, or" in words
-    assert f"default: ({recipe.learning_rate(0)}, or" in words
-    assert f"Images a step, over all devices. default: ({recipe.batch_size}, or" in words
-    assert f"default: ({recipe.augment}, or" in words
-    assert f"default: ({compare.DEFAULT_TRAIN_SIZES['digits']} of digits" in words
-    assert f"default: ({data.DEFAULT_TEST_SIZE} of digits and mnist5k" in words
-    assert f"as they are; {data.FOLDER_IMAGE_SIZE} of a folder" in words
-    assert f"default: ({compare.DEFAULT_MODEL})" in words
-    phases = [
-        (start / recipe.epochs, rate / recipe.learning_rate(0)) for start, rate in recipe.phases
-    ]
-    assert phases == [(0, 1), (1 / 2, pytest.approx(0.1)), (3 / 4, pytest.approx(0.01))]
-
-
-def test_a_missing_extra_names_its_pip_command(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else True)
-    assert cli.main(["compare"]) == 2
-    assert capsys.readouterr().err == (
-        "torchdrop: error: lightning is not installed: pip install 'torchdrop[train]'\n"
-    )
-
-
 def test_none_is_always_run_and_said(tmp_path):
     said = []
     content = compare.compare(
@@ -533,34 +452,6 @@ def test_none_is_always_run_and_said(tmp_path):
     )
     assert list(content["methods"]) == ["none", "dropout"]
     assert said[0].startswith("none is run too")
-
-
-@pytest.mark.parametrize(
-    ("asked", "threads"),
-    [({}, 1), ({"model": "resnet-56"}, None), ({"data": "mnist5k"}, None), ({"threads": 3}, 3)],
-)
-def test_the_embedded_run_takes_one_thread(tmp_path, asked, threads):
-    settings = Settings(out=tmp_path, **asked)
-    assert compare._config(settings, compare._resolved(settings))["threads"] == threads
-
-
-def test_the_paper_s_preset_is_the_paper_s_recipe(tmp_path):
-    settings = Settings(out=tmp_path, preset="paper-cifar10")
-    plan = compare._resolved(settings)
-    config = compare._config(settings, plan)
-    assert config["model"] == "resnet-110"
-    assert config["data"] == "torchvision:CIFAR10"
-    assert (config["train_size"], config["val_size"]) == (45_000, 5_000)
-    assert config["methods"] == {"none": None, "stochastic_depth_batch": 0.5}
-    assert config["recipe"] == {
-        "epochs": 500,
-        "phases": ((0, 0.1), (250, 0.01), (375, 0.001)),
-        "batch_size": 128,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "augment": "flip-shift",
-        "select": "best_validation",
-    }
 
 
 def test_options_override_the_preset(tmp_path):
@@ -586,19 +477,3 @@ def test_options_override_the_preset(tmp_path):
         # Test error at the epoch of the lowest validation error, the first of several.
         assert seed["epoch"] == errors.index(min(errors)) + 1
         assert seed["test_error"] == seed["curves"]["test_error"][seed["epoch"] - 1]
-
-
-def test_the_paper_s_preset_knows_its_1202_layers(tmp_path):
-    plan = compare._resolved(Settings(out=tmp_path, preset="paper-cifar10", model="resnet-1202"))
-    assert plan.recipe.epochs == 300
-    assert plan.recipe.learning_rate(0) == 0.01
-
-
-def test_importing_torchdrop_imports_no_extra():
-    code = (
-        "import sys, torchdrop\n"
-        "extras = 'lightning typer rich jinja2 matplotlib sklearn torchvision'.split()\n"
-        "print([name for name in extras if name in sys.modules])"
-    )
-    call = [sys.executable, "-c", code]
-    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -695,9 +695,9 @@ def check_command(draw: Draw) -> None:
     def begun(self: Any) -> None:
         chosen = self.settings
         self.source = compare.open_source(
-            self.plan.data, test_size=chosen.test_size, image_size=chosen.image_size
+            self.setup.data, test_size=chosen.test_size, image_size=chosen.image_size
         )
-        for name in self.plan.methods:
+        for name in self.setup.methods:
             self._build(name, 0)
         next(iter(self._data(0).train.pixels))
         self.results.save()

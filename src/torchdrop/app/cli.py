@@ -12,7 +12,7 @@ __all__ = ["main"]
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 # The packages that the command line needs besides torch; the extra `train` installs them.
-_NEEDED = ("typer", "filelock", "rich", "lightning", "torchvision", "sklearn")
+_NEEDED = ("typer", "rich", "filelock", "lightning", "torchvision", "sklearn")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from torchdrop import functional
@@ -20,11 +19,22 @@ from torchdrop.layers import PathDrop
 
 from .errors import UserError, one_line
 
-__all__ = ["CifarResNet", "FractalNet", "Model", "nearest_depth", "open_model"]
+__all__ = ["MODEL_NAMES", "CifarResNet", "FractalNet", "Model", "nearest_depth", "open_model"]
+
+MODEL_NAMES = (
+    "resnet-N (N = 6n+2 layers, as resnet-20)",
+    "fractalnet",
+    "torchvision:NAME",
+    "package.module:factory",
+)
+"""The forms of a name that :func:`open_model` knows."""
+
+FRACTALNET_METHODS = ("none", "dropout", "path_drop")
+"""What a FractalNet is compared with by default: it has no residual branch to drop."""
 
 
 class PoolAndPad(nn.Module):
-    """The shortcut without parameters: average pooling, then channels of zeros."""
+    """A shortcut without parameters: average pooling, then additional channels of zeros."""
 
     def __init__(self, stride: int, extra_channels: int) -> None:
         super().__init__()
@@ -32,19 +42,19 @@ class PoolAndPad(nn.Module):
         self.extra_channels = extra_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shrink ``x`` by the stride and widen it by the extra channels."""
+        """Return ``x`` pooled by the stride and padded with the additional channels."""
         if self.stride > 1:
-            # ceil_mode, so that an odd map gets the size that the strided convolution gives it.
+            # With ceil_mode, so that a map of odd size shrinks as in the strided convolution.
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
 
     def extra_repr(self) -> str:
-        """The arguments, for ``print(model)``."""
+        """Return the arguments, for ``print(model)``."""
         return f"stride={self.stride}, extra_channels={self.extra_channels}"
 
 
 class CifarBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """A residual block of two 3x3 convolutions, with an identity or a pooling shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -57,7 +67,7 @@ class CifarBlock(nn.Module):
             self.shortcut = PoolAndPad(stride, channels - in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output: ReLU of branch plus shortcut."""
+        """Return the ReLU of the sum of branch and shortcut."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out = out + self.shortcut(x)
@@ -65,7 +75,7 @@ class CifarBlock(nn.Module):
 
 
 def nearest_depth(depth: int) -> int:
-    """The legal depth 6n+2, n >= 1, nearest to ``depth``; the smaller of two."""
+    """Return the number 6n+2, n >= 1, nearest to ``depth``; of two equally near, the smaller."""
     return max(8, 6 * ((depth - 2 + 2) // 6) + 2)
 
 
@@ -102,17 +112,17 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits of a batch of images."""
+        """Return the logits of a batch of images."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.fc(out.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 class Join(nn.Module):
-    """Where columns of a FractalNet meet: PathDrop, and what it dropped.
+    """A join of columns of a FractalNet: PathDrop, and a count of the inputs that it drops.
 
     Args:
-        inputs: How many columns meet, numbered from 0.
+        inputs: The number of columns that are joined.
     """
 
     def __init__(self, inputs: int) -> None:
@@ -123,11 +133,11 @@ class Join(nn.Module):
         self.dropped: Tensor | None = None
 
     def forward(self, columns: list[Tensor], column: Tensor | None) -> Tensor:
-        """The mean of the columns that are kept."""
+        """Return the mean of the columns that are kept."""
         if not self.training or column is None:
             return self.drop(*columns)  # type: ignore[no-any-return]
-        # What was kept is not told. The same draws on a one for each input, in a place of its
-        # own, show it: which inputs the mean is of.
+        # PathDrop does not report which inputs it kept. The same draws are therefore applied to
+        # unit vectors, one for each input: the mean is nonzero exactly where an input was kept.
         device = columns[0].device
         state = _random_state(device)
         out: Tensor = self.drop(*columns, column=column)
@@ -141,7 +151,7 @@ class Join(nn.Module):
         return out
 
     def observed(self) -> float | None:
-        """The share of inputs that were dropped since the last call."""
+        """Return the share of inputs that were dropped since the last call."""
         seen, dropped = self.seen, self.dropped
         self.seen, self.dropped = 0, None
         return int(dropped) / seen if seen and dropped is not None else None
@@ -169,10 +179,11 @@ def _convolution(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class FractalBlock(nn.Module):
-    """Columns of 1, 2, 4, ... convolutions side by side, which meet wherever several end.
+    """Parallel columns of convolutions, joined after every second, fourth, ... convolution.
 
-    Column 0 is the deepest. Step i of its 2**(columns - 1) ends column c where 2**c divides
-    i + 1; all that end there are joined, and go on from the join.
+    Column 0 is the deepest, with 2**(columns - 1) convolutions; column c has one convolution for
+    2**c of column 0. Where convolutions of several columns end, their outputs are joined, and
+    each of these columns continues with the joined output.
     """
 
     def __init__(self, in_channels: int, channels: int, columns: int) -> None:
@@ -184,7 +195,7 @@ class FractalBlock(nn.Module):
             ending = [c for c in range(columns) if step % 2**c == 0]
             steps.append(
                 nn.ModuleList(
-                    # A column begins at the input of the block.
+                    # The first convolution of a column reads the input of the block.
                     _convolution(in_channels if step == 2**c else channels, channels)
                     for c in ending
                 )
@@ -194,22 +205,22 @@ class FractalBlock(nn.Module):
         self.joins = nn.ModuleList(joins)
 
     def forward(self, x: Tensor, column: Tensor | None) -> Tensor:
-        """The join of all columns, at the end of the block."""
-        begun = [x] * self.columns
+        """Return the join of all columns, at the end of the block."""
+        inputs = [x] * self.columns
         for convolutions, join in zip(self.steps, self.joins, strict=True):
             assert isinstance(convolutions, nn.ModuleList)
-            ended = [layer(begun[c]) for c, layer in enumerate(convolutions)]
-            begun[: len(ended)] = [join(ended, column)] * len(ended)
-        return begun[0]
+            outputs = [layer(inputs[c]) for c, layer in enumerate(convolutions)]
+            inputs[: len(outputs)] = [join(outputs, column)] * len(outputs)
+        return inputs[0]
 
 
 class FractalNet(nn.Module):
     """A small FractalNet (Larsson et al. 2017): no residual connection anywhere.
 
     Three blocks of three columns at 16, 32 and 64 channels, 2x2 pooling between them: 12
-    convolutions on the longest path, 21 in all. With ``p`` above 0, training drops paths: half of
-    the samples keep one and the same column in the whole network, for the others each join drops
-    its inputs with probability ``p``.
+    convolutions on the longest path, 21 in all. With ``p`` above 0, training drops paths: for half
+    of the samples a single column is kept in the whole network (global drop-path), for the others
+    each join drops its inputs with probability ``p`` (local drop-path).
     """
 
     columns = 3
@@ -228,14 +239,14 @@ class FractalNet(nn.Module):
 
     @property
     def joins(self) -> list[Join]:
-        """The joins of two columns and more."""
+        """The joins of two or more columns."""
         return [
             module for module in self.modules() if isinstance(module, Join) and module.inputs > 1
         ]
 
     @property
     def p(self) -> float:
-        """The probability that a join drops an input; 0 drops no path at all."""
+        """The probability that a join drops an input; at 0 no path is dropped."""
         return self.joins[0].drop.p
 
     @p.setter
@@ -244,7 +255,7 @@ class FractalNet(nn.Module):
             join.drop.p = value
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits of a batch of images."""
+        """Return the logits of a batch of images."""
         column = None
         if self.training and self.p > 0.0:
             column = functional.path_drop_column(self.columns, len(x), "mixed", device=x.device)
@@ -255,11 +266,12 @@ class FractalNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
     def asked(self) -> float:
-        """The mean share of the inputs of a join that training is to drop.
+        """Return the expected share of the inputs of a join that are dropped in training.
 
-        Of n inputs: ``p - p**n / n`` for the half that each join decides. For the half that keeps
-        one of the C columns ``(n - 1) / C``, as a join is passed through with probability n / C
-        and then drops n - 1 of n.
+        Of n inputs, local drop-path drops the share ``p - p**n / n``, since one input is kept
+        where all would be dropped. Global drop-path, which keeps one of C columns, drops the share
+        ``(n - 1) / C``: with probability n / C the column passes through the join, which then
+        drops n - 1 of its n inputs. Each acts on half of the samples.
         """
         p = self.p
         if p == 0.0:
@@ -270,20 +282,23 @@ class FractalNet(nn.Module):
         return sum(rates) / len(rates)
 
     def observed(self) -> float | None:
-        """The same as it was delivered since the last call; None where nothing was dropped."""
+        """Return the mean share of the inputs of a join that was dropped since the last call.
+
+        None where no path was dropped.
+        """
         rates = [rate for join in self.joins if (rate := join.observed()) is not None]
         return sum(rates) / len(rates) if rates else None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network that can be built again and again.
+    """A network by its name, to be built once for each run.
 
     Attributes:
-        name: What the user typed.
-        build: Makes a fresh network from the numbers of classes and of input channels.
-        channels: The number of input channels it insists on, or None.
-        methods: What it is compared with by default, where that is not the same as for all.
+        name: The name on the command line.
+        build: Returns a new network, given the number of classes and of input channels.
+        channels: The number of input channels that the network requires; None for any.
+        methods: The methods that it is compared with by default; None for those of all networks.
     """
 
     name: str
@@ -293,9 +308,7 @@ class Model:
 
 
 def open_model(name: str) -> Model:
-    """Find the network of a name.
-
-    That is ``resnet-N``, ``fractalnet``, ``torchvision:NAME`` or ``module:factory``.
+    """Return the network of that name, in one of the forms of :data:`MODEL_NAMES`.
 
     Raises:
         UserError: There is no such network.
@@ -307,11 +320,9 @@ def open_model(name: str) -> Model:
     if name.startswith("resnet-") and name.removeprefix("resnet-").isdecimal():
         return _cifar(name)
     if name == "fractalnet":
-        # It has no residual branch to drop.
-        return Model(name, FractalNet, methods=("none", "dropout", "path_drop"))
+        return Model(name, FractalNet, methods=FRACTALNET_METHODS)
     raise UserError(
-        f"there is no model {name!r}; give resnet-N (resnet-20, -56, -110, -1202), fractalnet, "
-        f"torchvision:NAME or package.module:factory"
+        f"there is no model {name!r}; give {', '.join(MODEL_NAMES[:-1])} or {MODEL_NAMES[-1]}"
     )
 
 
@@ -324,7 +335,7 @@ def _cifar(name: str) -> Model:
     return Model(name, lambda classes, channels: CifarResNet(depth, classes, channels))
 
 
-# Both return their auxiliary classifiers' logits too in training unless told otherwise.
+# By default these return the logits of auxiliary classifiers too, in training.
 _WITHOUT_AUXILIARIES: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -332,6 +343,8 @@ _WITHOUT_AUXILIARIES: dict[str, dict[str, Any]] = {
 
 
 def _torchvision(name: str) -> Model:
+    import torchvision  # only when needed: it takes longer to import than the rest of the command
+
     wanted = name.removeprefix("torchvision:")
     known = torchvision.models.list_models(module=torchvision.models)
     if wanted not in known:
@@ -351,12 +364,12 @@ def _torchvision(name: str) -> Model:
 
 def _factory(name: str) -> Model:
     module_name, _, attribute = name.partition(":")
-    # As with `python -m`: a module next to the user is found.
+    # As with `python -m`, modules in the working directory are found.
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises is the user's to see
+    except Exception as error:  # the user's module may raise anything
         raise UserError(
             f"model {name!r}: importing {module_name!r} failed: "
             f"{type(error).__name__}: {one_line(error)}"
