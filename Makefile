@@ -31,6 +31,9 @@ lint: .venv/.with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+exports:
+	$(PYTHON) tools/exports.py
+
 docs: .venv/.with-docs
 	$(BIN)/mkdocs build --strict
 

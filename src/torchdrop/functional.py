@@ -1,7 +1,8 @@
-"""Tensor in, tensor out: the checks and the maths of every layer.
+"""The layers as functions of a tensor.
 
-``p`` is always the probability of dropping. In evaluation, and with ``p=0``, the very object that
-was passed in comes back.
+``p`` is always the probability of dropping. In evaluation, and with ``p=0``, a function that drops
+returns the very object that was passed in. ``make exports`` writes the imports from the ``__all__``
+of each file of torchdrop/layers.
 """
 
 from torchdrop.layers.cutout import cutout

@@ -1,4 +1,7 @@
-"""Layers for your own model: nn.Module shells, validated when they are made."""
+"""Layers for models that you write: each checks its arguments when it is made.
+
+``make exports`` writes the imports from the ``__all__`` of each file of this package.
+"""
 
 from torchdrop.layers.cutout import Cutout
 from torchdrop.layers.drop_block import DropBlock1d, DropBlock2d, DropBlock3d

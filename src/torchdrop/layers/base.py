@@ -41,7 +41,7 @@ class LayerWithRate(LayerWithCheckedProperties):
     @p.setter
     def p(self, value: float) -> None:
         rate = check_rate(value)
-        if getattr(self.__dict__.get("forward"), "takes_over", False):
+        if getattr(self.__dict__.get("forward"), "replaces_layer", False):
             raise ValueError(
                 "p of this layer cannot be set, because add_stochastic_depth has replaced the "
                 "layer; set its rate with torchdrop.get_plan(model).set_p(...)"

@@ -84,9 +84,7 @@ def under_transform() -> bool:
     fail, and dispatch modes (fake tensors, make_fx) would record the decisions as constants.
     """
     return (
-        torch.compiler.is_compiling()
-        or functorch_transforms_active()
-        or count_dispatch_modes() > 0
+        torch.compiler.is_compiling() or functorch_transforms_active() or count_dispatch_modes() > 0
     )
 
 
