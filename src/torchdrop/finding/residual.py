@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from torchdrop.finding.residual_sums import Split
 from torchdrop.finding.row_layout import RowLayouts
+from torchdrop.finding.split import Split
 from torchdrop.tracing.block_graph import BlockGraph
 
 __all__ = ["Branch", "BranchSource", "Residual", "WholeBlock"]

@@ -1,12 +1,13 @@
-"""SPLIT: the residual additions of one graph, each into its skip and its branch."""
+"""Find the residual additions of one graph, and split each into shortcut and branch."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -21,80 +22,46 @@ from torchdrop.finding.row_layout import (
     row_layout,
     same_rows,
 )
+from torchdrop.finding.split import ResidualSum, Split, called_modules, outside_inputs
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.nodes import Summands, is_shape_node, summands
-from torchdrop.tracing.operations import operation_of
+from torchdrop.tracing.operations import layers_with, operation_of
 from torchdrop.tracing.traced_functions import passed_through
 
 __all__ = [
-    "ResidualSum",
     "ResidualSums",
-    "Split",
-    "called_modules",
-    "outside_inputs",
     "read_residual_sums",
 ]  # fmt: skip
 
 
-@dataclass(eq=False)
-class Split:
-    """How one addition of a graph falls into skip and branch.
+class _Sides(NamedTuple):
+    """Which operand of an addition is the branch, and what only that operand needs."""
 
-    Attributes:
-        order: Which of the residual additions of its forward it is, counted from 0.
-        add: The addition.
-        skip: Its operand that is always there.
-        branch: Its operand that can be dropped.
-        inside: The nodes that only the branch needs.
-        skip_gain: What the addition multiplies the skip by.
-        branch_gain: What it multiplies the branch by.
-        writes_skip: Whether the sum is written into the memory of the skip.
-        branch_first: Whether the branch is the first of the two operands.
-        pads: The dimension on which the skip is padded with zeros to the size of the branch.
-        dim: The dimension of the skip that carries the batch; None where nothing tells it.
-        batch_first_votes: The batch dimension that each child with ``batch_first`` implies, by
-            its path, where nothing else told it.
-        row_layouts: How each value that the branch takes from outside carries the batch, by the
-            name of its node; None where that was not measured.
-    """
-
-    order: int
-    add: fx.Node
-    skip: fx.Node
-    branch: fx.Node
-    inside: frozenset[fx.Node]
-    skip_gain: float
-    branch_gain: float
-    writes_skip: bool
-    branch_first: bool = False
-    pads: int | None = None
-    dim: int | None = None
-    batch_first_votes: dict[str, int] = field(default_factory=dict)
-    row_layouts: RowLayouts | None = None
+    branch_is_right: bool
+    inside: set[fx.Node]
+    shortcut: str
+    why_not: str
 
 
-
-@dataclass(eq=False)
-class ResidualSum:
-    """One residual addition: what to do with it and why; why it is not taken by default, if so."""
+class _Decision(NamedTuple):
+    """What is done with a branch, and why."""
 
     split: Split
     action: str
     reason: str
-    shortcut: str
-    why_not: str
-    leak: fx.Node | None = None
+    leak: fx.Node | None
+    drops_more: bool  # whether a drop path of the model covers more than the branch
 
 
 def read_residual_sums(
     block: BlockGraph, known_layouts: Sequence[RowLayouts] = (), batch_dim: int | None = None
 ) -> list[ResidualSum]:
-    """Every residual addition of one block's forward, in order.
+    """Return every residual addition of one block's forward, in order.
 
     Args:
         block: The graph of the forward.
         known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
-        batch_dim: Which dimension of its residuals is the batch, where that is known.
+        batch_dim: Which dimension of its residual tensors is the batch; None if it is not known.
     """
     return ResidualSums(
         block, ModuleProperties(), known_layouts=known_layouts, batch_dim=batch_dim
@@ -102,7 +69,23 @@ def read_residual_sums(
 
 
 class ResidualSums:
-    """The residual additions of one graph."""
+    """The residual additions of one graph.
+
+    Args:
+        block: The graph.
+        children: What is known about the modules that it calls.
+        shapes: Returns the shapes of all nodes for two batch sizes, or None if there is no example.
+        arguments: Returns the shapes of the arguments of the forward for two batch sizes.
+        batch_dim: Which dimension of the residual tensors is the batch; None: to be found out.
+        known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
+
+    Attributes:
+        entries: The residual additions in order.
+        nodes: The nodes of the graph in order.
+        order: The place of each node in ``nodes``.
+        ancestors: What each node is computed from, itself included, as a set of bits.
+        contradicted: Whether layers name another batch dimension than the example inputs do.
+    """
 
     def __init__(
         self,
@@ -138,7 +121,7 @@ class ResidualSums:
                 self.entries.append(entry)
 
     def nodes_in(self, bits: int) -> set[fx.Node]:
-        """The nodes of a bit set, those apart that read shapes only."""
+        """Return the nodes of a set of bits, without those that read only shapes."""
         found = set()
         while bits:
             low = bits & -bits
@@ -149,7 +132,7 @@ class ResidualSums:
         return found
 
     def has_parameters(self, nodes: Iterable[fx.Node]) -> bool:
-        """Whether any of ``nodes`` is a parameter, or calls a module that has some."""
+        """Whether any of ``nodes`` is a parameter, or calls a module that has parameters."""
         for node in nodes:
             if node.op == "call_module":
                 module = self.owner.get_submodule(str(node.target))
@@ -160,39 +143,18 @@ class ResidualSums:
         return False
 
     def _entry(self, add: fx.Node, operands: Summands) -> ResidualSum | None:
+        """Return the addition ``add`` as a residual; None if it is not one."""
         left, right, gain, writes_left, pad_dim = operands
-        left_bits, right_bits = self.ancestors[left], self.ancestors[right]
-        memo: dict[fx.Node, bool] = {}
-        common = self.nodes_in(left_bits & right_bits)
-        if not any(depends_on_input(n, memo) and not _is_container(n) for n in common):
-            return None  # a bias, a positional embedding: nothing that both sides come from
-        only_left = self.nodes_in(left_bits & ~right_bits)
-        only_right = self.nodes_in(right_bits & ~left_bits)
-        kind, why_not = "identity", ""
-        if only_left and only_right:
-            # A branch that was added to one side before belongs to neither:
-            # x + f(x) + g(x) are two branches of x.
-            sides = [self._without_earlier(side) for side in (only_left, only_right)]
-            linear = [self.children.linear_nodes(side, self.owner) for side in sides]
-            if linear[0] == linear[1]:
-                return None  # two branches side by side, or RepVGG's parallel convolutions
-            branch_is_right = linear[0]
-            if not all(map(self._does_nothing, sides[0 if branch_is_right else 1])):
-                kind = "projection"
-        else:
-            branch_is_right = not only_left
-            inside = only_right if branch_is_right else only_left
-            if self.has_parameters(inside) and self.children.linear_nodes(inside, self.owner):
-                why_not = "its branch is linear"
+        sides = self._sides(left, right)
+        if sides is None:
+            return None
+        branch_is_right, inside, shortcut, why_not = sides
         skip, branch = (left, right) if branch_is_right else (right, left)
-        # an argument that only the branch reads comes from outside all the same
-        inside = {
-            n for n in (only_right if branch_is_right else only_left) if n.op != "placeholder"
-        }
-        if not self.has_parameters(inside) or not depends_on_input(branch, memo):
+        if not self.has_parameters(inside) or not depends_on_input(branch, {}):
             return None
         if all(node.op == "get_attr" for node in inside):
             return None
+        dim, votes = self._batch_dim(skip)
         split = Split(
             order=len(self.entries),
             add=add,
@@ -203,33 +165,76 @@ class ResidualSums:
             branch_gain=gain if branch_is_right else 1.0,
             writes_skip=branch_is_right and writes_left,
             branch_first=not branch_is_right,
+            pads=pad_dim,
+            dim=dim,
+            batch_first_votes=votes,
         )
-        if pad_dim is not None:
-            split.pads, kind = pad_dim, "projection"
-        split.dim, split.batch_first_votes = self._dimension(split.skip)
+        decision = self._decision(split)
         if split.skip_gain < 0.0:
-            why_not = "its skip is subtracted"
-        split, action, reason = self._closed(split)
-        if self._drops_more:
+            why_not = "its shortcut is subtracted"
+        if decision.drops_more:
             why_not = "its own drop path covers more than the branch"
-        return ResidualSum(split, action, reason, kind, why_not, self._leak)
+        return ResidualSum(
+            decision.split,
+            decision.action,
+            decision.reason,
+            "projection" if pad_dim is not None else shortcut,
+            why_not,
+            decision.leak,
+        )
 
-    def _dimension(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
-        """The dimension of ``skip`` that carries the batch; and what layers say, if they must."""
+    def _sides(self, left: fx.Node, right: fx.Node) -> _Sides | None:
+        """Decide which operand is the branch; None if this is not a residual addition."""
+        left_bits, right_bits = self.ancestors[left], self.ancestors[right]
+        common = self.nodes_in(left_bits & right_bits)
+        memo: dict[fx.Node, bool] = {}
+        if not any(depends_on_input(n, memo) and not _is_container(n) for n in common):
+            return None  # a bias or a positional embedding: both sides have no common origin
+        only_left = self.nodes_in(left_bits & ~right_bits)
+        only_right = self.nodes_in(right_bits & ~left_bits)
+        shortcut, why_not = "identity", ""
+        if only_left and only_right:
+            # A branch that was added to one side before belongs to neither:
+            # x + f(x) + g(x) are two branches of x.
+            both = [self._without_earlier_branches(side) for side in (only_left, only_right)]
+            linear = [self.children.linear_nodes(side, self.owner) for side in both]
+            if linear[0] == linear[1]:
+                return None  # two parallel branches, or the parallel convolutions of RepVGG
+            branch_is_right = linear[0]
+            if not all(map(self._returns_its_input, both[0 if branch_is_right else 1])):
+                shortcut = "projection"
+        else:
+            branch_is_right = not only_left
+            inside = only_right if branch_is_right else only_left
+            if self.has_parameters(inside) and self.children.linear_nodes(inside, self.owner):
+                why_not = "its branch is linear"
+        inside = only_right if branch_is_right else only_left
+        # an argument comes from outside, even if only the branch reads it
+        inside = {node for node in inside if node.op != "placeholder"}
+        return _Sides(branch_is_right, inside, shortcut, why_not)
+
+    def _batch_dim(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
+        """Return the dimension of ``skip`` that carries the batch.
+
+        Returns:
+            The dimension, None if it is not known; and the dimension according to each child with
+            ``batch_first``, where nothing but these children decided.
+        """
         if self.batch_dim is not None:
             return self.batch_dim, {}
         dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip)
         if not self.arguments():
             return dim, votes
-        varying = self._varying(skip)
-        if len(varying) != 1:
+        growing = self._dims_that_grow(skip)
+        if len(growing) != 1:
             return dim, votes
-        self.contradicted |= dim is not None and varying != [dim]
-        return varying[0], {}
+        self.contradicted |= dim is not None and growing != [dim]
+        return growing[0], {}
 
-    def _varying(self, value: fx.Node) -> list[int]:
-        """The dimensions of ``value`` that grow with the batch, as far as that was measured."""
-        # An argument tells without running anything, and so does what is laid out like one.
+    def _dims_that_grow(self, value: fx.Node) -> list[int]:
+        """Return the dimensions of ``value`` that are larger for a larger batch, if measured."""
+        # Arguments with the same layout are asked first: their shapes are known without running
+        # the forward.
         arguments = self.arguments()
         placeholders = self.block.graph.find_nodes(op="placeholder")
         paths = dict(zip(placeholders, self.block.tensors, strict=True))
@@ -244,63 +249,69 @@ class ResidualSums:
             return []
         return differing_dims(shapes[0].shapes[value], shapes[1].shapes[value])
 
-    def _without_earlier(self, side: set[fx.Node]) -> set[fx.Node]:
-        left = set(side)
+    def _without_earlier_branches(self, side: set[fx.Node]) -> set[fx.Node]:
+        rest = set(side)
         for entry in self.entries:
             if entry.split.add in side and not entry.why_not:
-                left -= entry.split.inside | {entry.split.add}
-        return left
+                rest -= entry.split.inside | {entry.split.add}
+        return rest
 
-    def _does_nothing(self, node: fx.Node) -> bool:
-        """Whether ``node`` only hands on its input: sum() starts from the number 0, for one."""
+    def _returns_its_input(self, node: fx.Node) -> bool:
+        """Whether ``node`` returns the values of its input unchanged."""
         if node.op == "call_module":
-            return isinstance(self.owner.get_submodule(str(node.target)), nn.Identity)
-        if node.target is operator.add:
+            return isinstance(self.owner.get_submodule(str(node.target)), layers_with("copies"))
+        if node.target is operator.add:  # sum() of Python starts from the number 0
             return any(type(a) in (int, float) and a == 0 for a in node.args)
         return operation_of(node).copies
 
-    def _closed(self, split: Split) -> tuple[Split, str, str]:
-        """The part of the branch that nothing outside uses, the action for it, and the reason."""
-        inside = set(split.inside)
-        kept_out: set[fx.Node] = set()
-        for node in sorted(inside, key=self.order.__getitem__, reverse=True):
-            allowed = inside | {split.add} if node is split.branch else inside
-            if node in kept_out or self._readers(node) - allowed:
-                outside = self.nodes_in(self.ancestors[node]) & inside
-                kept_out |= outside
-                inside -= outside
-        for node in sorted(inside, key=self.order.__getitem__):
-            if node.target is operator.getitem and node.args[0] in kept_out:
-                kept_out.add(node)  # of a tuple, the item is what can be cut
-                inside.remove(node)
-        reason = ""
-        self._leak = None
-        self._drops_more = any(
-            node.op == "call_module" and is_mask(self.owner.get_submodule(str(node.target)))
-            for node in kept_out
-        )
-        if kept_out:
-            first = max(
-                (n for n in kept_out if n.target is not operator.getitem),
+    def _decision(self, split: Split) -> _Decision:
+        """Decide whether rows of the branch can be skipped; if not, say why."""
+        inside, used_outside = self._apart_from_outside(split)
+        drops_more = any(map(self._is_drop_path, used_outside))
+        leak, reason = None, ""
+        if used_outside:
+            last = max(
+                (n for n in used_outside if n.target is not operator.getitem),
                 key=self.order.__getitem__,
             )
-            self._leak = first if first.op == "call_module" else None
-            reason = f"{first.name} is used outside the branch, too"
-            if split.branch in kept_out or not self.has_parameters(inside):
-                return split, "mask", reason
+            leak = last if last.op == "call_module" else None
+            reason = f"{last.name} is used outside the branch, too"
+            if split.branch in used_outside or not self.has_parameters(inside):
+                return _Decision(split, "mask", reason, leak, drops_more)
             split = replace(split, inside=frozenset(inside))
             reason += ": computed for every row"
-        refusal = self._refusal(split)
+        refusal = self._why_not_deferred(split)
+        row_layouts = None
+        if not refusal:
+            row_layouts, refusal = self._row_layouts(split)
         if refusal:
-            return split, "mask", refusal
-        row_layouts, refusal = self._row_layouts(split)
-        if refusal:
-            return split, "mask", refusal
-        return replace(split, row_layouts=row_layouts), "skip", reason
+            return _Decision(split, "mask", refusal, leak, drops_more)
+        split = replace(split, row_layouts=row_layouts)
+        return _Decision(split, "skip", reason, leak, drops_more)
+
+    def _apart_from_outside(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
+        """Return the nodes that only the branch uses, and those that others use as well."""
+        inside = set(split.inside)
+        used_outside: set[fx.Node] = set()
+        for node in sorted(inside, key=self.order.__getitem__, reverse=True):
+            allowed = inside | {split.add} if node is split.branch else inside
+            if node in used_outside or self._readers(node) - allowed:
+                needed = self.nodes_in(self.ancestors[node]) & inside
+                used_outside |= needed
+                inside -= needed
+        for node in sorted(inside, key=self.order.__getitem__):
+            # rows are selected from the items of a tuple, not from the tuple
+            if node.target is operator.getitem and node.args[0] in used_outside:
+                used_outside.add(node)
+                inside.remove(node)
+        return inside, used_outside
+
+    def _is_drop_path(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and is_mask(self.owner.get_submodule(str(node.target)))
 
     @cached_property
     def elements(self) -> dict[ResidualSum, str | None]:
-        """The element of a loop over a ModuleList that each addition belongs to, if any."""
+        """The element of a ModuleList that each addition belongs to, where a loop makes it."""
         found = {entry: _element(called_modules(entry.split), self.owner) for entry in self.entries}
         containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
         return {
@@ -310,7 +321,7 @@ class ResidualSums:
 
     @staticmethod
     def _readers(node: fx.Node) -> set[fx.Node]:
-        """The nodes that use ``node``, directly or through its shape."""
+        """Return the nodes that use ``node``, directly or through its shape."""
         found: set[fx.Node] = set()
         pending = list(node.users)
         while pending:
@@ -323,12 +334,12 @@ class ResidualSums:
                 found.add(user)
         return found
 
-    def _refusal(self, split: Split) -> str:
-        """Why the branch cannot be deferred and cut by rows, or nothing."""
+    def _why_not_deferred(self, split: Split) -> str:
+        """Say why the branch cannot be computed later than in the forward; empty if it can."""
         for node in split.inside:
             target = self.children.written(node, self.owner)
             if target is not None and target not in split.inside:
-                return f"{node.name} writes into its input, which the skip uses"
+                return f"{node.name} writes into its input, which the shortcut uses"
         inputs = {
             self.children.storage(i, self.owner) for i in [*self.outside_inputs(split), split.skip]
         }
@@ -342,7 +353,7 @@ class ResidualSums:
         return ""
 
     def _row_layouts(self, split: Split) -> tuple[RowLayouts | None, str]:
-        """On which dimension each input of the branch is cut by rows; or why that is not known."""
+        """Return how each input of the branch carries the batch; or why that is not known."""
         inputs = self.outside_inputs(split)
         dim = split.dim or 0
         if inputs == [split.skip]:
@@ -364,33 +375,35 @@ class ResidualSums:
                 return {n: RowLayout(dim, 1) if v else None for n, v in vary.items()}, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
-                "carry the batch is not known: example_inputs may tell, where the model takes "
-                "them with a batch of any size"
+                "carry the batch is not known; give example_inputs, with which the model can be "
+                "called for batches of two sizes"
             )
         few, many = (s.shapes[split.skip] for s in shapes)
         if differing_dims(few, many) != [dim]:
-            return None, f"dimension {dim} of its skip is not the batch"
+            return None, f"dimension {dim} of its shortcut is not the batch"
         batches = few[dim], many[dim]
         measured: RowLayouts = {}
         for node in inputs:
             one, two = (s.shapes.get(node, ()) for s in shapes)
-            cut = row_layout(one, two, batches)
-            if cut is None:
+            layout = row_layout(one, two, batches)
+            if layout is None:
                 return None, f"how its input {node.name} carries the batch is not clear"
-            place, entries = cut
             one_value, two_value = (s.values.get(node) for s in shapes)
-            if entries > 1 and not same_rows(one_value, two_value, place):
-                return None, f"its input {node.name} holds several rows for each of the batch"
-            measured[node.name] = cut if entries else None
+            if layout.entries > 1 and not same_rows(one_value, two_value, layout.dim):
+                return None, (
+                    f"its input {node.name} holds several rows for each sample, and their order "
+                    "is not known"
+                )
+            measured[node.name] = layout if layout.entries else None
         return measured, ""
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
-        """See :func:`outside_inputs`."""
+        """Return the values from outside that a branch reads; see :func:`outside_inputs`."""
         return outside_inputs(split, self.nodes)
 
 
 def _is_container(node: fx.Node) -> bool:
-    """Whether ``node`` is an argument that only hands out its items: a list of feature maps."""
+    """Whether ``node`` is an argument of which only items are used: a list of feature maps."""
     return (
         node.op == "placeholder"
         and len(node.users) > 0
@@ -402,26 +415,8 @@ def _is_container(node: fx.Node) -> bool:
     )
 
 
-def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The values from outside that a branch reads, through their shapes as well, in order.
-
-    Parameters are not among them: a branch reads those itself.
-    """
-    found: dict[fx.Node, None] = {}
-    pending = [node for node in nodes if node in split.inside]
-    while pending:
-        for source in pending.pop(0).all_input_nodes:
-            if source in split.inside or source.op == "get_attr":
-                continue
-            if is_shape_node(source):
-                pending.append(source)
-            else:
-                found[source] = None
-    return list(found)
-
-
 def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
-    """The element of a ModuleList that a branch belongs to: a loop's "layers.3"."""
+    """Return the element of a container, such as "layers.3", that holds most of ``paths``."""
     elements: Counter[str] = Counter()
     for path in paths:
         atoms = path.split(".")
@@ -433,9 +428,3 @@ def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
                 elements[".".join(atoms[: i + 1])] += weight + 1
                 break
     return elements.most_common(1)[0][0] if elements else None
-
-
-def called_modules(split: Split) -> list[str]:
-    """The paths of the modules that the branch calls, from the block."""
-    calls = [str(n.target) for n in split.inside if n.op == "call_module"]
-    return sorted(dict.fromkeys(calls))

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from torchdrop.finding.residual_sums import ResidualSum, ResidualSums
+from torchdrop.finding.residual_sums import ResidualSums
+from torchdrop.finding.split import ResidualSum
 
 __all__ = ["choose", "module_of", "uses_of"]
 

@@ -18,12 +18,8 @@ from torchdrop.finding.block_reader import CONTAINERS, BlockReader
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import drops_layers, is_mask, mask_rate
 from torchdrop.finding.residual import Branch, BranchSource, Residual
-from torchdrop.finding.residual_sums import (
-    ResidualSum,
-    ResidualSums,
-    Split,
-    called_modules,
-)
+from torchdrop.finding.residual_sums import ResidualSums
+from torchdrop.finding.split import ResidualSum, Split, called_modules
 from torchdrop.finding.stacks import choose, uses_of
 from torchdrop.finding.whole_blocks import whole_layers
 from torchdrop.tracing.nodes import summands
