@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_imports import ORDER
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -17,6 +18,7 @@ SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py
 hooks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(hooks)
 
+PARTS = {path.stem for path in (ROOT / "src" / "torchdrop").iterdir()}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 CODE = [text for language, text in BLOCKS if language == "python"]
@@ -94,3 +96,39 @@ def test_a_link_that_leads_nowhere_is_noticed(tmp_path: Path) -> None:
     assert broken_links(page) == []
     page.write_text("# Where\n[a](other.md) [b](page.md#here) [c](#there) ![d](e.svg)\n")
     assert len(broken_links(page)) == 4
+
+
+# The pages that name files of the repository; the design notes name files of torch as well.
+NAMING_FILES = ["README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "docs/reliability.md"]
+
+
+def missing_files(text: str) -> list[str]:
+    """The Python files that ``text`` names in backticks and that do not exist."""
+    names = re.findall(r"`([\w/]+\.py)`", text)
+    roots = (ROOT, ROOT / "src" / "torchdrop")
+    sources = {path.name for path in roots[1].rglob("*.py")}
+    return [
+        name
+        for name in names
+        if not any((root / name).exists() for root in roots)
+        and not ("/" not in name and name in sources)
+    ]
+
+
+@pytest.mark.parametrize("page", NAMING_FILES)
+def test_every_file_named_exists(page: str) -> None:
+    assert missing_files((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_the_map_of_the_source_names_every_part_in_the_order_of_imports() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", text.partition("## Where to find it")[2], re.MULTILINE)
+    named = [name.strip("`/").removesuffix(".py") for row in rows for name in row.split(", ")]
+    assert named == [part for part in ORDER if part in PARTS and part != "__main__"]
+    table = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [name.strip("`/").removesuffix(".py") for name in table] == named
+
+
+def test_a_file_that_does_not_exist_is_noticed() -> None:
+    text = "`rows/sampling.py` `sampling.py` `tests/test_docs.py` `rows/nowhere.py` `nowhere.py`"
+    assert missing_files(text) == ["rows/nowhere.py", "nowhere.py"]
