@@ -134,7 +134,7 @@ def test_masks_of_blocks_not_selected_are_left_alone() -> None:
 
 
 def test_nothing_to_inherit_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"p=None takes over.*has none.*give p"):
+    with pytest.raises(ValueError, match=r"p=None uses the rates of.*has none.*give p"):
         torchdrop.add_stochastic_depth(models.resnet18(), p=None)
 
 
@@ -191,7 +191,7 @@ BAD_RATES: list[tuple[Any, type[Exception], str]] = [
     ([0.1, 0.2, 3.0], ValueError, r"p\[2\]"),
     ([0.1, None, 0.3], TypeError, r"p\[1\]"),
     ({}, ValueError, "names no block, so that nothing would be dropped; .*'2': 0.2.*p=0.0"),
-    ({"layer9": 0.1}, ValueError, "'layer9'.*no block.*its blocks are '0', '1'"),
+    ({"layer9": 0.1}, ValueError, "'layer9'.*not a block.*its blocks are '0', '1'"),
     ({"1x": 0.1}, ValueError, "did you mean '1'"),
     ({"1": float("nan")}, ValueError, r"p\['1'\]"),
 ]
@@ -419,7 +419,7 @@ def test_a_small_branch_without_matrices_is_masked_and_the_plan_says_so() -> Non
     out = model(x)
     assert [block.seen for block in model] == [[8], [8]]
     assert {block.action for block in plan.blocks} == {"mask"}
-    assert "no matrices: masked where p times its elements is below 16384" in str(plan)
+    assert "no weight matrices: masked where p times the number of elements is below 16384" in str(plan)
     kept = plan.last_kept()
     assert [len(rows) for rows in kept.values()] == [4, 4]
     assert plan.observed() == {"0": 0.5, "1": 0.5}
@@ -491,7 +491,7 @@ class Drops(nn.Module):
 
 def test_a_function_that_drops_in_the_forward_is_refused_as_its_rate_would_add() -> None:
     model = nn.Sequential(Drops(0.5), Drops(0.5))
-    with pytest.raises(ValueError, match=r"drops the branch .* by itself \(drop_path\)"):
+    with pytest.raises(ValueError, match=r"drops the branch .* itself \(drop_path\)"):
         torchdrop.add_stochastic_depth(model, 0.5)
     assert not torchdrop.has_stochastic_depth(model)
     plan = torchdrop.add_stochastic_depth(nn.Sequential(Drops(0.0), Drops(0.0)), 0.5)
@@ -544,7 +544,7 @@ def test_a_plan_whose_block_was_replaced_refuses_rates() -> None:
     model = nn.Sequential(Drops(0.0), Drops(0.0))
     plan = torchdrop.add_stochastic_depth(model, 0.5)
     model[1] = Drops(0.0)
-    with pytest.raises(ValueError, match="blocks were replaced"):
+    with pytest.raises(ValueError, match="blocks of the model were replaced"):
         plan.set_p(0.1)
     torchdrop.get_plan(model).set_p({"0": 0.1})
 
@@ -553,5 +553,5 @@ def test_a_plan_whose_block_was_replaced_refuses_rates() -> None:
 def test_a_batch_dim_that_is_not_there_is_named(compute: str) -> None:
     model = nn.Sequential(Drops(0.0), Drops(0.0))
     torchdrop.add_stochastic_depth(model, 0.5, batch_dim=5, compute=compute)
-    with pytest.raises(ValueError, match=r"dimension 5 as batch_dim says.*\(4, 6\)"):
+    with pytest.raises(ValueError, match=r"dimension 5 according to batch_dim.*\(4, 6\)"):
         model(torch.randn(4, 6))

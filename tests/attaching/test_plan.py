@@ -64,21 +64,21 @@ def test_a_plan_of_what_was_removed_does_not_pretend() -> None:
     state = old.state_dict()
     torchdrop.remove_stochastic_depth(model[1])
     for call in (lambda: old.set_p(0.1), lambda: old.load_state_dict(state)):
-        with pytest.raises(ValueError, match="was taken off again, all of it or in part"):
+        with pytest.raises(ValueError, match="was removed from the model, from all blocks or from some"):
             call()
     torchdrop.get_plan(model).set_p([0.1, 0.2])
     torchdrop.remove_stochastic_depth(model)
     new = torchdrop.add_stochastic_depth(model, 0.5)
-    with pytest.raises(ValueError, match=r"torchdrop.get_plan\(model\) gives the plan of what is"):
+    with pytest.raises(ValueError, match=r"torchdrop.get_plan\(model\) returns the plan of what is"):
         old.set_p(0.1)
     new.set_p(0.1)
     assert new.blocks[-1].p == 0.1
-    with pytest.raises(ValueError, match="was taken off again"):
+    with pytest.raises(ValueError, match="was removed from the model"):
         old.observed()
     model(torch.randn(6, 6))
     torchdrop.remove_stochastic_depth(model)
     assert 0.0 <= new.observed()["2"] <= 1.0  # what was delivered before is still told, once
-    with pytest.raises(ValueError, match="was taken off again"):
+    with pytest.raises(ValueError, match="was removed from the model"):
         new.observed()
 
 
@@ -200,7 +200,7 @@ def test_a_part_can_be_paused_alone() -> None:
         model(x)
     assert list(plan.last_kept()) == ["0"]
     with (
-        pytest.raises(ValueError, match=r"no stochastic depth on this Linear.*add_stochastic"),
+        pytest.raises(ValueError, match=r"this Linear has no stochastic depth.*add_stochastic"),
         torchdrop.paused(model[0].a),
     ):
         pass
@@ -242,11 +242,11 @@ class Idle(nn.Module):
 
 def test_the_plan_says_what_the_example_did_not_reach() -> None:
     shown = str(torchdrop.add_stochastic_depth(Idle(), 0.5, example_inputs=torch.randn(4, 6)))
-    (note,) = [line for line in shown.splitlines() if "did not come through it" in line]
+    (note,) = [line for line in shown.splitlines() if "did not call this branch" in line]
     number = note.partition(" ")[0]
     assert [number in line for line in shown.splitlines()[2:6]] == [False, False, True, True]
     assert "expected FLOPs" in shown
-    assert "did not come" not in str(torchdrop.add_stochastic_depth(Idle(), 0.5))
+    assert "did not call" not in str(torchdrop.add_stochastic_depth(Idle(), 0.5))
 
 
 class Around(nn.Module):
@@ -264,7 +264,7 @@ class Around(nn.Module):
 
 def test_the_plan_of_blocks_whose_forward_is_never_called_says_so() -> None:
     plan = torchdrop.add_stochastic_depth(Around(), 0.5, example_inputs=torch.randn(4, 6))
-    assert "did not come through it" in str(plan)
+    assert "did not call this branch" in str(plan)
     assert "give example_inputs" not in str(plan)
 
 
@@ -281,7 +281,7 @@ class Masked(nn.Module):
 def test_the_plan_says_that_other_rates_rest() -> None:
     model = nn.Sequential(Masked(0.05), Masked(0.1))
     plan = torchdrop.add_stochastic_depth(model, 0.2)
-    assert "the model's own drop path (up to 0.1) rests; p=None keeps its rates" in str(plan)
+    assert "own drop path layers (rates up to 0.1) are inactive, p replaces their rates" in str(plan)
     plan.set_p(None)
     assert "rests" not in str(plan)
     assert "rests" not in str(torchdrop.add_stochastic_depth(net(2), 0.2))
@@ -293,6 +293,6 @@ def test_the_plan_says_that_it_rests_or_is_gone() -> None:
     with torchdrop.paused(model):
         assert str(plan).endswith("paused: nothing is dropped now")
     assert "paused" not in str(plan)
-    assert "taken off" not in str(plan)
+    assert "removed" not in str(plan)
     torchdrop.remove_stochastic_depth(model)
-    assert "taken off again" in str(plan)
+    assert "removed from the model" in str(plan)

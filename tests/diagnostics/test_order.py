@@ -236,7 +236,7 @@ def test_models_of_torchvision(name, options, count):
 
 
 def test_models_that_are_none():
-    with pytest.raises(TypeError, match=r"model has to be an nn\.Module, but got int"):
+    with pytest.raises(TypeError, match=r"model has to be a torch\.nn\.Module, but got a int"):
         check_order(3)
     with pytest.raises(ValueError, match=r"0 \(LazyBatchNorm1d\) has no sizes yet"):
         check_order(nn.Sequential(nn.LazyBatchNorm1d()))

@@ -57,9 +57,9 @@ def fingerprint(model):
     for name, b in model.named_buffers():
         prints[name, "buffer"] = id(b), b._version, b.tolist()
     for site in sites_of(model):
-        prints[site.branches[0].name, "site"] = [
+        prints[site.branches[0].facts.name, "site"] = [
             sorted(site.__dict__), list(site.train), list(site.evaluate),
-            [(b.rows_seen, b.rows_dropped, str(b.last), dict(b.dtypes)) for b in site.branches],
+            [(str(vars(b.counts)), dict(b.dtypes)) for b in site.branches],
         ]  # fmt: skip
     prints["random"] = (
         random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
@@ -238,7 +238,7 @@ def test_batches_that_are_none(function, batches, error, message):
 
 @pytest.mark.parametrize("function", [variance_shift, recalibrate_batch_norm])
 def test_models_that_are_none(function):
-    with pytest.raises(TypeError, match=r"model has to be an nn\.Module, but got int"):
+    with pytest.raises(TypeError, match=r"model has to be a torch\.nn\.Module, but got a int"):
         function(3, [X])
     with pytest.raises(ValueError, match=r"0 \(LazyBatchNorm1d\) has no sizes yet"):
         function(nn.Sequential(nn.LazyBatchNorm1d()), [X])

@@ -177,7 +177,7 @@ def test_hooks_that_cannot_be_honoured_are_refused():
     model, x, _ = post_norm()
     output = model.layers[0].attention.output
     handle = output.register_forward_pre_hook(lambda m, args: args)
-    with pytest.raises(RuntimeError, match=r"pre-hook changes what output is called with.*select="):
+    with pytest.raises(RuntimeError, match=r"pre-hook changes the arguments of output.*select="):
         model(x)
     handle.remove()
     output.register_full_backward_hook(lambda m, a, b: None)
@@ -301,7 +301,7 @@ class Cached(nn.Module):
 def test_an_empty_cache_is_replaced_with_one_warning():
     model, x = Cached(), torch.randn(4, 3, 4)
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
-    with pytest.warns(UserWarning, match=r"makes a key/value cache.*use_cache=False"):
+    with pytest.warns(UserWarning, match=r"creates a key/value cache.*use_cache=False"):
         model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -315,7 +315,7 @@ def test_a_filled_cache_is_an_error():
     model, x = Cached(), torch.randn(4, 3, 4)
     torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x)
     with pytest.raises(
-        ValueError, match=r"layers\.0 is called in training.*filled.*use_cache=False"
+        ValueError, match=r"layers\.0 is called in training.*not empty.*use_cache=False"
     ):
         model(x, [Cache(7), Cache(7)])
 

@@ -227,7 +227,7 @@ def test_a_branch_where_ranks_wait_for_each_other_is_masked(ranks: Reports, case
         what = "SyncBatchNorm" if WAITS[case]["what"] == "norm" else "fully_shard"
         for action, reason in ranks[0][case]["actions"]:
             assert action == "mask"
-            assert reason == f"{what} inside: no rank may leave out what the others wait for"
+            assert reason == f"{what} in the branch: every rank has to run it, because others wait for it"
 
 
 def test_a_residual_over_two_modules_is_sharded_whole_or_refused(ranks: Reports) -> None:

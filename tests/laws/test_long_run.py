@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from torchdrop.attaching.plan import Plan
+from torchdrop.running.block_site import BlockSite
 from torchdrop.running.branch_state import BranchState
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "soak" / "long_run.py"
@@ -35,13 +36,13 @@ def test_caches_do_not_grow_and_rates_hold(mode: str, sampling: str, steps: int)
 
 def test_a_cache_that_grows_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: a branch that remembers something of every batch."""
-    real = BranchState.count
+    real = BlockSite._draw
 
-    def remembers(self: BranchState, *args: Any) -> None:
-        self.dtypes[len(self.dtypes)] = None  # type: ignore[assignment]
-        real(self, *args)
+    def remembers(self: BlockSite, branch: BranchState, *args: Any) -> Any:
+        branch.dtypes[len(branch.dtypes)] = None  # type: ignore[assignment]
+        return real(self, branch, *args)
 
-    monkeypatch.setattr(BranchState, "count", remembers)
+    monkeypatch.setattr(BlockSite, "_draw", remembers)
     assert not long_run.sound(long_run.run(100, "row", "exact", every=25), ENOUGH)
 
 

@@ -345,7 +345,7 @@ def test_a_skip_that_is_broadcast_is_refused(options: dict[str, Any]) -> None:
     model, x = written.Stack(Querying(), Querying()), torch.randn(B, 1, W)
     rates = [1e-30, 1e-30]
     if options.pop("example", 0):
-        with pytest.raises(ValueError, match=r"blocks\.0 of shape .*makes its skip larger"):
+        with pytest.raises(ValueError, match=r"blocks\.0 of shape .*broadcasts its skip"):
             torchdrop.add_stochastic_depth(model, rates, example_inputs=x)
         assert not torchdrop.has_stochastic_depth(model)
         return

@@ -327,7 +327,7 @@ class Detector(nn.Module):
 
 
 def dims(plan: torchdrop.Plan) -> list[int]:
-    return [branch.dim for branch in plan._branches]
+    return [branch.facts.dim for branch in plan._branches]
 
 
 @pytest.mark.parametrize(

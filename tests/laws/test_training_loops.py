@@ -108,9 +108,9 @@ def test_transformers_checkpoints(mode: str, reentrant: bool) -> None:
     for mine, theirs in zip(found[:4], found[4:], strict=True):
         assert_gradients_agree(mine, theirs)
     # rows counted once, not again in the recompute
-    assert plan._sites[0].branches[0].last is not None
+    assert plan._sites[0].branches[0].counts.last is not None
     model(x)
-    assert plan._sites[0].branches[0].rows_seen == 5
+    assert plan._sites[0].branches[0].counts.rows_seen == 5
 
 
 def test_the_comparison_of_checkpoints_can_fail() -> None:
@@ -737,7 +737,7 @@ def test_replicas_in_threads(mode: str) -> None:
     xs = [torch.randn(5, 6, dtype=torch.float64, requires_grad=True) for _ in replicas]
     with ThreadPoolExecutor(3) as pool:  # as parallel_apply, which needs an accelerator
         outs = list(pool.map(lambda replica, x: replica(x), replicas, xs))
-    seen = plan._sites[0].branches[0].rows_seen
+    seen = plan._sites[0].branches[0].counts.rows_seen
     assert seen == 15  # replicas count for the model
     assert not any(bool(p.grad is not None) for p in model.parameters())
     for replica, x, out in zip(replicas, xs, outs, strict=True):

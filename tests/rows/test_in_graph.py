@@ -186,12 +186,12 @@ def test_rows_in_a_graph_follow_the_same_law(
 
 
 def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchdrop.running.branch_state import BranchState
+    from torchdrop.running.branch_state import BranchRate
 
-    def all_that_are_computed(self: BranchState, batch: int) -> tuple[Tensor, int]:
+    def all_that_are_computed(self: BranchRate, batch: int) -> tuple[Tensor, int]:
         return torch.randperm(batch), 2
 
-    monkeypatch.setattr(BranchState, "draw_rows", all_that_are_computed)
+    monkeypatch.setattr(BranchRate, "draw_rows", all_that_are_computed)
     assert not law_holds(weights_of_rows(0.9, "exact", 500, 4, "auto"), 0.9)
 
 
@@ -232,10 +232,10 @@ def graphs_of_inductor(*, convolves: bool) -> int:
     model = net(2, 4).float()
     x = torch.randn(16, 512, 4)  # sums over more than 4,096 values are written in another way
     plan = torchdrop.add_stochastic_depth(model, 0.1, schedule="uniform", example_inputs=x[:2])
-    branches = [site.branches[0] for site in plan._sites]
-    assert not any(branch.convolves for branch in branches)
-    for branch in branches:
-        branch.convolves = convolves
+    rates = [site.branches[0].rate for site in plan._sites]
+    assert not any(rate.convolves for rate in rates)
+    for rate in rates:
+        rate.convolves = convolves
     graph = torch.compile(model, fullgraph=True)
     for p in (0.25, 0.4, 0.6, 0.8):
         plan.set_p(p)
@@ -260,7 +260,7 @@ def test_what_has_to_run_once_before_it_is_compiled_says_so() -> None:
     model, inputs = FAMILIES["albert"].build(4)  # which asks for the kind of its mask
     torchdrop.add_stochastic_depth(model.train(), 0.3, example_inputs=inputs)
     graph = torch.compile(model, fullgraph=True, backend=Compiler())
-    with pytest.raises(RuntimeError, match="run the model once like this before it is compiled"):
+    with pytest.raises(RuntimeError, match="call the model once like this before compiling it"):
         graph(**inputs)
     model(**inputs)
     torch.manual_seed(0)
@@ -346,7 +346,7 @@ def test_a_generator_in_a_graph_is_an_error_and_runs_beside_one() -> None:
 def test_a_model_that_goes_away_while_a_compiler_looks_on_disturbs_nothing() -> None:
     def branches(model: nn.Module) -> list[int]:
         plan = torchdrop.add_stochastic_depth(model, 0.5)
-        return [state.number for site in plan._sites for state in site.branches]
+        return [state.rate.number for site in plan._sites for state in site.branches]
 
     model = nn.Sequential(*(Block(4) for _ in range(2)))
     numbers = branches(model)

@@ -473,7 +473,7 @@ def test_a_checkpoint_recomputes_the_same_rows_and_is_not_counted(
         twin(x.detach()).square().sum().backward()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12)
-    assert all(site.rows_seen == 24 for b in model for site in occupant_of(b).branches)
+    assert all(site.counts.rows_seen == 24 for b in model for site in occupant_of(b).branches)
     assert len(plan.observed()) == 4
 
 

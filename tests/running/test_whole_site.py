@@ -169,7 +169,7 @@ def test_what_is_no_residual_or_returns_more_is_not_taken(kind):
 
 def test_without_an_example_the_error_says_what_to_do():
     with pytest.raises(
-        ValueError, match=r"give example_in.*test_whole\.py:\d+ \(self\.times \+= 1"
+        ValueError, match=r"give example_in.*test_whole_site\.py:\d+ \(self\.times \+= 1"
     ):
         torchdrop.add_stochastic_depth(Stack(), 0.5)
 
@@ -196,7 +196,7 @@ def test_what_branches_on_data_is_an_error_that_names_the_line(kind, given):
     line = r"y\.sum\(\) > 0" if kind is OnData else r"y\.mean\(\)\.item\(\) > 0"
     with pytest.raises(ValueError, match=line) as error:
         torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
-    assert "test_whole.py:" in str(error.value)
+    assert "test_whole_site.py:" in str(error.value)
     way_out = (
         "wrap the whole block in torchdrop.StochasticDepth" if given else "give example_inputs"
     )

@@ -177,7 +177,7 @@ def test_a_compiled_model_has_to_know_its_sizes():
     model, x = net(Concatenated), torch.randn(6, 4, 5, 5)
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
     torch.compiler.reset()
-    with pytest.raises(RuntimeError, match=r"how many channels 0 has .* example_inputs, or run"):
+    with pytest.raises(RuntimeError, match=r"the number of channels of 0 is .* example_inputs, or call"):
         torch.compile(model.train(), fullgraph=True, backend="eager")(x)
 
 

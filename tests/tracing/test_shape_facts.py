@@ -158,7 +158,7 @@ def test_the_length_of_a_shape_holds_for_all_sizes():
 
 
 def test_more_kinds_of_calls_than_are_remembered(monkeypatch):
-    monkeypatch.setattr("torchdrop.running.split_site._KINDS_OF_CALLS", 2)
+    monkeypatch.setattr("torchdrop.running.read_again._KINDS_OF_CALLS", 2)
     model = two(Computed)
     x = torch.randn(8, 4, 8, dtype=torch.float64)
     plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)

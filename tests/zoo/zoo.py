@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 import torchdrop
 from torchdrop import cost
 from torchdrop.finding.survey import Survey, survey
-from torchdrop.running.branch_state import BranchState
+from torchdrop.running.observers import SumEvent
 from torchdrop.tracing.nodes import summands
 from torchdrop.tracing.operations import callee
 
@@ -292,19 +292,19 @@ def check_work(model: nn.Module, inputs: Any, dense: Dense) -> tuple[float, floa
         The FLOPs of the pass as a part of those of a dense one; the part that all branches have.
     """
     plan = torchdrop.get_plan(model)
-    with torch.no_grad(), buffers_restored(model), same_randomness(), _decisions() as decisions:
+    with torch.no_grad(), buffers_restored(model), same_randomness(), _decisions(plan) as decisions:
         ours = cost.flops(call, model.train(), inputs) / dense.flops
     expected, droppable, seconds = 1.0, 0.0, 0.0
     for state in _states(plan):
-        calls = decisions[state.name]
-        assert calls, f"{state.name} did not run"
+        calls = decisions[state.facts.name]
+        assert calls, f"{state.facts.name} did not run"
         if state.action == "mask":
             continue
-        assert state.share is not None, f"{state.name} was not measured"
+        assert state.share is not None, f"{state.facts.name} was not measured"
         droppable += state.share
         masks = [_rows(rows, kept) for rows, kept in calls]
         dropped = [1.0 - mask.double().mean().item() for mask in masks]
-        if state.has_batch_norm:
+        if state.facts.has_batch_norm:
             alone = sum(1.0 / mask.numel() for mask in masks if mask.sum() == 1)
             seconds += state.share * alone / len(masks)
         expected -= state.share * sum(dropped) / len(dropped)
@@ -426,8 +426,8 @@ def _compare_with_masks(
     scale, gain = ("train", 2.0) if training_scale else ("eval", 1.0)
     with _readings() as surveys, attached(model, scale=scale, **options) as plan:
         splits = {b.name: b for r in surveys[0].residuals for b in r.branches}
-        dims = {state.name: state.dim for state in _states(plan)}
-        with same_randomness(), _decisions() as decisions:
+        dims = {state.facts.name: state.facts.dim for state in _states(plan)}
+        with same_randomness(), _decisions(plan) as decisions:
             mine, my_gradients = gradients(model, inputs)
         masked = [(block, branch) for block in plan.blocks for branch in block.branches]
     kept = {name: [_rows(*decision) for decision in found] for name, found in decisions.items()}
@@ -486,20 +486,18 @@ def _readings() -> Iterator[list[Survey]]:
 
 
 @contextmanager
-def _decisions() -> Iterator[dict[str, list[Any]]]:
+def _decisions(plan: torchdrop.Plan) -> Iterator[dict[str, list[Any]]]:
     """Collects what each branch decides in each of its calls: how many rows, and which of them."""
     taken: dict[str, list[Any]] = defaultdict(list)
-    book = BranchState.count
+    with ExitStack() as stack:
+        for site in plan._sites:
 
-    def count(self: BranchState, batch: int, rows: Any, kept: int) -> None:
-        taken[self.name].append((batch, rows[:kept] if isinstance(rows, Tensor) else rows))
-        book(self, batch, rows, kept)
+            def note(event: SumEvent, site: Any = site) -> None:
+                name = site.branches[event.index].facts.name
+                taken[name].append((event.batch, event.rows))
 
-    BranchState.count = count  # type: ignore[method-assign]
-    try:
+            stack.enter_context(site.observe(note))
         yield taken
-    finally:
-        BranchState.count = book  # type: ignore[method-assign]
 
 
 def _rows(batch: int, kept: Any) -> Tensor:
@@ -596,7 +594,7 @@ class _Additions(TorchFunctionMode):
             return False
         sums = [node for node in block.graph.nodes if summands(node) is not None]
         owner = self._model.get_submodule(branch.source.owner)
-        for path in block.look_through:
+        for path in block.inlined:
             self._part_of[owner.get_submodule(path)] = owner
         operand = 0 if split.branch_first else 1
         self._asked[owner][sums.index(split.add)] = branch.name, operand, dim, list(masks)

@@ -136,7 +136,7 @@ def add_stochastic_depth(
 
     set_rates(sites, rates)
     plan = Plan(model, sites)
-    masks = {path for branch in branches for path in branch.masks}
+    masks = {path for branch in branches for path in branch.facts.masks}
     try:
         # All has been checked and generated: what can come in between is a user who interrupts.
         for site in sites:

@@ -1,9 +1,9 @@
-"""Measure each branch's share of the FLOPs of a forward pass."""
+"""Measure the share of each branch in the FLOPs of a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -15,30 +15,19 @@ from torchdrop.running.block_site import BlockSite
 __all__ = ["measure_shares"]
 
 
-@contextmanager
-def _metering(sites: Sequence[BlockSite], meter: Callable[[], int]) -> Iterator[None]:
-    settings = sites[0].settings
-    active = [site.active for site in sites]
-    settings.meter = meter
-    try:
-        for site in sites:
-            site.active = True
-        yield
-    finally:
-        settings.meter = None
-        for site, was in zip(sites, active, strict=True):
-            site.active = was
-
-
 def measure_shares(model: nn.Module, sites: Sequence[BlockSite], example_inputs: Any) -> None:
-    """Set ``share`` of every branch: its part of the FLOPs of one forward pass, nothing dropped."""
-    for site in sites:
-        for branch in site.branches:
-            branch.share = None
+    """Set ``share`` of every branch: its part of the FLOPs of one pass in which all rows are kept.
+
+    It stays None for a branch that the pass does not reach.
+    """
+    branches = [branch for site in sites for branch in site.branches]
+    for branch in branches:
+        branch.share = None
     sites[0].settings.measured = True
-    with cost.FlopCounter() as counter, _metering(sites, lambda: counter.total):
+    with cost.FlopCounter() as counter, ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(site.metering(lambda: counter.total))
         run_once(model, example_inputs)
-    for site in sites:
-        for branch in site.branches:
-            if branch.share is not None and counter.total:
-                branch.share /= counter.total
+    for branch in branches:
+        if branch.share is not None and counter.total:
+            branch.share /= counter.total

@@ -1,9 +1,10 @@
-"""The rates of the branches: from the forms that ``p`` may have, and onto the sites."""
+"""Turn ``p``, in any of its forms, into a rate for each branch, and set these rates."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -18,44 +19,35 @@ __all__ = ["resolve_rates", "set_rates"]
 def resolve_rates(
     p: Any, branches: Sequence[BranchState], blocks: int, schedule: str
 ) -> list[float]:
-    """The rate of each branch from any of the forms of ``p``. Changes nothing.
+    """Return the rate of each branch. Changes nothing.
+
+    Args:
+        p: The rates, in any of the forms that ``add_stochastic_depth`` accepts.
+        branches: The branches, in the order of depth.
+        blocks: The number of blocks.
+        schedule: The rule that spreads a single ``p`` over the blocks.
 
     Raises:
-        TypeError, ValueError: What is wrong with ``p``, and what it has to be.
+        TypeError, ValueError: ``p`` is not a legal rate, or does not fit these branches.
     """
-    names = list(dict.fromkeys(b.block for b in branches))
+    facts = [branch.facts for branch in branches]
+    names = list(dict.fromkeys(f.block for f in facts))
     if p is None:
-        if not any(b.masks for b in branches):
+        if not any(f.masks for f in facts):
             raise ValueError(
-                "p=None takes over the rates of DropPath / StochasticDepth layers, but the model "
-                "has none in its residual branches; give p, a drop probability"
+                "p=None uses the rates of the DropPath / StochasticDepth layers of the model, but "
+                "it has none in its residual branches; give p, a drop probability"
             )
-        return [b.inherited for b in branches]
+        return [f.inherited for f in facts]
     if isinstance(p, Mapping):
-        if not p:
-            raise ValueError(
-                f"p={{}} names no block, so that nothing would be dropped; map names to rates, as "
-                f"in {{{names[-1]!r}: 0.2}}, or give p=0.0 to begin with nothing dropped"
-            )
-        known = set(names) | {b.name for b in branches}
-        unknown = [name for name in p if name not in known]
-        if unknown:
-            alike = [n for n in sorted(known) if any(n.startswith(str(u)) for u in unknown)]
-            alike = alike or difflib.get_close_matches(str(unknown[0]), known)
-            raise ValueError(
-                f"p names {', '.join(map(repr, unknown))}, which is no block of this model; "
-                + (f"did you mean {' or '.join(map(repr, alike[:4]))}? " if alike else "")
-                + f"its blocks are {', '.join(map(repr, names[:6]))}"
-                + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-                + (f"; a branch is {branches[0].name!r}" if len(branches) > len(names) else "")
-            )
+        _check_names(p, names, [f.name for f in facts])
         rates = {name: schedules.check_rate(rate, f"p[{name!r}]") for name, rate in p.items()}
-        return [rates.get(b.name, rates.get(b.block, b.p)) for b in branches]
+        return [rates.get(b.facts.name, rates.get(b.facts.block, b.rate.p)) for b in branches]
     if isinstance(p, Tensor):
         raise TypeError("p has to be plain numbers, but got a tensor; use .item() or .tolist()")
     if isinstance(p, str | bytes) or not hasattr(p, "__len__"):
         per_block = schedules.over_depth(schedules.check_rate(p), blocks, schedule)
-        return [per_block[b.index] for b in branches]
+        return [per_block[f.index] for f in facts]
     try:
         values = list(p)
     except TypeError:  # an array without dimensions has a __len__, but no length
@@ -68,13 +60,33 @@ def resolve_rates(
         name: schedules.check_rate(rate, f"p[{i}]")
         for i, (name, rate) in enumerate(zip(names, values, strict=True))
     }
-    return [by_block[b.block] for b in branches]
+    return [by_block[f.block] for f in facts]
+
+
+def _check_names(p: Mapping[Any, Any], blocks: Sequence[str], branches: Sequence[str]) -> None:
+    """Raise ValueError unless the keys of ``p`` are names of blocks or branches."""
+    if not p:
+        raise ValueError(
+            f"p={{}} names no block, so that nothing would be dropped; map names to rates, as in "
+            f"{{{blocks[-1]!r}: 0.2}}, or give p=0.0 to begin with nothing dropped"
+        )
+    known = {*blocks, *branches}
+    unknown = [name for name in p if name not in known]
+    if not unknown:
+        return
+    alike = [n for n in sorted(known) if any(n.startswith(str(u)) for u in unknown)]
+    alike = alike or difflib.get_close_matches(str(unknown[0]), known)
+    raise ValueError(
+        f"p names {', '.join(map(repr, unknown))}, which is not a block of this model; "
+        + (f"did you mean {' or '.join(map(repr, alike[:4]))}? " if alike else "")
+        + f"its blocks are {', '.join(map(repr, blocks[:6]))}"
+        + (f" and {len(blocks) - 6} more" if len(blocks) > 6 else "")
+        + (f"; a branch is {branches[0]!r}" if len(branches) > len(blocks) else "")
+    )
 
 
 def set_rates(sites: Sequence[BlockSite], rates: Sequence[float]) -> None:
-    """Give every branch of ``sites`` its rate, and wake or rest the sites accordingly."""
+    """Set the rate of every branch of ``sites``."""
     remaining = iter(rates)
     for site in sites:
-        for branch in site.branches:
-            branch.set_rate(next(remaining))
-        site.settle()
+        site.set_rates(list(islice(remaining, len(site.branches))))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchdrop import schedules
-from torchdrop.checks import MODES
+from torchdrop.checks import MODES, check_choice, check_flag
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.source_code import may_loop_over_branches, source_has_addition
 from torchdrop.finding.survey import Survey
@@ -44,21 +44,14 @@ _BY_HAND = (
 )
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(
-            f"{name} has to be one of {', '.join(map(repr, allowed))}, but got {value!r}"
-        )
-
-
 def check_settings(
     schedule: object,
     mode: Any,
-    sampling_: Any,
+    sampling: Any,
     scale: Any,
     compute: object,
     sync_ranks: object,
-    zero_grad: object,
+    zero_grad: Any,
     batch_dim: object,
     select: object,
 ) -> Settings:
@@ -67,15 +60,14 @@ def check_settings(
     Raises:
         TypeError, ValueError: What is wrong with an argument.
     """
-    _one_of("schedule", schedule, tuple(schedules.DEPTH_RULES))
-    _one_of("mode", mode, MODES)
-    _one_of("sampling", sampling_, tuple(ROW_SAMPLERS))
-    _one_of("scale", scale, SCALES)
-    _one_of("compute", compute, COMPUTES)
+    check_choice(schedule, tuple(schedules.DEPTH_RULES), "schedule")
+    check_choice(mode, MODES, "mode")
+    check_choice(sampling, tuple(ROW_SAMPLERS), "sampling")
+    check_choice(scale, SCALES, "scale")
+    check_choice(compute, COMPUTES, "compute")
     if sync_ranks is not None and not isinstance(sync_ranks, bool):
         raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
-    if not isinstance(zero_grad, bool):
-        raise TypeError(f"zero_grad has to be True or False, but got {zero_grad!r}")
+    check_flag(zero_grad, "zero_grad")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int | None):
         raise TypeError(f"batch_dim has to be an integer or None, but got {batch_dim!r}")
     if batch_dim is not None and batch_dim < 0:
@@ -84,7 +76,7 @@ def check_settings(
         raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
     return Settings(
         mode=mode,
-        sampling=sampling_,
+        sampling=sampling,
         scale=scale,
         schedule=str(schedule),
         sync_ranks=sync_ranks,

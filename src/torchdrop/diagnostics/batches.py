@@ -8,29 +8,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-__all__ = ["Call", "calls", "check_batches", "check_model"]
+from torchdrop.internals import tree_map_only
+
+__all__ = ["Call", "calls", "check_batches", "check_sizes_known"]
 
 # The positional and the keyword arguments of one forward pass.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def check_model(model: object) -> None:
-    """Refuse what is no module, or one whose layers do not know their sizes yet.
+def check_sizes_known(model: nn.Module) -> None:
+    """Raise if a layer of ``model`` is lazy and was not run yet.
 
     Raises:
-        TypeError: It is no module.
-        ValueError: It has parameters that are made by the first forward pass.
+        ValueError: A parameter or buffer gets its shape in the first forward pass.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model has to be an nn.Module, but got {type(model).__name__}")
     for name, module in model.named_modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(torch.nn.parameter.is_lazy(t) for t in tensors):
             raise ValueError(
-                f"{name or 'the model'} ({type(module).__name__}) has no sizes yet; run the model "
-                "on one batch first"
+                f"{name or 'the model'} ({type(module).__name__}) has no sizes yet, because it "
+                "is lazy; run the model on one batch first"
             )
 
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from torchdrop.diagnostics.batches import check_model
+from torchdrop.checks import check_model
+from torchdrop.diagnostics.batches import check_sizes_known
 from torchdrop.finding.example_calls import Calls, record
-from torchdrop.finding.existing_drops import is_mask
+from torchdrop.finding.existing_drops import is_mask, layer_rate
 from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.internals import BatchNormBase
 from torchdrop.running.forward_slot import MaskBypass, occupant_of
 from torchdrop.running.split_site import SplitSite
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.operations import callee, layers_with, operation_of
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["OrderFinding", "OrderReport", "check_order"]
@@ -108,41 +109,20 @@ class OrderReport(Sequence[OrderFinding]):
 
 
 # ---------------------------------------------------------------------------------------------
-# What drops
-
-_RATES = ("p", "drop_prob", "beta", "drop_rate", "rate", "prob", "dropout")
-
-# Functions and methods that drop, or draw the mask that does.
-_DROPPING = {
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-    "feature_dropout", "native_dropout", "dropout_", "alpha_dropout_", "stochastic_depth",
-    "drop_path", "drop_path_add", "drop_block1d", "drop_block2d", "drop_block3d", "drop_block_2d",
-    "spatial_dropout", "gaussian_dropout", "uniform_dropout", "path_drop", "shake_drop",
-    "bernoulli", "bernoulli_",
-}  # fmt: skip
-
-
-def _rate(module: nn.Module) -> float | None:
-    for name in _RATES:
-        value = getattr(module, name, None)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if value is None and name == "drop_prob" and hasattr(module, name):
-            return 0.0  # timm and transformers take None for 0
-    return None
+# Layers that drop
 
 
 def _drops(module: nn.Module) -> bool:
     """Whether ``module`` is a layer that drops or shakes, by its class or its name."""
-    if isinstance(module, _DropoutNd) or is_mask(module):
+    if isinstance(module, layers_with("drops")) or is_mask(module):
         return True
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0.0
+    if type(module).__module__.startswith("torchdrop.layers."):
+        return layer_rate(module) is not None
     name = type(module).__name__.lower()
-    own = type(module).__module__.startswith("torchdrop.")
-    named = "drop" in name or "shake" in name
     bare = next(module.parameters(), None) is None and next(module.children(), None) is None
-    return (named and bare) or (own and (named or name == "stochasticdepth"))
+    return bare and ("drop" in name or "shake" in name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,7 +238,7 @@ class _Walk:
         """The output of ``module`` for arguments that are pairs of a value and how it is given."""
         path = self.paths[module]
         taken = _merge(v.merged() for v, _ in [*args, *kwargs.values()])
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNormBase):
             self.meet(path, taken)
             return _Value({})
         if isinstance(occupant_of(module), MaskBypass):
@@ -273,7 +253,7 @@ class _Walk:
         """A layer that drops: what it holds (the module of a StochasticDepth) is read as well."""
         inner = [self.child(child, taken) for child in _children(module)]
         flow = _merge([_one_on(taken), *inner])
-        rate = _rate(module)
+        rate = layer_rate(module)
         if rate == 0.0:
             return _Value(flow)
         return _Value(_merge([flow, self.source(path, type(module).__name__, rate)]))
@@ -389,49 +369,21 @@ class _Walk:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             return env[node.args[0]].part(node.args[1])
         flow = _merge(env[source].merged() for source in node.all_input_nodes)
-        name = node.target if isinstance(node.target, str) else _name(node.target)
+        name, entry = callee(node), operation_of(node)
         label = f"{path}.{name}()" if path else f"{name}()"
-        if name in ("batch_norm", "native_batch_norm"):
+        if entry.batch_norm:
             self.meet(label, flow)
             return _Value({})
         flow = _one_on(flow)
-        if name in _DROPPING:
-            rate = _function_rate(node, name)
+        if entry.drops is not None:
+            rate = entry.drops.rate(node)
             if rate != 0.0:
                 flow = _merge([flow, self.source(label, f"{name}()", rate, node.name)])
-        elif name == "scaled_dot_product_attention":
-            share = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-            if isinstance(share, int | float) and share > 0.0:
-                flow = _merge([flow, self.source(label, f"{name}()", float(share), node.name)])
         return _Value(flow)
 
 
 def _one_on(flow: _Flow) -> _Flow:
     return {source: (distance + 1, assumed) for source, (distance, assumed) in flow.items()}
-
-
-def _name(target: Any) -> str:
-    return str(getattr(target, "__name__", ""))
-
-
-def _function_rate(node: fx.Node, name: str) -> float | None:
-    """The rate of a call that drops; 0 where it is off, None where it is not known."""
-    if name in ("bernoulli", "bernoulli_"):
-        return None
-    names: tuple[str, ...] = ("input", "p", "training", "inplace")
-    if name == "drop_path_add":
-        names = ("skip", "branch", "p", "training")
-    elif name in ("drop_block1d", "drop_block2d", "drop_block3d", "drop_block_2d"):
-        names = ("input", "p", "block_size")
-    elif name == "stochastic_depth":
-        names = ("input", "p", "mode", "training")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.get("training") is False:
-        return 0.0
-    rate = next((given[n] for n in _RATES if n in given), None)
-    if rate is None and name in ("dropout", "alpha_dropout"):
-        return 0.5
-    return float(rate) if isinstance(rate, int | float) else None
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
@@ -461,9 +413,9 @@ def _attached_adds(module: nn.Module, block: BlockGraph) -> dict[fx.Node, tuple[
     if len(entries) <= max(site.orders):
         raise UntraceableError("it does not add the same branches in every call")
     return {
-        entries[order].split.add: (branch.name, branch.p)
+        entries[order].split.add: (branch.facts.name, branch.rate.p)
         for order, branch in zip(site.orders, site.branches, strict=True)
-        if branch.p > 0.0
+        if branch.rate.p > 0.0
     }
 
 
@@ -515,6 +467,7 @@ def check_order(model: nn.Module, example_inputs: Any = None) -> OrderReport:
           0 (Dropout, 0.5) stands before 2: in the model's own forward, 2 operations on
     """
     check_model(model)
+    check_sizes_known(model)
     recorded = {} if example_inputs is None else record(model, example_inputs).calls
     walk = _Walk(model, recorded)
     parameters = inspect.signature(type(model).forward.__get__(model)).parameters.values()
@@ -529,7 +482,7 @@ def check_order(model: nn.Module, example_inputs: Any = None) -> OrderReport:
     walk.module(model, args, kwargs)
     findings = [_finding(source, walk.reached[source]) for source in walk.order
                 if source in walk.reached]  # fmt: skip
-    norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
+    norms = sum(isinstance(m, BatchNormBase) for m in model.modules())
     return OrderReport(type(model).__name__, findings, walk.unreadable, norms)
 
 

@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchdrop.diagnostics.batches import calls, check_batches, check_model
+from torchdrop.checks import check_model
+from torchdrop.diagnostics.batches import calls, check_batches, check_sizes_known
 from torchdrop.diagnostics.untouched import untouched
+from torchdrop.internals import BatchNormBase
 
 __all__ = ["recalibrate_batch_norm"]
 
@@ -67,11 +68,12 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> list[str
         tensor([1., 1., 1.])
     """
     check_model(model)
+    check_sizes_known(model)
     check_batches(batches)
     layers = {
         module: name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNormBase)
         and module.track_running_stats
         and module.running_mean is not None
         and module.running_var is not None

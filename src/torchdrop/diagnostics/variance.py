@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -12,27 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
-from torchdrop.diagnostics.batches import Call, calls, check_batches, check_model
+from torchdrop.checks import check_model
+from torchdrop.diagnostics.batches import Call, calls, check_batches, check_sizes_known
 from torchdrop.diagnostics.shift import LayerShift, VarianceShift
 from torchdrop.diagnostics.untouched import untouched
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.residual_sums import Split, read_residual_sums
 from torchdrop.finding.survey import survey
-from torchdrop.rows.take_and_add import add_whole
+from torchdrop.internals import BatchNormBase, ConvBase, tree_map_only
 from torchdrop.running.block_site import sites_of
-from torchdrop.running.program import MismatchError, Program
-from torchdrop.running.rewrite import rewrite
+from torchdrop.running.observed_sums import ObservedSums
+from torchdrop.running.observers import SumEvent
 from torchdrop.running.split_site import SplitSite
-from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["variance_shift"]
 
 # The module types that say that dimension 1 counts channels.
-_CHANNELS_FIRST = (_BatchNorm, nn.modules.conv._ConvNd)
+_CHANNELS_FIRST = (BatchNormBase, ConvBase)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -118,8 +114,17 @@ class _Probe:
                 "give channel_dim"
             ) from None
 
-    def note_sum(self, which: _Sum, total: Tensor) -> None:
-        self.note("residual_sum", which.name, total, which.channel_dim)
+    def observe(self, path: str, module: nn.Module, sums: list[_Sum]) -> ObservedSums:
+        """Collect the moments of residual sums of ``module`` inside the returned context."""
+
+        def note_sum(event: SumEvent) -> None:
+            observed = sums[event.index]
+            self.note("residual_sum", observed.name, event.total, observed.channel_dim)
+
+        def note_unreadable(error: UntraceableError) -> None:
+            self.unreadable.setdefault(path, str(error))
+
+        return ObservedSums(module, [s.order for s in sums], note_sum, note_unreadable)
 
 
 @dataclass
@@ -129,102 +134,6 @@ class _Sum:
     order: int
     name: str
     channel_dim: int
-
-
-class _Tap:
-    """What a generated forward calls for each of its residual sums, in place of a site."""
-
-    def __init__(self, sums: list[_Sum], splits: list[Split], probe: _Probe) -> None:
-        self.sums = sums
-        self.splits = splits
-        self.probe = probe
-
-    def mask(self, k: int, skip: Tensor, branch: Tensor) -> Tensor:
-        """The sum number ``k`` as the module itself takes it."""
-        split = self.splits[k]
-        total = add_whole(skip, branch, split.branch_gain, inplace=split.writes_skip)
-        self.probe.note_sum(self.sums[k], total)
-        return total
-
-
-class _Watch:
-    """Stands in the ``forward`` slot of a module and reads its residual sums as they come.
-
-    It runs the module's own forward, generated from its graph, with a tap at each sum; and lets
-    an attached site run where that adds the branches itself.
-    """
-
-    def __init__(self, path: str, module: nn.Module, sums: list[_Sum], probe: _Probe) -> None:
-        self.path = path
-        self.module = module
-        self.sums = sums
-        self.probe = probe
-        before = module.__dict__.get("forward")
-        self.site = before if isinstance(before, SplitSite) else None
-        self.programs: dict[bool, list[tuple[Program, _Tap]]] = {True: [], False: []}
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward.__get__(self.module))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, site = self.module, self.site
-        if site is not None and site.active and (module.training or site.evaluate):
-            return site(*args, **kwargs)
-        try:
-            program, tap, tensors = self._find(args, kwargs)
-        except UntraceableError as error:
-            self.probe.unreadable.setdefault(self.path, str(error))
-            return type(module).forward(module, *args, **kwargs)
-        return program.forward.function(module, tap, *tensors)
-
-    def _find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, _Tap, list[Any]]:
-        """The program that stands for this call, and its tensors; read now where there is none."""
-        module, signature = self.module, self.__signature__
-        known = self.programs[module.training]
-        for program, tap in known:
-            try:
-                program.check_attributes(module)
-                return program, tap, program.bind(signature, args, kwargs)
-            except MismatchError:
-                continue
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        block = trace_block(module, training=module.training, arguments=bound.arguments)
-        entries = read_residual_sums(block)
-        if len(entries) <= max(s.order for s in self.sums):
-            raise UntraceableError("it does not add the same branches in every call")
-        splits = [entries[s.order].split for s in self.sums]
-        program = rewrite(block, [(split, "mask") for split in splits], self.path)
-        tap = _Tap(self.sums, splits, self.probe)
-        known.append((program, tap))
-        return program, tap, program.bind(signature, args, kwargs)
-
-    def tap_site(self) -> Callable[[], None]:
-        """Read the sums that the site takes itself. Returns what undoes it."""
-        site = self.site
-        if site is None:
-            return lambda: None
-
-        def tapped(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def call(k: int, *tensors: Any) -> Tensor:
-                total = method(k, *tensors)
-                self.probe.note_sum(self.sums[k % len(self.sums)], total)
-                return total
-
-            return call
-
-        names = ("join", "mask")
-        for name in names:
-            site.__dict__[name] = tapped(getattr(site, name))
-
-        def undo() -> None:
-            for name in names:
-                del site.__dict__[name]
-
-        return undo
 
 
 def _channel_dim(block: nn.Module, asked: int | None) -> int:
@@ -246,7 +155,11 @@ def _residual_sums(
             unreadable[path] = f"it is {site.branches[0].reason}"
             continue
         sums[path] = [
-            _Sum(order, branch.name, _channel_dim(_block(site.module, branch.path), channel_dim))
+            _Sum(
+                order,
+                branch.facts.name,
+                _channel_dim(_block(site.module, branch.facts.path), channel_dim),
+            )
             for order, branch in zip(site.orders, site.branches, strict=True)
         ]
     attached = {*sums, *unreadable}
@@ -256,15 +169,16 @@ def _residual_sums(
     for residual in found.residuals:
         dim = _channel_dim(residual.module, channel_dim)
         for branch in residual.branches if residual.default else ():
-            if branch.source.owner in attached:
+            source = branch.source
+            if source.owner in attached:
                 continue
-            if "forward" in model.get_submodule(branch.source.owner).__dict__:
-                unreadable[branch.source.owner] = "its forward was replaced on the instance"
-            elif branch.source.split is None or branch.source.graph is None or branch.source.graph.look_through:
-                unreadable[branch.source.owner] = "its sum cannot be told from the rest of it"
+            if "forward" in model.get_submodule(source.owner).__dict__:
+                unreadable[source.owner] = "its forward was replaced on the instance"
+            elif source.split is None or source.graph is None or source.graph.inlined:
+                unreadable[source.owner] = "its sum cannot be told from the rest of it"
             else:
-                known = sums.setdefault(branch.source.owner, [])
-                known.append(_Sum(branch.source.split.order, branch.name, dim))
+                known = sums.setdefault(source.owner, [])
+                known.append(_Sum(source.split.order, branch.name, dim))
     unreadable.update({k: v for k, v in found.unreadable.items() if k not in attached})
     return sums, unreadable
 
@@ -364,6 +278,7 @@ def variance_shift(
         2.0
     """
     check_model(model)
+    check_sizes_known(model)
     check_batches(batches)
     for name, value in (("repeats", repeats), ("channel_dim", channel_dim)):
         wrong = isinstance(value, bool) or not isinstance(value, int)
@@ -371,7 +286,7 @@ def variance_shift(
             raise TypeError(f"{name} has to be an integer, but got {value!r}")
     if repeats < 1:
         raise ValueError(f"repeats has to be at least 1, but got {repeats}")
-    norms = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    norms = {m: name for name, m in model.named_modules() if isinstance(m, BatchNormBase)}
     probe = _Probe()
     count = 0
     with ExitStack() as stack:
@@ -390,7 +305,7 @@ def variance_shift(
             hook = norm.register_forward_pre_hook(_reading(probe, name), with_kwargs=True)
             stack.callback(hook.remove)
         for path, of_path in sums.items():
-            stack.callback(_watch(_Watch(path, model.get_submodule(path), of_path, probe)))
+            stack.enter_context(probe.observe(path, model.get_submodule(path), of_path))
         for call in chain([first], rest):
             for training in [False] + [True] * repeats:
                 probe.training = training
@@ -434,22 +349,6 @@ def _reading(
         probe.note("batch_norm", name, x, 1)
 
     return read
-
-
-def _watch(watch: _Watch) -> Callable[[], None]:
-    """Put ``watch`` into its place. Returns what undoes it."""
-    slot = watch.module.__dict__
-    release = watch.tap_site()
-    slot["forward"] = watch
-
-    def undo() -> None:
-        if watch.site is None:
-            del slot["forward"]
-        else:
-            slot["forward"] = watch.site
-        release()
-
-    return undo
 
 
 def _layer(

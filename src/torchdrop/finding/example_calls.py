@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from torchdrop.tracing.block_graph import BlockGraph, Fixed
 from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.unchanged import attention_fast_path_off, unchanged
 from torchdrop.tracing.watched_attributes import same
 
 __all__ = [
@@ -39,34 +40,16 @@ _GUESSES = 24
 
 
 @contextmanager
-def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; modes, buffers and random numbers are as before afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    # In evaluation torch's attention may take a fused path with nested tensors, past its parts.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in evaluation and without gradients, and leave it as it was."""
+    with unchanged(model), attention_fast_path_off(), torch.no_grad():
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # the version does not tell: batch_norm
-                    buffer.copy_(value)
+        yield
 
 
 def run_once(model: nn.Module, example_inputs: Any) -> None:
     """One forward pass that leaves no trace: no gradients, no statistics, no random numbers."""
-    with _leaving_no_trace(model):
+    with _evaluating(model):
         if isinstance(example_inputs, Mapping):
             model(**example_inputs)
         elif isinstance(example_inputs, tuple | list):
@@ -271,7 +254,7 @@ class Example:
                 return None
             recorder = Shapes(block)
             try:
-                with _leaving_no_trace(block.module):
+                with _evaluating(block.module):
                     recorder.run(*tensors.values())
             except Exception:  # a hook of the user's, say, on which the first forward depends
                 return None

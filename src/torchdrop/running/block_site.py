@@ -1,8 +1,7 @@
-"""WHO AND WHAT FOR: what every site does with a branch. Who is kept, what is cut, what is left out.
+"""The behaviour that all sites share: draw rows, cut inputs to them, drop a branch, observe.
 
-A site stands in the ``forward`` slot of a block (slot.py). It draws who is kept, cuts the inputs of
-a branch to those rows, and gives what a dropped branch leaves behind: the skip, in the dtype of the
-sum, and gradients of zeros.
+A site is the object in the ``forward`` slot of a block (forward_slot.py). :class:`SplitSite` drops
+the branches of a block one by one, :class:`WholeSite` drops a block as a whole.
 """
 
 from __future__ import annotations
@@ -18,47 +17,127 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.rows.collectives import is_sharded, meets_ranks
+from torchdrop.internals import any_autocast_enabled, parameters_of_tree
+from torchdrop.rows.collectives import find_collective, is_sharded
 from torchdrop.rows.in_graph import run_uncompiled
-from torchdrop.rows.sampling import keep_batch, order_rows, refuse_recording
+from torchdrop.rows.sampling import draw_row_order, keep_batch, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
-from torchdrop.running.branch_state import BranchState, Settings
+from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
+from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.tracing.call_arguments import is_cache
+from torchdrop.tracing.unchanged import unchanged
 
-__all__ = ["BlockSite", "drop_spare_row", "precision_of", "sites_of", "to_device_of", "unchanged"]
+__all__ = ["BlockSite", "drop_spare_row", "precision_of", "sites_of", "to_device_of"]
 
-# With one kept row, BatchNorm needs more than one value a channel from that row alone. A branch
-# may stride, so below this many positions a second row is computed along, and not used.
+# BatchNorm needs more than one value a channel. A branch may stride, so that a map of few positions
+# may shrink to one. If a single row with at most this many positions is kept, a second row is
+# computed with it, whose result is discarded.
 _POSITIONS_FOR_ONE_ROW = 64
 
 
 class BlockSite(SlotOccupant):
-    """What stands in the ``forward`` slot of a block, and keeps some rows of its branches."""
+    """The object in the ``forward`` slot of a block, which drops rows of its branches."""
 
     def __init__(
         self,
         module: nn.Module,
         settings: Settings,
         branches: list[BranchState],
-        look_through: Sequence[str] = (),
+        inlined: Sequence[str] = (),
     ) -> None:
         super().__init__(module)
         self.settings = settings
         self.branches = branches
         # The children whose forward is read as part of the block's own.
-        self.look_through = list(look_through)
+        self.inlined = list(inlined)
+        # Whether anything is dropped now: read in every call of the block.
         self.active = False
-        self.paused = 0  # how many pauses the model is in
+        # Counts FLOPs, while the shares of the branches are measured.
+        self.meter: Callable[[], int] | None = None
+        self._pauses = 0
+        self._observers: list[Observer] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy made during a pause has nobody who would end it
-        active = any(branch.p > 0.0 for branch in self.branches)
-        return {**self.__dict__, "paused": 0, "active": active}
+        # Nobody would end the pause, the measurement or the observation of a copy.
+        for_once: dict[str, Any] = {
+            "_pauses": 0,
+            "active": self._has_rate(),
+            "meter": None,
+            "_observers": [],
+        }
+        return {**self.__dict__, **for_once}
 
-    def settle(self) -> None:
-        """Act where a branch has a rate and nobody paused the model; rest otherwise."""
-        self.active = not self.paused and any(branch.p > 0.0 for branch in self.branches)
+    def _has_rate(self) -> bool:
+        return any(branch.rate.p > 0.0 for branch in self.branches)
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Set the drop probability of each branch."""
+        for branch, p in zip(self.branches, rates, strict=True):
+            branch.rate.set(p)
+        self.active = not self._pauses and self._has_rate()
+
+    def depth(self) -> tuple[int, int]:
+        """Return the position of the site in the model, by which sites are sorted."""
+        return self.branches[0].facts.index, self.branches[0].facts.order
+
+    # What others do with a site -------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is dropped because of :meth:`pause`."""
+        return self._pauses > 0
+
+    def pause(self) -> None:
+        """Run the block's own forward until :meth:`resume` was called as often as this."""
+        self._pauses += 1
+        self.active = False
+
+    def resume(self) -> None:
+        """End one pause."""
+        self._pauses -= 1
+        self.active = not self._pauses and self._has_rate()
+
+    def observe(self, observer: Observer) -> ObserverHandle:
+        """Call ``observer`` with a :class:`SumEvent` for each residual sum that this site computes.
+
+        The site computes sums in training while a branch has a rate, and with ``scale="eval"`` in
+        evaluation, too. Otherwise the block's own forward runs, and in a compiled graph no Python
+        does: no event then (:func:`observe_sums` reports the sums of the block's own forward).
+        """
+        return ObserverHandle(self._observers, observer)
+
+    def _report(self, index: int, skip: Tensor, total: Tensor, rows: Tensor | bool) -> None:
+        batch = total.shape[self.branches[index].facts.dim]
+        event = SumEvent(index, skip, total, rows, batch)
+        for observer in list(self._observers):
+            observer(event)
+
+    @contextmanager
+    def metering(self, meter: Callable[[], int]) -> Iterator[None]:
+        """Run every branch on all rows, and add the FLOPs of each to its ``share``.
+
+        Args:
+            meter: Returns the FLOPs counted so far.
+        """
+        active = self.active
+        self.active, self.meter = True, meter
+        try:
+            yield
+        finally:
+            self.active, self.meter = active, None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a forward pass may change of this site, for :meth:`restore`."""
+        return {"branches": [branch.snapshot() for branch in self.branches], "active": self.active}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to the state in which :meth:`snapshot` was called."""
+        for branch, before in zip(self.branches, snapshot["branches"], strict=True):
+            branch.restore(before)
+        self.active = snapshot["active"]
+
+    # What looks like a forward to others ----------------------------------------------------
 
     @property
     def __name__(self) -> str:
@@ -66,122 +145,135 @@ class BlockSite(SlotOccupant):
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        # torch.jit.script asks for it; everyone else takes the AttributeError for a no.
+        # torch.jit.script asks for it; all others understand an AttributeError as "there is none".
         raise AttributeError(
-            "torch.jit.script cannot compile stochastic depth; call "
+            "torch.jit.script cannot compile a model with stochastic depth; call "
             "torchdrop.remove_stochastic_depth(model) first, or use torch.jit.trace in evaluation"
         )
 
+    # The steps of a call --------------------------------------------------------------------
+
     def _check_caches(self, values: Sequence[Any], training: bool) -> None:
-        """Refuse a key/value cache that holds something: it cannot be cut by rows."""
+        """Raise if a key/value cache among the arguments has entries: it has no rows to select."""
         for cache in filter(is_cache, values):
             indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
             index = next((i for i in indices if isinstance(i, int)), 0)
-            name = self.branches[0].block
+            name = self.branches[0].facts.block
             if not training:
                 raise ValueError(
                     f"{name} is called with a key/value cache, but with scale='eval' its branches "
                     f"are computed one by one in evaluation; pass use_cache=False, or use "
                     f"scale='train'"
                 )
-            if _holds_something(cache, index):
+            if _has_entries(cache, index):
                 raise ValueError(
-                    f"{name} is called in training with a key/value cache that is filled, which "
-                    f"cannot be cut by rows; pass use_cache=False"
+                    f"{name} is called in training with a key/value cache that is not empty, and "
+                    f"the rows of its entries cannot be selected; pass use_cache=False"
                 )
-            if not self.settings.warned:
-                self.settings.warned = True
+            if not self.settings.warned_of_cache:
+                self.settings.warned_of_cache = True
                 warnings.warn(
-                    "in training the model makes a key/value cache; stochastic depth puts None in "
-                    "its place in the blocks that it acts on. Pass use_cache=False",
+                    "in training the model creates a key/value cache; blocks with stochastic depth "
+                    "get None instead of it. Pass use_cache=False",
                     stacklevel=2,
                 )
 
-    def _meets_ranks(self, branch: BranchState) -> bool:
-        """Whether every rank has to run ``branch`` each time, since others wait for it there."""
+    def _runs_on_all_ranks(self, branch: BranchState) -> bool:
+        """Whether every rank has to run ``branch`` in every step, because others wait for it."""
         if not dist.is_available() or not dist.is_initialized():
             return False
-        for path in self.look_through:
+        facts = branch.facts
+        for path in self.inlined:
             if is_sharded(self.module.get_submodule(path)):
                 raise RuntimeError(
-                    f"{path} went through fully_shard, but stochastic depth runs its parts "
-                    f"separately, as {branch.block} adds in it; shard {branch.block} whole"
+                    f"fully_shard was applied to {path}, but stochastic depth runs the modules in "
+                    f"{path} one by one, because {facts.block} adds its branches there; apply "
+                    f"fully_shard to {facts.block} as a whole"
                 )
         modules = [
-            module  # of a block that is dropped whole, what is inside: it may be sharded itself
-            for path in branch.inner
+            module  # of a block that is dropped as a whole, its children: it may be sharded itself
+            for path in facts.inner
             for module in ([self.module.get_submodule(path)] if path else self.module.children())
         ]
         alike = self.settings.mode == "batch" and self.settings.sync_ranks is not False
-        waits = meets_ranks(modules, branch.name, alike=alike)
+        waits = find_collective(modules, facts.name, same_on_all_ranks=alike)
         if waits is None:
             return False
         if branch.action != "mask":
             branch.action = "mask"
-            branch.reason = f"{waits} inside: no rank may leave out what the others wait for"
+            branch.reason = (
+                f"{waits} in the branch: every rank has to run it, because others wait for it"
+            )
         return True
 
     def _draw(self, branch: BranchState, x: Tensor) -> tuple[Any, int]:
-        """Who is kept, and how many.
+        """Draw the kept rows of ``x`` and count them.
 
-        True for every row of ``x``, False for none; else all, on the host, the kept ones first.
+        Returns:
+            True if every row is kept, False if none is, else all rows, on the host, the kept ones
+            first; and the number of kept rows.
         """
-        if branch.dim >= x.dim():
-            raise ValueError(
-                f"the batch is on dimension {branch.dim} as batch_dim says, but the skip of "
-                f"{branch.name} has the shape {tuple(x.shape)}; take stochastic depth off and give "
-                f"another batch_dim, or none"
-            )
-        refuse_recording(x)
-        batch, settings = x.shape[branch.dim], self.settings
+        facts, settings, p = branch.facts, self.settings, branch.rate.p
+        if facts.dim >= x.dim():
+            raise _no_batch_dim(facts, x)
+        refuse_graph_capture(x)
+        batch = x.shape[facts.dim]
         rows: Any
-        if branch.p == 0.0:
+        if p == 0.0:
             rows, kept = True, batch
         elif settings.mode == "batch":
-            rows = keep_batch(branch.p, settings.sync_ranks)
+            rows = keep_batch(p, settings.sync_ranks)
             kept = batch if rows else 0
         else:
-            rows, kept = order_rows(batch, branch.p, branch.sampling)
+            rows, kept = draw_row_order(batch, p, facts.sampling)
             rows = rows if 0 < kept < batch else kept > 0
-        branch.count(batch, rows, kept)
+        branch.counts.add(batch, rows, kept)
         return rows, kept
 
-    def _rows_to_compute(self, branch: BranchState, rows: Tensor, skip: Tensor, dim: int) -> Tensor:
-        """``rows``, and one more where BatchNorm could not stand a single one."""
-        if not branch.has_batch_norm or rows.shape[0] != 1 or skip.dim() < 2:
+    @staticmethod
+    def _rows_to_compute(facts: BranchFacts, rows: Tensor, skip: Tensor) -> Tensor:
+        """Return ``rows``, and a second row if BatchNorm could not normalise a single one."""
+        if not facts.has_batch_norm or rows.shape[0] != 1 or skip.dim() < 2:
             return rows
-        positions = skip.numel() // max(skip.shape[dim] * skip.shape[1], 1)
+        batch = skip.shape[facts.dim]
+        positions = skip.numel() // max(batch * skip.shape[1], 1)
         if positions > _POSITIONS_FOR_ONE_ROW:
             return rows
-        batch = skip.shape[dim]
         other = (rows + 1 + torch.randint(batch - 1, (1,), device="cpu")) % batch
         return torch.cat([rows, other]).sort().values
 
     @staticmethod
     def _cut(
-        branch: BranchState,
+        facts: BranchFacts,
         value: Any,
         taking: Callable[..., Tensor],
-        how: RowLayout | None,
+        layout: RowLayout | None,
         batch: int,
         known: bool = True,
     ) -> Any:
-        """What ``taking`` gives of ``value``, an input of ``branch``.
+        """Return the rows of ``value``, an input of a branch.
 
-        Its rows are on a dimension, some entries each: that is ``how``, None where it has no rows.
-        If that is ``known``, not just assumed, a single slice is broadcast to what rows there are.
+        Args:
+            facts: The branch.
+            value: The input.
+            taking: ``taking(value, dim=dim)`` selects rows.
+            layout: The dimension of ``value`` that holds the rows, and how many entries each row
+                has there; None if ``value`` has no rows.
+            batch: The number of rows.
+            known: Whether ``layout`` was measured rather than assumed. Then a dimension of size 1
+                is one that broadcasts, and ``value`` is returned as it is.
         """
-        if how is None or (known and value.shape[how[0]] == 1):
+        if layout is None or (known and value.shape[layout[0]] == 1):
             return value
-        dim, entries = how
+        dim, entries = layout
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"the branch {branch.name} takes a {type(value).__name__}, which cannot be cut by "
-                f"rows; use compute='mask', or leave the block out with select="
+                f"the branch {facts.name} gets a {type(value).__name__} as an input, of which "
+                f"no rows can be selected; use compute='mask', or leave the block out with select="
             )
         if value.dim() <= dim or value.shape[dim] != batch * entries:
             raise RuntimeError(
-                f"the branch {branch.name} takes a tensor of shape {tuple(value.shape)}, which "
+                f"the branch {facts.name} gets a tensor of shape {tuple(value.shape)}, which "
                 f"does not have the {batch} rows of its skip on dimension {dim}; "
                 f"use compute='mask', or leave the block out with select="
             )
@@ -191,102 +283,86 @@ class BlockSite(SlotOccupant):
         return taking(apart, dim=dim).flatten(dim, dim + 1)
 
     def _dropped(
-        self, branch: BranchState, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
+        self, facts: BranchFacts, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
     ) -> Tensor:
-        """The skip alone: a new tensor, which an activation in place may write into."""
-        unused = self._unused(branch, skip, inputs)
-        if branch.writes_skip:
+        """Return the skip alone, as a new tensor, into which an activation may write in place."""
+        unused = self._unused(facts, skip, inputs)
+        if facts.writes_skip:
             return skip.add_(with_zero_grads(skip.new_zeros(()), unused)) if unused else skip
         if dtype != skip.dtype:
             skip = skip.to(dtype)
         return with_zero_grads(skip, unused)
 
-    def _unused(self, branch: BranchState, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
-        """What has to get a gradient of zeros when ``branch`` is dropped."""
+    def _unused(self, facts: BranchFacts, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
+        """Return the tensors that get gradients of zeros if the branch is dropped."""
         unused: list[Tensor] = []
         if self.settings.zero_grad and torch.is_grad_enabled():
-            for path in branch.inner:
-                unused += _parameters_of(attrgetter(path)(self.module) if path else self.module)
-            unused.extend(attrgetter(path)(self.module) for path in branch.own)
+            for path in facts.inner:
+                unused += parameters_of_tree(attrgetter(path)(self.module) if path else self.module)
+            unused.extend(attrgetter(path)(self.module) for path in facts.own)
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         return unused
 
     def _dtype_of(
         self, branch: BranchState, skip: Tensor, inputs: Iterable[Any], run: Callable[[], Any]
     ) -> torch.dtype:
-        """The dtype of the skip plus what ``run`` gives, which is run where nothing else tells."""
-        precision = precision_of(skip)
+        """Return the dtype of the skip plus the branch, which ``run`` computes.
+
+        The branch is run only if its dtype is neither remembered nor follows from its inputs.
+        """
+        facts, precision = branch.facts, precision_of(skip)
         dtype = branch.dtypes.get(precision)
         if dtype is not None:
             return dtype
-        if branch.writes_skip or torch.compiler.is_compiling():
+        if facts.writes_skip or torch.compiler.is_compiling():
             return skip.dtype
-        inner = [self.module.get_submodule(path) for path in branch.inner]
+        inner = [self.module.get_submodule(path) for path in facts.inner]
         takes = [*(p for top in inner for p in top.parameters()), *inputs]
-        takes += [attrgetter(path)(self.module) for path in branch.own]
+        takes += [attrgetter(path)(self.module) for path in facts.own]
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
-        with torch.no_grad(), unchanged(inner, skip.device):
+        with torch.no_grad(), unchanged(*inner, devices=[skip.device]):
             out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
 
 
-def _holds_something(cache: Any, layer: int) -> bool:
+def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
+    return ValueError(
+        f"the batch is on dimension {facts.dim} according to batch_dim, but the skip of "
+        f"{facts.name} has the shape {tuple(x.shape)}; remove stochastic depth and add it with "
+        f"another batch_dim, or without one"
+    )
+
+
+def _has_entries(cache: Any, layer: int) -> bool:
     try:
         return bool(cache.get_seq_length(layer) > 0)
-    except Exception:  # that of a state-space model does not count tokens
+    except Exception:  # the cache of a state-space model does not count tokens
         layers = getattr(cache, "layers", ())
         states = getattr(layers[layer], "has_previous_state", {}) if layer < len(layers) else {}
         return any(states.values())
 
 
-def _parameters_of(module: nn.Module) -> list[Tensor]:
-    """What ``module.parameters()`` gives, tied ones twice, several times as fast."""
-    found: list[Tensor] = [p for p in module._parameters.values() if p is not None]
-    for child in module._modules.values():
-        if child is not None:
-            found += _parameters_of(child)
-    return found
-
-
 def drop_spare_row(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Of ``out``, which was computed on more, what belongs to ``rows``; and these beside it."""
+    """Return the part of ``out``, computed on the rows ``computed``, that belongs to ``rows``.
+
+    Returns:
+        That part, and ``rows`` on its device.
+    """
     place = (computed == rows).nonzero().flatten()
     return take(out, to_device_of(place, out), dim), to_device_of(rows, out)
 
 
 def to_device_of(rows: Tensor, x: Tensor) -> Tensor:
-    """``rows``, which are on the host, on the device of ``x``; nothing waits for the copy."""
+    """Copy ``rows`` from the host to the device of ``x``, without waiting for the copy."""
     return rows if x.is_cpu else rows.to(x.device, non_blocking=True)
 
 
-@contextmanager
-def unchanged(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Leave the buffers of ``modules`` and the random numbers as they are."""
-    places = [
-        (module, name, buffer)
-        for top in modules
-        for module in top.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type  # cuda is fork_rng's own default
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        try:
-            for module, name, buffer in places:
-                module._buffers[name] = buffer.clone()
-            yield
-        finally:
-            for module, name, buffer in places:
-                module._buffers[name] = buffer
-
-
 def precision_of(x: Tensor) -> tuple[Any, ...]:
-    """What decides, besides the branch itself, which dtype skip + branch has."""
-    if not torch._C._is_any_autocast_enabled():
+    """Return what the dtype of skip + branch depends on besides the branch: dtype and autocast."""
+    if not any_autocast_enabled():
         return x.dtype, None
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -294,9 +370,11 @@ def precision_of(x: Tensor) -> tuple[Any, ...]:
 
 
 def sites_of(model: nn.Module) -> list[BlockSite]:
-    """Every site in ``model``, in the order of its depth."""
+    """Return all sites in ``model``, in the order of depth."""
     found = [s for m in model.modules() if isinstance(s := occupant_of(m), BlockSite)]
-    return sorted(found, key=lambda site: (site.branches[0].index, site.branches[0].order))
+    return sorted(
+        found, key=lambda site: (site.branches[0].facts.index, site.branches[0].facts.order)
+    )
 
 
 run_uncompiled(__name__)

@@ -1,8 +1,8 @@
-"""What is kept of a model's branches between calls: their rates, and what was delivered."""
+"""The state of an attached branch: fixed facts about it, its drop rate, and its counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,22 +10,35 @@ import torch
 from torch import Tensor
 
 from torchdrop.finding.row_layout import RowLayouts
-from torchdrop.rows.in_graph import enter, set_share
-from torchdrop.rows.sampling import order_rows
+from torchdrop.internals import functorch_transforms_active, in_backward_pass
+from torchdrop.rows.in_graph import register_branch, set_keep_share
+from torchdrop.rows.sampling import draw_row_order
 
-__all__ = ["MASK_REQUESTED", "MIN_ELEMENTS_TO_SKIP", "BranchState", "Settings"]
+__all__ = [
+    "MASK_REQUESTED",
+    "MIN_ELEMENTS_TO_SKIP",
+    "BranchCounts",
+    "BranchFacts",
+    "BranchRate",
+    "BranchState",
+    "Settings",
+]
 
-# The reason of a branch that is masked because that was asked for.
+# The reason given in the plan for a branch that is masked because the user asked for masks.
 MASK_REQUESTED = "compute='mask'"
 
-# A branch without matrices is masked where fewer elements than this would be left out: a mask takes
-# up to a quarter less time below it, and ever more above (benchmarks/scale.py --only choice).
+# A branch without weight matrices is masked if skipping would save fewer elements than this: below
+# this number a mask takes up to a quarter less time, above it increasingly more
+# (benchmarks/scale.py --only choice).
 MIN_ELEMENTS_TO_SKIP = 2**14
 
 
 @dataclass
 class Settings:
-    """What all branches of one model share. Holds no module, so that a part can be copied."""
+    """The settings that all branches of one model share.
+
+    Holds no module, so that copying a part of the model does not copy the rest of it.
+    """
 
     mode: str
     sampling: str
@@ -34,89 +47,178 @@ class Settings:
     sync_ranks: bool | None
     zero_grad: bool
     blocks: int = 0
-    warned: bool = False
-    measured: bool = False  # whether an example went through the model, to count FLOPs
-    meter: Callable[[], int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "meter": None}
+    warned_of_cache: bool = False
+    measured: bool = False  # whether the FLOPs of an example forward pass were counted
 
 
-@dataclass(eq=False)
-class BranchState:
-    """One attached branch: what it is, its rate, and what was delivered."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BranchFacts:
+    """What is known about a branch when it is attached; none of it changes afterwards.
+
+    Attributes:
+        name: The name of the branch, as in the plan.
+        block: The name of its block.
+        path: The path of the block from the module that holds the site; None if the block is not
+            inside that module.
+        index: The number of the block in the model, from 0; the depth rules use it.
+        order: The number of the branch among all branches of the model, in the order of depth.
+        shortcut: ``"identity"`` or ``"projection"``.
+        children: The paths, from the model, of the modules that the branch calls.
+        masks: The paths, from the model, of the masking layers that torchdrop replaces.
+        inherited: The drop rate of these masking layers.
+        gain: A constant factor with which the block adds the branch.
+        writes_skip: Whether the block adds the branch to the skip in place.
+        branch_first: Whether the block computes ``branch + skip`` rather than ``skip + branch``.
+        has_batch_norm: Whether a BatchNorm is in the branch.
+        elementwise: Whether the branch has no weight matrices, and may be masked if that is faster.
+        convolves: Whether the branch has parameters of the shape of a convolution's weight.
+        inner: The paths, from the module of the site, of the modules that the branch calls.
+        own: The paths, from the module of the site, of the parameters that the branch reads itself.
+        dim: The dimension of the skip that is the batch.
+        row_layouts: How the tensors of the block carry the batch; None if that is not known.
+        sampling: How rows are chosen, as in :class:`Settings`.
+        scale: When branches are scaled, as in :class:`Settings`.
+    """
 
     name: str
     block: str
     path: str | None
     index: int
+    order: int
     shortcut: str
-    action: str
-    reason: str
     children: tuple[str, ...]
     masks: tuple[str, ...]
     inherited: float
     gain: float
     writes_skip: bool
+    branch_first: bool
     has_batch_norm: bool
-    elementwise: bool  # has no matrices, and may be masked where that is faster
-    convolves: bool  # or might, going by its parameters
+    elementwise: bool
+    convolves: bool
     inner: tuple[str, ...]
     own: tuple[str, ...]
-    dim: int = 0
-    order: int = 0
-    branch_first: bool = False
-    row_layouts: RowLayouts | None = None
-    p: float = 0.0
-    share: float | None = None
+    dim: int
+    row_layouts: RowLayouts | None
+    sampling: str
+    scale: str
+
+
+@dataclass(eq=False)
+class BranchCounts:
+    """How many rows a branch has seen and dropped, and its last decision.
+
+    Attributes:
+        rows_seen: The rows seen in training since the counts were last read.
+        rows_dropped: How many of them were dropped.
+        last: The last decision: the rows of the batch and how many of them, from the first, were
+            kept. The rows are True if all were kept and False if none was.
+    """
+
     rows_seen: int = 0
     rows_dropped: int = 0
-    last: tuple[Any, int] | None = None  # who was kept, and how many
-    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
-    # What a skip that is narrower than its branch is padded to, by the number of the branch.
-    sizes: dict[int, int] = field(default_factory=dict)
-    sampling: str = "exact"
-    scale: str = "train"
-    # What a compiled graph may hold fixed: its number there, and whether rows are drawn at all.
-    number: int = field(init=False)
-    always: bool | None = field(init=False)
+    last: tuple[Any, int] | None = None
 
-    def __post_init__(self) -> None:
-        self.number = enter(self)
-        self.always = _always_kept(self.p)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.number = enter(self)
-
-    def set_rate(self, p: float) -> None:
-        """Drop with probability ``p`` from now on."""
-        if p != self.p:
-            self.p, self.always = p, _always_kept(p)
-            set_share(self.number, p, known=self.convolves)
-
-    def draw_rows(self, batch: int) -> tuple[Tensor, int]:
-        """All rows of a batch, on the host, the kept ones first, and how many are kept."""
-        rows, kept = order_rows(batch, self.p, self.sampling)
-        self.count(batch, rows, kept)
-        return rows, kept
-
-    def gain_in_training(self) -> float:
-        """What a kept branch is multiplied by in training."""
-        return self.gain / (1.0 - self.p) if self.scale == "train" else self.gain
-
-    def count(self, batch: int, rows: Any, kept: int) -> None:
-        """Book one decision: of ``batch`` rows the first ``kept`` of ``rows``, or all, or none."""
-        # A checkpoint runs the block again inside the backward pass: the same decision, not a
-        # new one.
-        if torch._C._current_graph_task_id() == -1:
+    def add(self, batch: int, rows: Any, kept: int) -> None:
+        """Count one decision about ``batch`` rows, of which the first ``kept`` of ``rows`` stay."""
+        # Activation checkpointing runs the block again inside the backward pass. That repeats the
+        # decision, it is not a new one.
+        if not in_backward_pass():
             self.rows_seen += batch
             self.rows_dropped += batch - kept
-            if isinstance(rows, Tensor) and torch._C._are_functorch_transforms_active():
-                rows = rows.tolist()  # a tensor of torch.func must not outlive it
+            if isinstance(rows, Tensor) and functorch_transforms_active():
+                rows = rows.tolist()  # a tensor of a torch.func transform must not outlive it
             self.last = (rows, kept)
 
 
+class BranchRate:
+    """The drop rate of a branch, and the draws made with it inside compiled graphs.
+
+    Attributes:
+        p: The drop probability.
+        always: True if every row is kept (p = 0), False if none is (p = 1), None if rows are drawn.
+            A compiled graph holds it as a constant.
+        convolves: As in :class:`BranchFacts`; compiled graphs ask for it.
+        number: The number by which compiled graphs know this rate.
+    """
+
+    def __init__(self, facts: BranchFacts, counts: BranchCounts) -> None:
+        self._facts = facts
+        self._counts = counts
+        self.convolves = facts.convolves
+        self.p = 0.0
+        self.always = _always_kept(0.0)
+        self.number = register_branch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = register_branch(self)  # a copy has a rate of its own
+
+    def set(self, p: float) -> None:
+        """Drop with probability ``p`` from now on."""
+        if p != self.p:
+            self.p, self.always = p, _always_kept(p)
+            set_keep_share(self.number, p, value_known=self.convolves)
+
+    def draw_rows(self, batch: int) -> tuple[Tensor, int]:
+        """Draw the order of all rows of a batch, the kept ones first, and how many are kept."""
+        rows, kept = draw_row_order(batch, self.p, self._facts.sampling)
+        self._counts.add(batch, rows, kept)
+        return rows, kept
+
+    def gain_in_training(self) -> float:
+        """Return the factor of a kept branch in training."""
+        facts = self._facts
+        return facts.gain / (1.0 - self.p) if facts.scale == "train" else facts.gain
+
+
 def _always_kept(p: float) -> bool | None:
-    """Whether a row is always kept, or never; None where it is drawn."""
+    """Whether every row is kept (True) or dropped (False); None if rows are drawn."""
     return True if p == 0.0 else False if p == 1.0 else None
+
+
+@dataclass(eq=False)
+class BranchState:
+    """One attached branch.
+
+    Attributes:
+        facts: What does not change.
+        action: ``"skip"``, ``"mask"`` or ``"layer"``, as in the plan. It changes if a call shows
+            that the branch has to be masked, or is masked because that is faster.
+        reason: Why the action is what it is.
+        rate: The drop rate.
+        counts: The rows seen and dropped.
+        share: The branch's share of the FLOPs of a forward pass; None if it was not measured.
+        dtypes: The dtype of the sum, by the precision of the call (``precision_of``).
+        sizes: The size to which a narrower skip is padded, by the number of the branch's program.
+    """
+
+    facts: BranchFacts
+    action: str
+    reason: str
+    rate: BranchRate = field(init=False)
+    counts: BranchCounts = field(default_factory=BranchCounts)
+    share: float | None = None
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rate = BranchRate(self.facts, self.counts)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what may change, for :meth:`restore`."""
+        return {
+            "p": self.rate.p,
+            "counts": copy.copy(self.counts.__dict__),
+            "learned": {name: getattr(self, name) for name in ("action", "reason", "share")},
+            "dtypes": dict(self.dtypes),
+            "sizes": dict(self.sizes),
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to the state in which :meth:`snapshot` was called."""
+        self.rate.set(snapshot["p"])
+        self.counts.__dict__.update(snapshot["counts"])
+        self.__dict__.update(snapshot["learned"])
+        for known, before in ((self.dtypes, snapshot["dtypes"]), (self.sizes, snapshot["sizes"])):
+            known.clear()
+            known.update(before)

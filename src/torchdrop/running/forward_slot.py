@@ -1,7 +1,8 @@
-"""The ``forward`` slot of a module: what stands there, and how it gets there and away again.
+"""The ``forward`` slot of a module: the objects that torchdrop puts there, and how.
 
-It is an attribute of the instance, past its class, and an object instead of a closure, so that what
-is attached can be copied, pickled and known again.
+The slot is the attribute ``forward`` of the instance, which Python finds before the method of the
+class. It holds an object rather than a function, so that a model with stochastic depth can be
+copied and pickled, and so that torchdrop recognises its own objects.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ __all__ = [
 
 
 class SlotOccupant:
-    """What stands in the ``forward`` slot of a module."""
+    """An object in the ``forward`` slot of a module. It is called instead of the forward."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # Others read it: to choose the columns of a data set, to bind arguments.
+        # Libraries read it, for instance to select the columns of a data set for a model.
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def for_copy(self, module: nn.Module) -> Self:
-        """The same, with the same state, for another instance of its module."""
+        """Return a twin that shares all state, for another instance of its module."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, module=module)
         return twin
 
 
 class _Replicate:
-    """Rebinds what is attached when DataParallel makes a replica of a block."""
+    """Called when DataParallel makes a replica of a block: gives it an occupant of its own."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -60,23 +61,26 @@ class _Replicate:
 
 
 class MaskBypass(SlotOccupant):
-    """Stands in the ``forward`` slot of a masking layer that was taken over: the identity."""
+    """Makes a masking layer inactive: its forward is the identity.
 
-    takes_over = True  # what the layer is told from now on has no effect
+    The branch that the layer masks is dropped by a site, so the rate of the layer has no effect.
+    """
+
+    replaces_layer = True  # read by the layers of torchdrop, whose rate then cannot be set
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return ``x``: what the layer masked is decided elsewhere now."""
+        """Return ``x``."""
         return x
 
 
 class LayerDropBypass(MaskBypass):
-    """Stands in the ``forward`` slot of a module that leaves out whole layers in its loop.
+    """Makes the ``layerdrop`` of a module inactive, with which it leaves out layers in a loop.
 
-    While it runs, its own rate is 0: what it left out is decided elsewhere now.
+    The module runs with the rate 0; sites drop its layers.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module without its own drop."""
+        """Run the module's own forward with ``layerdrop`` 0."""
         module = self.module
         found = drops_layers(module)
         if found is None:
@@ -89,19 +93,20 @@ class LayerDropBypass(MaskBypass):
             holder.layerdrop = rate
 
 
-def put_in_slot(module: nn.Module, what: SlotOccupant) -> None:
-    """Put ``what`` into the ``forward`` slot of ``module``: on the instance, past its class."""
-    object.__setattr__(module, "forward", what)
+def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
+    """Put ``occupant`` into the ``forward`` slot of ``module``."""
+    # past a __setattr__ that the class of the module may define
+    object.__setattr__(module, "forward", occupant)
     set_replicate_method(module, _Replicate(module))
 
 
 def clear_slot(module: nn.Module) -> None:
-    """Undo :func:`put_in_slot`, also where it was interrupted between its two lines."""
+    """Undo :func:`put_in_slot`, even if it was interrupted between its two assignments."""
     unset_replicate_method(module)
-    del module.__dict__["forward"]  # last: as long as it is there, it is known to be attached
+    del module.__dict__["forward"]  # last: it is what tells that the slot is occupied
 
 
 def occupant_of(module: nn.Module) -> SlotOccupant | None:
-    """What torchdrop put on ``module`` itself, or None."""
+    """Return the object that torchdrop put into the slot of ``module``; None without one."""
     found = module.__dict__.get("forward")
     return found if isinstance(found, SlotOccupant) else None

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from torch import fx
 
-from torchdrop.finding.residual_sums import Split, outside_inputs
 from torchdrop.finding.row_layout import RowLayout
+from torchdrop.finding.split import Split, outside_inputs
 from torchdrop.internals import reserve_name
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph

@@ -1,7 +1,7 @@
-"""RUN: what stands in the ``forward`` slot of a block while stochastic depth is attached.
+"""The site of a block whose branches are dropped one by one.
 
-In training with p > 0 a site runs a generated forward that defers the block's branches and comes
-back to :meth:`Site.join` for each; in evaluation, or with p = 0, it runs the block's own forward.
+In training with p > 0 it runs a generated forward, which calls :meth:`SplitSite.join` for each
+residual sum instead of computing the branch; otherwise it runs the block's own forward.
 """
 
 from __future__ import annotations
@@ -12,52 +12,61 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
-from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.rows.in_graph import (
-    rows_in_graph,
-    run_uncompiled,
-    size_in_graph,
-    spread_in_graph,
-    take_in_graph,
-    zeros_for,
+from torchdrop.internals import (
+    disable_dispatch_modes,
+    forward_hooks_of,
+    forward_pre_hooks_of,
+    has_backward_hooks,
+    modifications_of,
+    saved_by_producer,
 )
-from torchdrop.rows.saved_rows import regather_in_backward, saved_by_producer
+from torchdrop.rows.in_graph import (
+    draw_in_graph,
+    row_count_in_graph,
+    run_uncompiled,
+    scatter_in_graph,
+    take_in_graph,
+    zero_from,
+)
+from torchdrop.rows.saved_rows import regather_in_backward
 from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
 from torchdrop.running.block_site import (
     BlockSite,
     drop_spare_row,
     precision_of,
     to_device_of,
-    unchanged,
 )
 from torchdrop.running.branch_state import (
-    MASK_REQUESTED,
     MIN_ELEMENTS_TO_SKIP,
+    BranchFacts,
     BranchState,
     Settings,
 )
-from torchdrop.running.program import MismatchError, Program, call_signature
-from torchdrop.running.rewrite import rewrite
-from torchdrop.tracing.block_graph import trace_block
+from torchdrop.running.program import MismatchError, Program
+from torchdrop.running.read_again import read_again
 from torchdrop.tracing.traced_functions import pad_like
-from torchdrop.tracing.untraceable import UntraceableError
+from torchdrop.tracing.unchanged import unchanged
 from torchdrop.tracing.watched_attributes import same
 
 __all__ = ["SplitSite"]
 
-# How many different settings of its block (attributes, constant arguments) a site reads.
-_READINGS = 16
-
-# How many kinds of calls (shapes, dtypes) are remembered of a block whose reading depends on them.
-_KINDS_OF_CALLS = 1024
-
 
 class SplitSite(BlockSite):
-    """What stands in the ``forward`` slot of a block whose branches are computed one by one."""
+    """The object in the ``forward`` slot of a block whose branches are dropped one by one.
+
+    Args:
+        module: The block.
+        settings: The settings that all branches of the model share.
+        branches: The branches that the block adds, in the order in which it adds them.
+        train: The generated forward in training.
+        evaluate: The one in evaluation; None unless branches are scaled there.
+        orders: Which of the residual sums of the forward the branches are, by number.
+        inlined: The paths of the children whose forward is read as part of the block's own.
+        items: By the path of a child that returns a tuple, what its items were (``Recording``).
+    """
 
     def __init__(
         self,
@@ -67,38 +76,54 @@ class SplitSite(BlockSite):
         train: Program,
         evaluate: Program | None,
         orders: Sequence[int],
-        look_through: Sequence[str],
+        inlined: Sequence[str],
         items: Mapping[str, Sequence[Any]],
     ) -> None:
-        super().__init__(module, settings, branches, look_through)
-        # The block as it was read first, and with other attributes or constants than then. Branch
-        # number k of all of them together is branch k modulo the number of branches.
+        super().__init__(module, settings, branches, inlined)
+        # One program for each setting of the block's attributes and constant arguments that was
+        # called. Branches are numbered through all programs: branch number k of a program is
+        # self.branches[k % len(self.branches)].
         self.train = [train]
         self.evaluate = [] if evaluate is None else [evaluate]
-        # Which of the additions of the forward the branches are.
         self.orders = list(orders)
-        self.items = dict(items)  # what the children return that are not part of it
+        self.items = dict(items)
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
+        # The names of the arguments if a call with tensors alone needs no binding, else None.
         self._plain = train.tensors if leading == train.tensors else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that this moment calls for."""
+        """Run a generated forward if anything may be dropped or scaled, else the block's own."""
         module = self.module
         if self.active:
-            if module.training or self.settings.meter is not None:
+            if module.training or self.meter is not None:
                 return self._run(self.train, True, args, kwargs)
             if self.evaluate:
                 return self._run(self.evaluate, False, args, kwargs)
         return type(module).forward(module, *args, **kwargs)
 
+    def computes_sums(self) -> bool:
+        """Whether a call now would run a generated forward, which reports its sums."""
+        return self.active and bool(self.module.training or self.evaluate)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a forward pass may change of this site, for :meth:`restore`."""
+        return {**super().snapshot(), "programs": (list(self.train), list(self.evaluate))}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to the state in which :meth:`snapshot` was called."""
+        super().restore(snapshot)
+        self.train[:], self.evaluate[:] = snapshot["programs"]
+
+    # Find the program of a call -------------------------------------------------------------
+
     def _run(
         self, programs: list[Program], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the program that stands for this call; read the block again where none does."""
+        """Run the program that fits this call; trace the block again if none does."""
         compiling = torch.compiler.is_compiling()
-        # Tensors alone, one after the other: nothing to bind, and no cache among them.
+        # Positional tensors only: there is nothing to bind, and no cache among them.
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
-        if not plain and self.settings.meter is None and not compiling:
+        if not plain and self.meter is None and not compiling:
             self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
         for program in programs:
@@ -113,182 +138,173 @@ class SplitSite(BlockSite):
                 mismatch = mismatch or found
         else:
             assert mismatch is not None
-            program = self._read_again(programs, training, args, kwargs, mismatch)
+            program = read_again(self, programs, training, args, kwargs, mismatch)
             tensors = program.bind(self.__signature__, args, kwargs)
-        if compiling:  # a graph cannot be left in the middle of a try
+        if compiling:  # a graph cannot be interrupted inside a try
             return program.forward.function(self.module, self, *tensors)
         try:
             return program.forward.function(self.module, self, *tensors)
-        except MismatchError as found:  # a child returned other things than when it was read
-            program = self._read_again(programs, training, args, kwargs, found, use_items=False)
+        except MismatchError as found:  # a child returned something else than when it was read
+            program = read_again(self, programs, training, args, kwargs, found, use_items=False)
             tensors = program.bind(self.__signature__, args, kwargs)
             return program.forward.function(self.module, self, *tensors)
 
-    def _read_again(
-        self,
-        programs: list[Program],
-        training: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        mismatch: MismatchError,
-        use_items: bool = True,
-    ) -> Program:
-        """Read the block once more, in the call that happens now."""
-        name = self.branches[0].block
-        if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
-            raise RuntimeError(
-                f"torch.fx cannot trace {name} while stochastic depth acts on it; trace it in "
-                f"evaluation (with scale='train'), or before torchdrop.add_stochastic_depth"
-            )
-        what = f"{name} was read with {mismatch.known}, but is called with {mismatch.given}"
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"{what}; run the model once like this before it is compiled")
-        bound = self.__signature__.bind(*args, **kwargs)
-        bound.apply_defaults()
-        module = self.module
-        items = {module.get_submodule(path): found for path, found in self.items.items()}
-        try:
-            block = trace_block(
-                module,
-                training=training,
-                arguments=bound.arguments,
-                batch_dim=self.branches[0].dim,
-                look_through={module.get_submodule(path) for path in self.look_through},
-                outputs=items if use_items else None,
-            )
-        except UntraceableError as error:
-            raise RuntimeError(f"{what}, and so it cannot be read: {error}") from None
-        known = [branch.row_layouts for branch in self.branches if branch.row_layouts is not None]
-        entries = read_residual_sums(block, known, self.branches[0].dim)
-        if len(entries) <= max(self.orders):
-            raise RuntimeError(
-                f"{what}, and so it does not add the same branches; give add_stochastic_depth "
-                f"example_inputs, so that it is read as it is called, or leave it out with select="
-            )
-        splits = [
-            (
-                entries[order].split,
-                "mask" if branch.reason == MASK_REQUESTED else entries[order].action,
-            )
-            for order, branch in zip(self.orders, self.branches, strict=True)
-        ]
-        for number, program in enumerate([*programs, None]):
-            found = rewrite(block, splits, name, number * len(self.branches))
-            if program is None and len(programs) >= _READINGS:
-                raise RuntimeError(
-                    f"{what}, and it was called in {_READINGS} different ways before; leave the "
-                    f"block out with select=, or pass what changes as a tensor"
-                )
-            if program is None:
-                programs.append(found)
-            elif program.is_like(found):
-                found = program  # as it was, for calls of one more kind
-            else:
-                continue
-            break
-        if found.seen is not None:
-            if len(found.seen) >= _KINDS_OF_CALLS:
-                found.seen.clear()
-            found.seen.add(call_signature(found.bind(self.__signature__, args, kwargs)))
-        return found
+    # What a generated forward calls ---------------------------------------------------------
 
     @staticmethod
     def expect(found: Any, expected: Any) -> None:
-        """Refuse to go on where a child returns something else than when it was read."""
+        """Raise :class:`MismatchError` if a child returned something else than when it was read."""
         if found is not expected and (isinstance(expected, Tensor) or not same(expected, found)):
-            raise MismatchError("what a child of it returned", "other things that it returns")
+            raise MismatchError("certain values that a child returned", "others")
 
     def through(self, value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
-        """Run the forward hooks of a child whose forward is part of the block's own.
+        """Run the forward hooks of a child whose forward is read as part of the block's own.
 
-        Of what the child was called with, that is None which belongs to a branch.
+        The hooks get the arguments of the child, with None for each that belongs to a branch.
         """
         child = self.module.get_submodule(path)
-        if child._backward_hooks or child._backward_pre_hooks:
+        if has_backward_hooks(child):
             raise RuntimeError(
-                f"{path} has backward hooks, but stochastic depth runs its parts separately; "
-                f"put the hooks on its children, or leave {self.branches[0].block} out with select="
+                f"{path} has backward hooks, but stochastic depth runs the modules in it one by "
+                f"one; put the hooks on its children, or leave {self.branches[0].facts.block} out "
+                f"with select="
             )
-        for number, before in child._forward_pre_hooks.items():
-            named = number in child._forward_pre_hooks_with_kwargs
+        for before, named in forward_pre_hooks_of(child):
             if (before(child, args, kwargs) if named else before(child, args)) is not None:
                 raise RuntimeError(
-                    f"a forward pre-hook changes what {path} is called with, but stochastic depth "
-                    f"runs its parts separately; leave {self.branches[0].block} out with select="
+                    f"a forward pre-hook changes the arguments of {path}, but stochastic depth "
+                    f"runs the modules in it one by one; leave {self.branches[0].facts.block} out "
+                    f"with select="
                 )
-        for number, after in child._forward_hooks.items():
-            named = number in child._forward_hooks_with_kwargs
+        for after, named in forward_hooks_of(child):
             out = (value, *rest) if rest else value
             new = after(child, args, kwargs, out) if named else after(child, args, out)
             if new is not None:
                 value = new[0] if rest else new
         return value
 
-    def _branch(self, k: int) -> BranchState:
-        return self.branches[k % len(self.branches)]
-
-    def _compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
-        program = programs[k // len(self.branches)]
-        return program.branches[k].function(self.module, self, *inputs)
-
     def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
-        """``skip`` plus branch ``k`` of ``inputs``, computed on the rows that are kept."""
+        """Return ``skip`` plus branch ``k`` of ``inputs``, computed on the kept rows only."""
         branch, settings = self._branch(k), self.settings
         if torch.compiler.is_compiling() and self.module.training and settings.mode == "row":
             return self._join_in_graph(k, skip, inputs)
-        if settings.meter is not None:
-            before = settings.meter()
-            version = _version(skip)
-            out = self._compute(self.train, k, inputs)
-            _check_apart(branch, skip, version, out)
-            branch.share = (branch.share or 0.0) + settings.meter() - before
-            return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
+        if self.meter is not None:
+            return self._metered(k, skip, inputs)
+        facts = branch.facts
+        rows: Any = True
         if self.evaluate and not self.module.training:
-            return self._evaluated(branch, skip, lambda: self._compute(self.evaluate, k, inputs))
-        if self._meets_ranks(branch) or (branch.elementwise and self._too_small(branch, skip)):
+            run = partial(self._compute, self.evaluate, k, inputs)
+            total = self._evaluated(branch, skip, run)
+        elif self._runs_on_all_ranks(branch) or (
+            facts.elementwise and self._too_small(branch, skip)
+        ):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        rows, kept = self._draw(branch, skip)
-        if rows is False:
-            return self._dropped(branch, skip, inputs, self._dtype_with(k, skip, inputs))
-        gain = branch.gain_in_training()  # now: what runs in the branch may set another rate
-        if rows is True:
-            version = None if branch.dtypes else _version(skip)
-            out = self._compute(self.train, k, inputs)
-            if not branch.dtypes:  # the first time
-                _check_apart(branch, skip, version, out)
-            first, written = branch.branch_first, branch.writes_skip
-            total = add_whole(skip, out, gain, inplace=written, branch_first=first)
         else:
-            total = self._on_rows(k, skip, inputs, rows[:kept], gain)
-        branch.dtypes[precision_of(skip)] = total.dtype
+            rows, kept = self._draw(branch, skip)
+            if rows is False:
+                total = self._dropped(facts, skip, inputs, self._dtype_with(k, skip, inputs))
+            else:
+                # read before the branch runs: code in the branch may set another rate
+                gain = branch.rate.gain_in_training()
+                if rows is True:
+                    total = self._on_all_rows(k, skip, inputs, gain)
+                else:
+                    rows = rows[:kept]
+                    total = self._on_rows(k, skip, inputs, rows, gain)
+                branch.dtypes[precision_of(skip)] = total.dtype
+        if self._observers:
+            self._report(k % len(self.branches), skip, total, rows)
+        return total
+
+    def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
+        """Return ``skip`` plus ``out``, which is branch ``k`` on all rows, in the kept rows."""
+        branch = self._branch(k)
+        if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
+            return self._mask_in_graph(k, skip, out)
+        facts = branch.facts
+        if self.meter is not None:
+            return add_whole(skip, out, facts.gain, branch_first=facts.branch_first)
+        rows: Any = True
+        if self.evaluate and not self.module.training:
+            total = self._evaluated(branch, skip, lambda: out)
+        else:
+            if out.shape != skip.shape:
+                _check_shapes(facts, skip, out)
+            self._runs_on_all_ranks(branch)
+            rows, kept = self._draw(branch, skip)
+            if rows is False:
+                dtype = torch.promote_types(skip.dtype, out.dtype)
+                total = self._dropped(facts, skip, (out,), dtype)
+            else:
+                if rows is not True:
+                    rows, dropped = rows[:kept], rows[kept:]
+                    if out.dim() < skip.dim() or out.shape[facts.dim] != skip.shape[facts.dim]:
+                        out = out.expand(skip.shape)  # one row that is broadcast to all
+                    # filled, not multiplied: an infinity in a dropped row must not become NaN
+                    out = out.index_fill(facts.dim, to_device_of(dropped, out), 0)
+                gain, first = branch.rate.gain_in_training(), facts.branch_first
+                total = add_whole(skip, out, gain, inplace=facts.writes_skip, branch_first=first)
+        if self._observers:
+            self._report(k % len(self.branches), skip, total, rows)
         return total
 
     def padded(self, k: int, dim: int, skip: Tensor, *inputs: Any) -> Tensor:
-        """``skip`` with zeros on ``dim`` up to the size of branch ``k`` of ``inputs``."""
+        """Return ``skip`` with zeros on ``dim``, up to the size of branch ``k`` of ``inputs``."""
         branch = self._branch(k)
         if k not in branch.sizes:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
-                    f"how many channels {branch.name} has is not known yet; give "
-                    f"add_stochastic_depth example_inputs, or run the model once before it is "
-                    f"compiled"
+                    f"the number of channels of {branch.facts.name} is not known yet; give "
+                    f"add_stochastic_depth example_inputs, or call the model once before compiling "
+                    f"it"
                 )
             programs = self.train if self.module.training or not self.evaluate else self.evaluate
-            inner = [self.module.get_submodule(path) for path in branch.inner]
-            # this is no part of the work that is measured
-            apart = nullcontext() if self.settings.meter is None else _disable_current_modes()
-            with torch.no_grad(), unchanged(inner, skip.device), apart:
+            inner = [self.module.get_submodule(path) for path in branch.facts.inner]
+            # The FLOPs of this run are not part of the measured work.
+            unmetered = nullcontext() if self.meter is None else disable_dispatch_modes()
+            with torch.no_grad(), unchanged(*inner, devices=[skip.device]), unmetered:
                 branch.sizes[k] = self._compute(programs, k, inputs).shape[dim]
         return pad_like(skip, branch.sizes[k], dim)
+
+    # Compute a sum --------------------------------------------------------------------------
+
+    def _branch(self, k: int) -> BranchState:
+        return self.branches[k % len(self.branches)]
+
+    def _compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
+        """Run branch ``k`` on ``inputs``."""
+        program = programs[k // len(self.branches)]
+        return program.branches[k].function(self.module, self, *inputs)
+
+    def _metered(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
+        """Return ``skip`` plus branch ``k`` on all rows, and add its FLOPs to its share."""
+        branch, meter = self._branch(k), self.meter
+        assert meter is not None
+        before, version = meter(), _modifications(skip)
+        out = self._compute(self.train, k, inputs)
+        _check_separable(branch.facts, skip, version, out)
+        branch.share = (branch.share or 0.0) + meter() - before
+        return add_whole(skip, out, branch.facts.gain, branch_first=branch.facts.branch_first)
+
+    def _on_all_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], gain: float) -> Tensor:
+        """Return ``skip`` plus ``gain`` times branch ``k`` on all rows."""
+        branch = self._branch(k)
+        facts, first_time = branch.facts, not branch.dtypes
+        version = _modifications(skip) if first_time else None
+        out = self._compute(self.train, k, inputs)
+        if first_time:
+            _check_separable(facts, skip, version, out)
+        first, written = facts.branch_first, facts.writes_skip
+        return add_whole(skip, out, gain, inplace=written, branch_first=first)
 
     def _on_rows(
         self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor, gain: float
     ) -> Tensor:
-        """``skip`` plus branch ``k`` on ``rows``, some but not all of the batch."""
-        branch = self._branch(k)
-        dim = branch.dim
+        """Return ``skip`` plus ``gain`` times branch ``k`` on ``rows``, some of the batch."""
+        facts = self._branch(k).facts
+        dim = facts.dim
         batch = skip.shape[dim]
-        computed = self._rows_to_compute(branch, rows, skip, dim)
+        computed = self._rows_to_compute(facts, rows, skip)
         on_device = to_device_of(computed, skip)
         program = self.train[k // len(self.branches)]
         known = program.row_layouts[k]
@@ -296,149 +312,139 @@ class SplitSite(BlockSite):
         whole, taken = skip, None
         cut: list[Any] = []
         again: list[tuple[Tensor, Tensor]] = []
-        for value, how in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
-            if value is skip and how == (dim, 1) and not branch.writes_skip:
+        for value, layout in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
+            if value is skip and layout == (dim, 1) and not facts.writes_skip:
                 whole, some = skip_and_rows(skip, on_device, dim)
             else:
-                some = self._cut(branch, value, taking, how, batch, known is not None)
+                some = self._cut(facts, value, taking, layout, batch, known is not None)
             cut.append(some)
             if value is skip:
                 taken = some
-            if how == (dim, 1) and some is not value and saved_by_producer(value):
+            if layout == (dim, 1) and some is not value and saved_by_producer(value):
                 again.append((some, value))
-        version = _version(taken)
+        version = _modifications(taken)
         if again:
             with regather_in_backward(again, on_device, dim):
                 out = self._compute(self.train, k, cut)
         else:
             out = self._compute(self.train, k, cut)
-        if _version(taken) != version:
-            raise _writes_into_its_input(branch)
+        if _modifications(taken) != version:
+            raise _writes_into_its_input(facts)
         if computed is not rows:
             out, on_device = drop_spare_row(out, computed, rows, dim)
-        written, reuses_skip = branch.writes_skip, k in program.reuses_skip and taken is not skip
+        written, reuses_skip = facts.writes_skip, k in program.reuses_skip and taken is not skip
         return add_rows(whole, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip)
 
     def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
-        """The same in a graph, in plain operations, for a number of rows fixed by the rate."""
+        """Join inside a compiled graph: plain operations on a number of rows fixed by the rate."""
         branch = self._branch(k)
-        dim, batch = branch.dim, skip.shape[branch.dim]
-        if branch.always is False:
-            unused = self._unused(branch, skip, inputs)
-            if branch.writes_skip:
-                return skip.add_(zeros_for(unused)) if unused else skip
-            return skip + zeros_for(unused) if unused else skip.clone()
-        # The number of rows that are drawn one by one is bounded by the batch alone.
-        bounded = branch.always is None and self.settings.sampling != "independent"
-        if not bounded or self._meets_ranks(branch):
+        facts, rate = branch.facts, branch.rate
+        dim, batch = facts.dim, skip.shape[facts.dim]
+        if rate.always is False:
+            unused = self._unused(facts, skip, inputs)
+            if facts.writes_skip:
+                return skip.add_(zero_from(unused)) if unused else skip
+            return skip + zero_from(unused) if unused else skip.clone()
+        # If each row is drawn by itself, any number of them may be kept, up to the whole batch.
+        bounded = rate.always is None and self.settings.sampling != "independent"
+        if not bounded or self._runs_on_all_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
-        size = size_in_graph(branch.number, batch, 2)  # one row might be too few for BatchNorm
-        drawn = rows_in_graph(branch.number, batch, size, skip)
+        size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
+        drawn = draw_in_graph(rate.number, batch, size, skip)
         known = self.train[k // len(self.branches)].row_layouts[k]
         taking = partial(take_in_graph, drawn=drawn)
+        layouts = known or [RowLayout(dim, 1)] * len(inputs)
         cut = [
-            self._cut(branch, value, taking, how, batch, known is not None)
-            for value, how in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True)
+            self._cut(facts, value, taking, layout, batch, known is not None)
+            for value, layout in zip(inputs, layouts, strict=True)
         ]
         out = _weighted(self._compute(self.train, k, cut), drawn.weights, dim)
-        out = spread_in_graph(out, drawn, dim)
-        return skip.add_(out) if branch.writes_skip else skip + out
+        out = scatter_in_graph(out, drawn, dim)
+        return skip.add_(out) if facts.writes_skip else skip + out
 
     def _mask_in_graph(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
+        """Mask inside a compiled graph."""
         branch = self._branch(k)
-        batch = skip.shape[branch.dim]
-        if branch.always is None:
-            drawn = rows_in_graph(branch.number, batch, batch, skip)
-            out = _weighted(out, drawn.weights.index_select(0, drawn.places), branch.dim)
-        elif branch.always:
-            out = out * branch.gain if branch.gain != 1.0 else out
+        facts, rate = branch.facts, branch.rate
+        batch = skip.shape[facts.dim]
+        if rate.always is None:
+            drawn = draw_in_graph(rate.number, batch, batch, skip)
+            out = _weighted(out, drawn.weights.index_select(0, drawn.positions), facts.dim)
+        elif rate.always:
+            out = out * facts.gain if facts.gain != 1.0 else out
         else:
-            out = out * 0.0 if branch.writes_skip else zeros_for([out])
-        return skip.add_(out) if branch.writes_skip else skip + out
-
-    def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
-        """``skip`` plus ``out``, branch ``k`` computed in full, where it is kept."""
-        branch = self._branch(k)
-        if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
-            return self._mask_in_graph(k, skip, out)
-        if self.settings.meter is not None:
-            return add_whole(skip, out, branch.gain, branch_first=branch.branch_first)
-        if self.evaluate and not self.module.training:
-            return self._evaluated(branch, skip, lambda: out)
-        if out.shape != skip.shape:
-            _check_shapes(branch, skip, out)
-        self._meets_ranks(branch)
-        rows, kept = self._draw(branch, skip)
-        if rows is False:
-            return self._dropped(branch, skip, (out,), torch.promote_types(skip.dtype, out.dtype))
-        if rows is not True:
-            if out.dim() < skip.dim() or out.shape[branch.dim] != skip.shape[branch.dim]:
-                out = out.expand(skip.shape)  # one row that stood for all
-            # filled, not multiplied: an infinity in a dropped row must not become NaN
-            out = out.index_fill(branch.dim, to_device_of(rows[kept:], out), 0)
-        gain, first = branch.gain_in_training(), branch.branch_first
-        return add_whole(skip, out, gain, inplace=branch.writes_skip, branch_first=first)
+            out = out * 0.0 if facts.writes_skip else zero_from([out])
+        return skip.add_(out) if facts.writes_skip else skip + out
 
     @staticmethod
     def _too_small(branch: BranchState, skip: Tensor) -> bool:
-        """Whether ``branch``, which has no matrices, takes longer on some rows than on all."""
-        small = branch.p < 1.0 and 0.0 < branch.p * skip.numel() < MIN_ELEMENTS_TO_SKIP
+        """Whether a branch without weight matrices is faster on all rows than on the kept ones."""
+        p = branch.rate.p
+        small = p < 1.0 and 0.0 < p * skip.numel() < MIN_ELEMENTS_TO_SKIP
         branch.action = "mask" if small else "skip"
         return small
 
     @staticmethod
     def _evaluated(branch: BranchState, skip: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """The paper's rule in evaluation: every branch, times the probability of keeping it."""
-        if branch.p == 1.0:
-            return skip if branch.writes_skip else skip.clone()
-        return add_whole(skip, run(), branch.gain * (1.0 - branch.p), inplace=branch.writes_skip)
+        """Return the sum in evaluation with scale="eval": the branch times ``1 - p``."""
+        facts, p = branch.facts, branch.rate.p
+        if p == 1.0:
+            return skip if facts.writes_skip else skip.clone()
+        return add_whole(skip, run(), facts.gain * (1.0 - p), inplace=facts.writes_skip)
 
     def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
-        """The dtype that the sum would have: the same whether the branch is dropped or not."""
+        """Return the dtype of the sum, which must not depend on whether the branch is dropped."""
         run = partial(self._compute, self.train, k, inputs)
         return self._dtype_of(self._branch(k), skip, inputs, run)
 
 
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """``out`` times a weight for each row; zero, also where ``out`` is not finite, for weight 0."""
+    """Return ``out`` times a weight for each row; zero for weight 0 even if ``out`` is infinite."""
     shape = [1] * out.dim()
     shape[dim] = -1
     weights = weights.view(shape)
-    # the product in the precision of the weights: 1/0.9 in bfloat16 would be 1.109375
+    # multiplied in the precision of the weights: 1/0.9 in bfloat16 would be 1.109375
     return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
 
 
-def _version(x: Any) -> int | None:
-    """How often ``x`` was written into, where that is known."""
+def _modifications(x: Any) -> int | None:
+    """Return how often ``x`` was written into; None if that is not known."""
     if x is None or x.is_inference():
         return None
-    version: int = x._version
-    return version
+    return modifications_of(x)
 
 
-def _check_apart(branch: BranchState, skip: Tensor, version: int | None, out: Tensor) -> None:
-    """Raise where a branch, run for all rows, does what it could not do for some or none."""
-    if _version(skip) != version:
-        raise _writes_into_its_input(branch)
-    _check_shapes(branch, skip, out)
+def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: Tensor) -> None:
+    """Raise if a branch, which was run on all rows, could not be dropped without other effects.
+
+    Args:
+        facts: The branch.
+        skip: The other term of the sum.
+        version: The version of ``skip`` before the branch was run.
+        out: The output of the branch.
+    """
+    if _modifications(skip) != version:
+        raise _writes_into_its_input(facts)
+    _check_shapes(facts, skip, out)
 
 
-def _writes_into_its_input(branch: BranchState) -> Exception:
+def _writes_into_its_input(facts: BranchFacts) -> Exception:
     return RuntimeError(
-        f"the branch {branch.name} writes into its input, which the skip uses, too; "
+        f"the branch {facts.name} writes into its input, which the skip uses, too; "
         f"use compute='mask', or leave the block out with select="
     )
 
 
-def _check_shapes(branch: BranchState, skip: Tensor, out: Tensor) -> None:
-    """Raise where the sum would not have the shape of the skip, as it has where it is dropped."""
+def _check_shapes(facts: BranchFacts, skip: Tensor, out: Tensor) -> None:
+    """Raise if the sum does not have the shape of the skip, which is the sum if all is dropped."""
     try:
         out.expand(skip.shape)
     except RuntimeError:
         raise ValueError(
-            f"the branch {branch.name} of shape {tuple(out.shape)} makes its skip larger, of shape "
-            f"{tuple(skip.shape)}: where it is dropped the block would return another shape; "
-            f"leave the block out with select=, or expand the skip before the sum"
+            f"the branch {facts.name} of shape {tuple(out.shape)} broadcasts its skip, of shape "
+            f"{tuple(skip.shape)}, to a larger shape, so that the output of the block would have "
+            f"another shape when the branch is dropped; leave the block out with select=, or "
+            f"expand the skip before the sum"
         ) from None
 
 
@@ -447,8 +453,10 @@ run_uncompiled(
     *(
         f"torchdrop.{name}"
         for name in (
+            "internals",
             "rows.collectives",
             "running.program",
+            "running.read_again",
             "rows.saved_rows",
             "rows.take_and_add",
             "rows.sampling",

@@ -1,11 +1,12 @@
-"""RUN, for a block that cannot be split: its whole forward is the branch.
+"""The site of a block that is dropped as a whole, because its branches cannot be separated.
 
-``out = x + b / (1 - p) * (block(x) - x)``, and ``block`` is run on the rows with b = 1 only.
+``out = x + b / (1 - p) * (block(x) - x)``, and ``block`` is run only on the rows with b = 1.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,106 +24,142 @@ __all__ = ["WholeSite"]
 
 
 class WholeSite(BlockSite):
-    """What stands in the ``forward`` slot of a block that is dropped as a whole."""
+    """The object in the ``forward`` slot of a block that is dropped as a whole.
+
+    Args:
+        module: The block.
+        settings: The settings that all branches of the model share.
+        branch: The one branch, ``block(x) - x``.
+        block: Which argument and which output of the block are x and the sum.
+    """
 
     def __init__(
-        self, module: nn.Module, settings: Settings, branch: BranchState, layer: WholeBlock
+        self, module: nn.Module, settings: Settings, branch: BranchState, block: WholeBlock
     ) -> None:
         super().__init__(module, settings, [branch])
-        self.layer = layer
+        self.block = block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on the rows that are kept."""
-        module, settings, branch = self.module, self.settings, self.branches[0]
+        """Run the block on the kept rows if anything is dropped or scaled, else as it is."""
+        module = self.module
         training = module.training
-        scaled = settings.scale == "eval" and not training
-        if settings.meter is not None:
-            before = settings.meter()
-            out = type(module).forward(module, *args, **kwargs)
-            branch.share = (branch.share or 0.0) + settings.meter() - before
-            return out
+        scaled = self.settings.scale == "eval" and not training
+        if self.meter is not None:
+            return self._metered(self.meter, args, kwargs)
         if not self.active or not (training or scaled):
             return type(module).forward(module, *args, **kwargs)
         self._check_caches((*args, *kwargs.values()), training)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        tensors = flatten_arguments(bound.arguments)[1]
-        if not set(tensors) <= set(self.layer.row_layouts) or self.layer.x not in tensors:
-            raise RuntimeError(
-                f"{branch.name} is dropped as a whole and was read with the tensors "
-                f"{', '.join(self.layer.row_layouts)}, but is called with {', '.join(tensors)}; "
-                f"give example_inputs like that, or leave the block out with select="
-            )
-        x = tensors[self.layer.x]
-        rows, kept = (branch.p < 1.0, 0) if scaled else self._draw(branch, x)
-        rows = rows if isinstance(rows, bool) else rows[:kept]
-        whole = branch.action == "mask" or self._meets_ranks(branch)
-        if rows is False and not whole:
-            given = tuple(tensors.values())
-            dtype = self._dtype_of(branch, x, given, lambda: self._sum_in(self._as_it_is(bound)))
-            return self._returned(self._dropped(branch, x, given, dtype), self.layer.returns)
-        gain = 0.0  # read before the block runs: what runs in it may set another rate
-        if rows is not False:
-            gain = 1.0 - branch.p if scaled else branch.gain_in_training()
-        if whole or isinstance(rows, bool):
-            out = type(module).forward(module, *args, **kwargs)
-            total = self._blended(branch, x, self._sum_in(out), rows, gain)
+        tensors = self._tensors_of(bound)
+        x = tensors[self.block.x]
+        branch = self.branches[0]
+        rows: Any
+        if scaled:
+            rows, gain = branch.rate.p < 1.0, 1.0 - branch.rate.p
         else:
-            out, total = self._run_on(rows, bound, x, gain)
-        branch.dtypes[precision_of(x)] = total.dtype
+            rows, kept = self._draw(branch, x)
+            rows = rows if isinstance(rows, bool) else rows[:kept]
+            # read before the block runs: code in the block may set another rate
+            gain = 0.0 if rows is False else branch.rate.gain_in_training()
+        masked = branch.action == "mask" or self._runs_on_all_ranks(branch)
+        if rows is False and not masked:
+            out, total = self.block.returns, self._without_block(bound, x, tuple(tensors.values()))
+        else:
+            if masked or isinstance(rows, bool):
+                out = self._run(bound)
+                total = self._blended(x, self._sum_in(out), rows, gain)
+            else:
+                out, total = self._run_on(rows, bound, x, gain)
+            branch.dtypes[precision_of(x)] = total.dtype
+        if self._observers:
+            self._report(0, x, total, rows)
         return self._returned(total, out)
 
-    @staticmethod
-    def _blended(branch: BranchState, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
-        """``x + gain * (y - x)`` in the kept rows; ``y`` itself where that is what it comes to."""
-        if rows is not False:
-            y = y if gain == 1.0 else x + gain * (y - x)
+    def _metered(
+        self, meter: Callable[[], int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the block as it is, and add its FLOPs to the share of the branch."""
+        branch, before = self.branches[0], meter()
+        out = type(self.module).forward(self.module, *args, **kwargs)
+        branch.share = (branch.share or 0.0) + meter() - before
+        return out
+
+    def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
+        """Return the tensors among the arguments.
+
+        Raises:
+            RuntimeError: One of them was not there when the block was read.
+        """
+        tensors = flatten_arguments(bound.arguments)[1]
+        known = self.block.row_layouts
+        if not set(tensors) <= set(known) or self.block.x not in tensors:
+            raise RuntimeError(
+                f"{self.branches[0].facts.name} is dropped as a whole and was read with the "
+                f"tensors {', '.join(known)}, but is called with {', '.join(tensors)}; give "
+                f"example_inputs that lead to such a call, or leave the block out with select="
+            )
+        return tensors
+
+    def _without_block(
+        self, bound: inspect.BoundArguments, x: Tensor, given: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Return ``x`` alone, in the dtype that the sum would have."""
+        branch = self.branches[0]
+        dtype = self._dtype_of(branch, x, given, lambda: self._sum_in(self._run(bound)))
+        return self._dropped(branch.facts, x, given, dtype)
+
+    def _blended(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
+        """Return ``x + gain * (y - x)`` in the kept rows and ``x`` in the others."""
+        if rows is not False and gain != 1.0:
+            y = x + gain * (y - x)
         if rows is True:
             return y
         none = torch.empty(0, dtype=torch.long, device="cpu")
-        return torch.where(_mask_of(none if rows is False else rows, x, branch.dim), y, x)
+        dim = self.branches[0].facts.dim
+        return torch.where(_mask_of(none if rows is False else rows, x, dim), y, x)
 
     def _run_on(
         self, rows: Tensor, bound: inspect.BoundArguments, x: Tensor, gain: float
     ) -> tuple[Any, Tensor]:
-        """What the block returns for ``rows``, and the sum for all rows."""
-        branch, dim = self.branches[0], self.branches[0].dim
-        computed = self._rows_to_compute(branch, rows, x, dim)
+        """Return the output of the block for ``rows``, and the sum for all rows."""
+        facts = self.branches[0].facts
+        computed = self._rows_to_compute(facts, rows, x)
         on_device = to_device_of(computed, x)
         taking = partial(take, rows=on_device)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
-            some[path] = self._cut(
-                branch, value, taking, self.layer.row_layouts[path], x.shape[dim]
-            )
+            layout = self.block.row_layouts[path]
+            some[path] = self._cut(facts, value, taking, layout, x.shape[facts.dim])
             return some[path]
 
         bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
-        out = self._as_it_is(bound)
-        added = self._sum_in(out) - some[self.layer.x]
+        out = self._run(bound)
+        added = self._sum_in(out) - some[self.block.x]
         if computed is not rows:
-            added, on_device = drop_spare_row(added, computed, rows, dim)
-        return out, add_rows(x, added, on_device, gain, dim)
+            added, on_device = drop_spare_row(added, computed, rows, facts.dim)
+        return out, add_rows(x, added, on_device, gain, facts.dim)
 
-    def _as_it_is(self, bound: inspect.BoundArguments) -> Any:
-        """What the block's own forward returns."""
+    def _run(self, bound: inspect.BoundArguments) -> Any:
+        """Run the block's own forward."""
         return type(self.module).forward(self.module, *bound.args, **bound.kwargs)
 
     def _sum_in(self, out: Any) -> Tensor:
-        found: Tensor = out if self.layer.sum_item == "" else out[int(self.layer.sum_item)]
+        """Return the sum from the output of the block."""
+        found: Tensor = out if self.block.sum_item == "" else out[int(self.block.sum_item)]
         return found
 
     def _returned(self, total: Tensor, out: Any) -> Any:
-        """What the block returns, with ``total`` in the place of the sum."""
-        if self.layer.sum_item == "":
+        """Return ``out``, an output of the block, with ``total`` as its sum."""
+        if self.block.sum_item == "":
             return total
-        place = int(self.layer.sum_item)
+        place = int(self.block.sum_item)
         return type(out)([*out[:place], total, *out[place + 1 :]])
 
 
 def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
-    """True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
+    """Return True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
     kept = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
     kept[rows] = True
     shape = [1] * like.dim()

@@ -1,28 +1,43 @@
-"""The global random numbers of Python, NumPy and torch: were any drawn; put them back."""
+"""The states of the global random number generators of Python, NumPy and torch."""
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+
+from torchdrop.internals import TorchDispatchMode
 
 __all__ = ["RandomStates", "TorchDraws"]
 
 
 class RandomStates:
-    """The global random numbers of Python, numpy and torch, as they are now."""
+    """The states of the global generators of Python, NumPy and torch when this was made.
 
-    def __init__(self) -> None:
+    Args:
+        devices: The devices whose generators are included, besides that of the host.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
         numpy = sys.modules.get("numpy")
         self._python = random.getstate()
         self._torch = torch.get_rng_state()
         self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._devices = {
+            device: _device_state(device) for device in devices if device.type not in _NO_GENERATOR
+        }
 
     def changed(self, *, alone: bool) -> bool:
-        """Whether any was drawn; of those of torch that is known here of one thread ``alone``."""
+        """Whether random numbers were drawn on the host since.
+
+        Args:
+            alone: Whether this is the only thread. If not, torch's generator is left out: another
+                thread may have used it.
+        """
         now = RandomStates()
         arrays = False
         if self._numpy is not None and now._numpy is not None:
@@ -33,15 +48,31 @@ class RandomStates:
         return arrays or self._python != now._python
 
     def restore(self) -> None:
-        """Put all of them back to where they were."""
+        """Put all generators back into these states."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+        for device, state in self._devices.items():
+            module: Any = torch.get_device_module(device)
+            module.set_rng_state(state, *_index(device))
+
+
+_NO_GENERATOR = ("cpu", "meta")  # that of the host is saved apart from those of the devices
+
+
+def _device_state(device: torch.device) -> Tensor:
+    module: Any = torch.get_device_module(device)
+    state: Tensor = module.get_rng_state(*_index(device))
+    return state
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # torch.mps has one device and takes none
 
 
 class TorchDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whether this thread draws random numbers of torch."""
+    """Notes whether this thread draws random numbers of torch."""
 
     drawn = False
 
