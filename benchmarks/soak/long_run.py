@@ -73,7 +73,7 @@ def caches(model: nn.Module) -> dict[str, int]:
         ),
         "attributes": sum(len(m.__dict__) for m in model.modules()),
         "calls": sum(len(p.seen or ()) for s in sites for p in (*s.train, *s.evaluate)),
-        "numbers of ranks": len(shared_numbers._streams) + len(shared_numbers._filed),
+        "numbers of ranks": len(shared_numbers._streams) + len(shared_numbers._number_of_token),
         "branches in graphs": len(in_graph._shares),
     }
     return found

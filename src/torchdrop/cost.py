@@ -1,7 +1,7 @@
-"""What a piece of work costs: floating point operations, and bytes kept for backward.
+"""Measure what a piece of work costs: floating point operations, and bytes saved for backward.
 
-Both are counted while the work really runs, so control flow, skipped branches and fused kernels
-are seen as they are. Neither depends on the machine's speed.
+Both are counted while the work runs, so control flow, skipped branches and fused kernels are
+counted as they happen. Neither depends on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -12,58 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+
+from torchdrop.internals import base_of, count_flops_without_modules, cpu_attention_operations
 
 __all__ = ["FlopCounter", "SavedBytes", "flops", "saved_bytes"]
 
 _Shape = tuple[int, ...]
 
 
-def _attention(query: _Shape, key: _Shape, value: _Shape, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+def _cpu_attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Return the formulas for the FLOPs of attention on the CPU, by operation.
 
-
-def _attention_backward(
-    grad_out: _Shape, query: _Shape, key: _Shape, value: _Shape, *args: Any, **kwargs: Any
-) -> int:
-    count = sdpa_backward_flop_count(grad_out, query, key, value)  # type: ignore[no-untyped-call]
-    return int(count)
-
-
-# torch registers formulas for the attention kernels of accelerators only. The kernel of the CPU
-# does the same work, so it gets torch's own formulas.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class _Untracked:
-    """Stands in for the counter's module tracker: only the total is asked for.
-
-    The tracker hangs hooks on the gradients of every module, which is most of the time that
-    counting takes, and raises on views of parameters that are made without gradients.
+    PyTorch registers formulas for the attention kernels of accelerators only. The CPU kernel does
+    the same work, so it gets the same formulas.
     """
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-    parents = frozenset({"Global"})
+    def forward(query: _Shape, key: _Shape, value: _Shape, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> None:
-        pass
+    def backward(
+        grad_out: _Shape, query: _Shape, key: _Shape, value: _Shape, *args: Any, **kwargs: Any
+    ) -> int:
+        count = sdpa_backward_flop_count(grad_out, query, key, value)  # type: ignore[no-untyped-call]
+        return int(count)
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    operations = cpu_attention_operations()
+    return {} if operations is None else dict(zip(operations, (forward, backward), strict=True))
 
 
 class FlopCounter:
-    """Counts the floating point operations of everything that runs inside it.
+    """Counts the floating point operations of everything that runs inside the context.
 
     A multiplication and an addition count as two operations. Matrix products, convolutions and
     attention are counted, forward and backward; elementwise work, norms and pooling are not, as in
-    :class:`torch.utils.flop_counter.FlopCounterMode`, which does the counting. On top of it,
+    :class:`torch.utils.flop_counter.FlopCounterMode`, which does the counting. In addition,
     ``scaled_dot_product_attention`` is counted on the CPU too.
 
     Example:
@@ -75,8 +58,11 @@ class FlopCounter:
     """
 
     def __init__(self) -> None:
-        self._mode = FlopCounterMode(display=False, custom_mapping=dict(_CPU_ATTENTION))
-        self._mode.mod_tracker = _Untracked()  # type: ignore[assignment]
+        # Imported here because it imports triton, which takes about as long as all of torchdrop.
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._mode = FlopCounterMode(display=False, custom_mapping=_cpu_attention_formulas())
+        count_flops_without_modules(self._mode)
 
     @property
     def total(self) -> int:
@@ -92,9 +78,9 @@ class FlopCounter:
 
 
 def flops(fn: Callable[..., object], *args: Any, **kwargs: Any) -> int:
-    """The floating point operations of one call ``fn(*args, **kwargs)``.
+    """Return the floating point operations of one call ``fn(*args, **kwargs)``.
 
-    Backward is counted where ``fn`` runs it. See :class:`FlopCounter` for what counts.
+    The backward pass is counted if ``fn`` runs it. See :class:`FlopCounter` for what counts.
 
     Example:
         >>> flops(torch.nn.Linear(3, 5), torch.ones(4, 3))
@@ -106,10 +92,10 @@ def flops(fn: Callable[..., object], *args: Any, **kwargs: Any) -> int:
 
 
 class SavedBytes:
-    """Counts the bytes that the work inside it keeps for backward.
+    """Counts the bytes that the work inside the context saves for the backward pass.
 
-    Every storage counts once, however many operations save it or views of it, and counts in full,
-    since a view keeps all of it alive. Parameters are not counted: they are there anyway.
+    A storage counts once, however many operations save it or views of it. It counts in full, since
+    a view keeps all of it alive. Parameters are not counted: they exist anyway.
     """
 
     def __init__(self) -> None:
@@ -119,11 +105,11 @@ class SavedBytes:
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        owner = tensor if tensor._base is None else tensor._base
-        if not isinstance(owner, nn.Parameter):
+        base = base_of(tensor)
+        if not isinstance(tensor if base is None else base, nn.Parameter):
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage
-        # Detached, or an operation that saves its own output would refer to itself.
+        # Detached: an operation that saves its own output would otherwise refer to itself.
         return tensor.detach()
 
     @staticmethod
@@ -136,8 +122,8 @@ class SavedBytes:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        # Let go now: the hooks refer to this object, so it is freed by the garbage collector only,
-        # and the activations of a few steps would pile up before.
+        # The storages are released here. The hooks refer to this object, so that only the garbage
+        # collector frees it, and until then the activations of several steps would accumulate.
         self._counted, self._storages = self.total, {}
 
     @property
@@ -147,9 +133,10 @@ class SavedBytes:
 
 
 def saved_bytes(fn: Callable[..., object], *args: Any, **kwargs: Any) -> int:
-    """The bytes that one call ``fn(*args, **kwargs)`` keeps for backward.
+    """Return the bytes that one call ``fn(*args, **kwargs)`` saves for the backward pass.
 
-    ``fn`` is the forward pass, best with the loss. See :class:`SavedBytes` for what counts.
+    ``fn`` is the forward pass, best together with the loss. See :class:`SavedBytes` for what
+    counts.
 
     Example:
         >>> x = torch.ones(4, 3, requires_grad=True)

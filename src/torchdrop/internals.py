@@ -70,12 +70,12 @@ __all__ = [
     "is_legacy_batched_tensor",
     "leave_frame_uncompiled",
     "mark_first_size_symbolic",
+    "may_be_saved_by_producer",
     "modifications_of",
     "parameters_of_tree",
     "replicate_for_data_parallel",
     "reserve_name",
-    "saves_own_output",
-    "saves_result",
+    "saved_by_producer",
     "set_replicate_method",
     "tensors_of_tracer",
     "tree_flatten",
@@ -288,7 +288,7 @@ def _counts_references() -> bool:
 _SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "_saved_out", "saved_tensors")
 
 
-def saves_result(tensor: Tensor) -> bool:
+def saved_by_producer(tensor: Tensor) -> bool:
     """Whether the operation that made ``tensor`` saves it for backward, as ReLU saves its result.
 
     Uses the name ``_saved_result`` of the classes of autograd nodes. Rows of such a tensor need not
@@ -298,7 +298,7 @@ def saves_result(tensor: Tensor) -> bool:
     return tensor.grad_fn is not None and hasattr(type(tensor.grad_fn), "_saved_result")
 
 
-def saves_own_output(tensor: Tensor) -> bool:
+def may_be_saved_by_producer(tensor: Tensor) -> bool:
     """Whether the operation that made ``tensor`` may save it for backward, by whatever name.
 
     Uses the names ``_saved_result``, ``_saved_result0``, ``_saved_output``, ``_saved_out`` and

@@ -1,1 +1,1 @@
-"""Which rows of a batch are kept, and how rows are taken out and added back."""
+"""Draw which rows of a batch are kept, gather those rows, and add the results back."""

@@ -1,4 +1,4 @@
-"""Where the ranks of a process group wait for each other inside a module that may be left out."""
+"""Find the modules that communicate with the other ranks of a process group."""
 
 from __future__ import annotations
 
@@ -7,37 +7,44 @@ from collections.abc import Sequence
 from torch import distributed as dist
 from torch import nn
 
-__all__ = ["in_group", "is_sharded", "meets_ranks"]
+__all__ = ["find_collective", "has_other_ranks", "is_sharded"]
 
 
-def in_group() -> bool:
+def has_other_ranks() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``module`` itself went through ``fully_shard`` (FSDP2)."""
+    """Whether ``fully_shard`` (FSDP2) was applied to ``module`` itself."""
     return type(module).__name__.startswith("FSDP") and hasattr(module, "unshard")
 
 
-def meets_ranks(modules: Sequence[nn.Module], name: str, *, alike: bool) -> str | None:
-    """What inside ``modules`` waits for all ranks in each forward or backward pass; None: nothing.
+def find_collective(
+    modules: Sequence[nn.Module], name: str, *, same_on_all_ranks: bool
+) -> str | None:
+    """Return the kind of the first module in ``modules`` that communicates with the other ranks.
 
-    A rank that left it out would stop the others, or pair its next collective with theirs, so it
-    has to run on every rank each time. To be asked in each call, just before they run: models are
-    sharded, and their BatchNorm is replaced, after stochastic depth was added.
+    Such a module waits for all ranks in each forward or backward pass. If one rank skipped it, the
+    others would wait forever, or take its next collective for this one, so all ranks have to run it
+    every time. The answer may change from call to call, since models are sharded, and their
+    BatchNorm is replaced, after stochastic depth was added.
 
     Args:
-        modules: What may be left out.
-        name: What they are called in the error.
-        alike: Whether all ranks leave them out alike.
+        modules: The modules that may be skipped; their descendants are searched too.
+        name: The name of ``modules`` in the error message.
+        same_on_all_ranks: Whether all ranks skip ``modules`` in the same calls.
+
+    Returns:
+        The class name, or ``"fully_shard"``; None if no module communicates.
 
     Raises:
-        RuntimeError: Ranks work on the same samples (tensor parallelism), but not ``alike``.
+        RuntimeError: Several ranks work on the same samples (tensor parallelism), but
+            ``same_on_all_ranks`` is False.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    several = in_group()
+    several = has_other_ranks()
     found = None
     for top in modules:
         for module in top.modules():
@@ -48,12 +55,13 @@ def meets_ranks(modules: Sequence[nn.Module], name: str, *, alike: bool) -> str 
                 found = found or "fully_shard"
             elif kind in ("FullyShardedDataParallel", "DistributedDataParallel"):
                 found = found or kind
-    # What fully_shard has split is whole while the module around it runs: the rest was split for
-    # another reason.
+    # fully_shard gathers the parameters before a module runs. Parameters that are still split while
+    # the module around them runs were split by tensor parallelism.
     split = several and any(type(p).__name__ == "DTensor" for m in modules for p in m.parameters())
-    if found is None and split and not alike:
+    if found is None and split and not same_on_all_ranks:
         raise RuntimeError(
             f"the parameters of {name} are split over ranks (tensor parallelism), which work on "
-            f"the same samples and so have to drop alike; use mode='batch' with sync_ranks=None"
+            f"the same samples, so all ranks have to drop the same ones; use mode='batch' with "
+            f"sync_ranks=None"
         )
     return found

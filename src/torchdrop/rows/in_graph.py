@@ -1,10 +1,10 @@
-"""GRAPH: who is kept, inside a graph of ``torch.compile``. One graph serves every rate.
+"""Draw, gather and scatter rows inside a graph of ``torch.compile``; one graph serves every rate.
 
-A graph needs the number of rows that it computes before anything is drawn, and must not hold the
-rate as a constant: a rate that is scheduled would compile anew in every step. So the rate comes in
-as the size of an empty tensor, which the compiler keeps symbolic, and the rows come from an
-operation that draws on the host when the graph runs, as without a compiler. The graph computes as
-many rows as the rate can need; where fewer are kept, the last one is computed and not used.
+The shapes in a graph have to be known before rows are drawn, and the rate must not be a constant in
+it: a scheduled rate would compile a new graph in every step. So the rate is passed in as the size
+of an empty tensor, which the compiler treats as a symbol, and the rows are drawn by an operation
+that runs on the host when the graph runs. The graph computes as many rows as the rate may need; if
+fewer are kept, the last one is computed but not used.
 """
 
 from __future__ import annotations
@@ -20,97 +20,91 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torchdrop.internals import leave_frame_uncompiled, mark_first_size_symbolic
+
 __all__ = [
-    "Drawn",
-    "InGraph",
-    "enter",
-    "rows_in_graph",
+    "GraphBranch",
+    "GraphRows",
+    "draw_in_graph",
+    "register_branch",
+    "row_count_in_graph",
     "run_uncompiled",
-    "set_share",
-    "size_in_graph",
-    "spread_in_graph",
+    "scatter_in_graph",
+    "set_keep_share",
     "take_in_graph",
-    "zeros_for",
+    "zero_from",
 ]
 
-# The share of rows that is kept is known to a graph in this many steps; to a draw it is exact.
-_STEPS = 2**30
+# The share of kept rows, in units of which a graph knows it. A draw uses the exact rate.
+_UNITS = 2**30
 
 
-class InGraph(Protocol):
-    """What a graph draws for."""
+class GraphBranch(Protocol):
+    """What a graph needs to know of a branch."""
 
     p: float
     convolves: bool
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
-        """All rows of a batch, on the host, the kept ones first, and how many are kept."""
+        """Return all rows of a batch, on the host, the kept ones first, and how many are kept."""
         ...
 
     def gain_in_training(self) -> float:
-        """What a kept row is multiplied by."""
+        """Return the factor of a kept row."""
         ...
 
 
-# By the number of a branch in graphs. Graphs hold numbers: an object could not be a constant there.
-_branches: weakref.WeakValueDictionary[int, InGraph] = weakref.WeakValueDictionary()
+# Graphs know a branch by its number: a number can be a constant in a graph, an object cannot.
+_branches: weakref.WeakValueDictionary[int, GraphBranch] = weakref.WeakValueDictionary()
 _shares: dict[int, Tensor] = {}
 _numbers = itertools.count()
 
-# Numbers of branches that are gone. A compiler goes through all shares, and the garbage collector
-# may run meanwhile, so that they are let go with the next branch that comes.
-_gone: list[int] = []
+# The numbers of branches that were freed. Their shares are removed when the next branch is
+# registered, not at once: the garbage collector may run while a compiler iterates over the shares.
+_freed: list[int] = []
 
 
-def enter(branch: InGraph) -> int:
-    """Give ``branch`` a number, by which graphs know it."""
-    while _gone:
-        _shares.pop(_gone.pop(), None)
+def register_branch(branch: GraphBranch) -> int:
+    """Return a new number for ``branch``, by which graphs refer to it."""
+    while _freed:
+        _shares.pop(_freed.pop(), None)
     number = next(_numbers)
     _branches[number] = branch
-    set_share(number, branch.p, known=branch.convolves)
-    weakref.finalize(branch, _gone.append, number)
+    set_keep_share(number, branch.p, value_known=branch.convolves)
+    weakref.finalize(branch, _freed.append, number)
     return number
 
 
-def set_share(number: int, p: float, *, known: bool) -> None:
-    """Let graphs know that the branch ``number`` is dropped with probability ``p``.
+def set_keep_share(number: int, p: float, *, value_known: bool) -> None:
+    """Let graphs drop the branch ``number`` with probability ``p`` from now on.
 
-    Of a symbolic size the compiler still knows the value that it has now, and guards on what it
-    decides by it: on a CPU inductor compiles anew when a sum becomes longer than 4,096, which in
-    a transformer happens in one block after the other. Unless it is ``known``, it does not know
-    the value. But of a convolution of an unknown number of rows inductor mistakes the memory format
-    (torch 2.14).
+    Args:
+        number: The number of the branch.
+        p: The drop probability.
+        value_known: Whether the compiler may know the present value of the symbol. If it knows the
+            value, it makes decisions by it, and compiles again when one of them changes: on a CPU
+            inductor does so when a sum becomes longer than 4,096, which in a transformer happens
+            block by block. If it does not, inductor (torch 2.14) chooses a wrong memory format for
+            convolutions, so for them it has to be True.
     """
-    share = torch.empty((max(round((1.0 - p) * _STEPS), 1), 0), device="cpu")
-    # What torch._dynamo.maybe_mark_dynamic and mark_unbacked do; to import torch._dynamo takes
-    # seconds. The hint is what inductor plans its loops for.
-    marks: dict[str, Any]
-    if known:
-        marks = {"_dynamo_weak_dynamic_indices": {0}}
-    else:
-        marks = {
-            "_dynamo_unbacked_indices": {0},
-            "_dynamo_unbacked_bounds": {0: (1, _STEPS)},
-            "_dynamo_hint_overrides": {0: _STEPS // 2},
-            "_specialize_on": {0: []},
-        }
-    for name, value in marks.items():
-        setattr(share, name, value)
-    share._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+    share = torch.empty((max(round((1.0 - p) * _UNITS), 1), 0), device="cpu")
+    mark_first_size_symbolic(share, value_known=value_known, largest=_UNITS, hint=_UNITS // 2)
     _shares[number] = share
 
 
-def size_in_graph(number: int, batch: Any, least: int) -> Any:
-    """The number of rows that a graph computes: ``batch * (1 - p)`` rounded up, or ``least``."""
+def row_count_in_graph(number: int, batch: Any, least: int) -> Any:
+    """Return how many rows a graph computes: ``batch * (1 - p)``, rounded up.
+
+    At least ``least``, but never more than ``batch``.
+    """
     share = _shares[number].shape[0]
-    # One step less, so that a product which is an integer is not rounded up for its last digit.
-    enough = (batch * (share - 1) + _STEPS - 1) // _STEPS
+    # One unit less, so that a product which is an integer is not rounded up because of its error.
+    enough = (batch * (share - 1) + _UNITS - 1) // _UNITS
     return torch.sym_min(batch, torch.sym_max(least, enough))
 
 
-def zeros_for(unused: Iterable[Tensor]) -> Any:
-    """A sum of nothing, which gives each of ``unused`` a gradient of zeros."""
+def zero_from(unused: Iterable[Tensor]) -> Any:
+    """Return a zero whose backward pass gives each of ``unused`` a gradient of zeros."""
     return sum(tensor.flatten()[:0].sum() for tensor in unused)
 
 
@@ -129,95 +123,93 @@ def _keep_rows(
     rows = rows[:size]
     weights = torch.zeros(size, dtype=dtype, device="cpu")
     weights[:kept] = _branches[branch].gain_in_training()
-    places = torch.full((batch,), -1, dtype=torch.long, device="cpu")
-    places[rows] = torch.arange(size, device="cpu")
-    there = partial(torch.Tensor.to, device=device, non_blocking=True)
-    return there(rows), there(weights), there(places)
+    positions = torch.full((batch,), -1, dtype=torch.long, device="cpu")
+    positions[rows] = torch.arange(size, device="cpu")
+    copy = partial(torch.Tensor.to, device=device, non_blocking=True)
+    return copy(rows), copy(weights), copy(positions)
 
 
 def _shapes(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, places = (torch.empty(n, dtype=torch.long, device=device) for n in (size, batch))
-    return rows, torch.empty(size, dtype=dtype, device=device), places
+    rows, positions = (torch.empty(n, dtype=torch.long, device=device) for n in (size, batch))
+    return rows, torch.empty(size, dtype=dtype, device=device), positions
 
 
 _library.impl("keep_rows", _keep_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("torchdrop::keep_rows", _shapes, lib=_library)
 
 
-class Drawn(NamedTuple):
-    """Rows of a batch that a graph computes, the kept ones among them."""
+class GraphRows(NamedTuple):
+    """The rows of a batch that a graph computes: all kept ones, and perhaps others."""
 
-    rows: Tensor  #: (size,): which they are
-    weights: Tensor  #: (size,): what each is multiplied by; zero where it is not kept
-    places: Tensor  #: (batch,): where each row of the batch is among them, or -1
+    rows: Tensor  #: (size,): the indices of the computed rows in the batch
+    weights: Tensor  #: (size,): the factor of each; zero if it is not kept
+    positions: Tensor  #: (batch,): for each row of the batch, its index in ``rows``, or -1
 
 
-def rows_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> Drawn:
-    """Draw ``size`` rows of a batch for the branch ``number``."""
+def draw_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> GraphRows:
+    """Draw for the branch ``number`` which ``size`` rows of a batch are computed."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return Drawn(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))
+    return GraphRows(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))
 
 
-# Each is the other's gradient, and both read by index. Of index_add, and of the gradient of
-# index_select, a compiler on the CPU makes atomic additions, one by one.
+# Gathering and scattering are the gradient of each other, and both are written as a gather by
+# index. For index_add, and for the gradient of index_select, a compiler on the CPU generates atomic
+# additions, one element at a time.
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(rows, places)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, positions: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(rows, positions)
         ctx.dim = dim
         return x.index_select(dim, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(grads[0], *ctx.saved_tensors, ctx.dim), None, None, None
+        return _Scatter.apply(grads[0], *ctx.saved_tensors, ctx.dim), None, None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, some: Tensor, rows: Tensor, places: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(rows, places)
+    def forward(ctx: Any, some: Tensor, rows: Tensor, positions: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(rows, positions)
         ctx.dim = dim
-        computed = (places >= 0).view([-1 if d == dim else 1 for d in range(some.dim())])
-        return torch.where(computed, some.index_select(dim, places.clamp(min=0)), 0.0)
+        computed = (positions >= 0).view([-1 if d == dim else 1 for d in range(some.dim())])
+        return torch.where(computed, some.index_select(dim, positions.clamp(min=0)), 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _Take.apply(grads[0], *ctx.saved_tensors, ctx.dim), None, None, None
 
 
-def take_in_graph(x: Tensor, drawn: Drawn, dim: int) -> Tensor:
-    """The drawn slices of ``x`` along ``dim``."""
-    some: Tensor = _Take.apply(x, drawn.rows, drawn.places, dim)
+def take_in_graph(x: Tensor, drawn: GraphRows, dim: int) -> Tensor:
+    """Return the drawn slices of ``x`` along ``dim``."""
+    some: Tensor = _Take.apply(x, drawn.rows, drawn.positions, dim)
     return some
 
 
-def spread_in_graph(some: Tensor, drawn: Drawn, dim: int) -> Tensor:
-    """``some`` where the drawn slices are among those of a batch along ``dim``, zero elsewhere."""
-    whole: Tensor = _Spread.apply(some, drawn.rows, drawn.places, dim)
+def scatter_in_graph(some: Tensor, drawn: GraphRows, dim: int) -> Tensor:
+    """Return a whole batch along ``dim``: ``some`` at the drawn slices, zeros elsewhere."""
+    whole: Tensor = _Scatter.apply(some, drawn.rows, drawn.positions, dim)
     return whole
 
 
 def run_uncompiled(*modules: str) -> None:
-    """Let dynamo not compile the functions of these modules by themselves, but what they call.
+    """Let ``torch.compile`` not compile the functions of these modules, only what they call.
 
-    In batch mode a graph ends where a decision is drawn, and what is on the way to the next graph,
-    a branch, would be compiled in pieces for every block, until dynamo's limit for one function is
-    reached. What ends in no graph is traced through as ever.
+    In batch mode a graph ends at each draw. The functions between that point and the next graph,
+    which is a branch, would be compiled piece by piece for every block, until dynamo's limit for
+    one function is reached. Functions in which no graph ends are traced into a graph as usual.
+
+    Args:
+        modules: The names of imported modules; only the functions that they define are marked.
     """
-    frames: Any = torch._C._dynamo.eval_frame
-    try:  # what torch._dynamo.skip does; torch._dynamo takes seconds to import
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        leave = frames.set_code_exec_strategy
-    except AttributeError:
-        return
     for name in modules:
         for value in list(vars(sys.modules[name]).values()):
             inside = vars(value).values() if isinstance(value, type) else [value]
             for member in inside:
                 function = getattr(member, "__func__", member)  # of a static or class method
                 if isinstance(function, FunctionType) and function.__module__ == name:
-                    leave(function.__code__, skip)
+                    leave_frame_uncompiled(function.__code__)

@@ -1,7 +1,7 @@
 """Draw which rows of a batch are kept, on the host.
 
-Rows are drawn from torch's global CPU generator: their number is then known without waiting for a
-device, ``torch.manual_seed`` governs the draw, and activation checkpointing replays it.
+Rows are drawn from torch's global CPU generator. Their number is then known without waiting for a
+device, ``torch.manual_seed`` determines the draw, and activation checkpointing repeats it.
 """
 
 from __future__ import annotations
@@ -13,31 +13,35 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from torchdrop.rows.collectives import in_group
+from torchdrop.internals import vmap_draws_differently
+from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.shared_numbers import shared_numbers
 
 __all__ = [
     "ROW_SAMPLERS",
+    "draw_row_order",
     "host_generator",
     "keep_batch",
     "keep_rows",
-    "order_rows",
-    "refuse_recording",
+    "refuse_graph_capture",
 ]
 
-_HOST = torch.device("cpu")  # a default device that the user set must not take over
+_HOST = torch.device("cpu")  # given explicitly: the user may have set another default device
 
 
-def host_generator(*, alike: bool = False) -> torch.Generator | None:
-    """None for the global generator; in a process group, one that also depends on the rank.
+def host_generator(*, same_on_all_ranks: bool = False) -> torch.Generator | None:
+    """Return a generator for draws on the host, or None for torch's global generator.
 
-    Ranks that were all seeded alike would otherwise drop the same rows. The seed is drawn from
-    the global generator, so ``torch.manual_seed`` and a checkpoint's recompute govern it still.
-    With ``alike`` it is one that all ranks have alike instead.
+    With several ranks the generator also depends on the rank: ranks that were seeded with the same
+    number would otherwise drop the same rows. Its seed is drawn from the global generator, so
+    ``torch.manual_seed`` and the recomputation of a checkpoint determine it as well.
+
+    Args:
+        same_on_all_ranks: Return a generator that is in the same state on all ranks instead.
     """
-    if alike and shared_numbers.shared():
+    if same_on_all_ranks and shared_numbers.shared():
         return torch.Generator("cpu").manual_seed(shared_numbers.draw())
-    if alike or not in_group():
+    if same_on_all_ranks or not has_other_ranks():
         return None
     seed = int(torch.randint(2**62, (), device="cpu"))
     return torch.Generator("cpu").manual_seed(
@@ -45,7 +49,8 @@ def host_generator(*, alike: bool = False) -> torch.Generator | None:
     )
 
 
-# Each of the three returns all rows of the batch, the kept ones first, and how many are kept.
+# Each of the three samplers returns all rows of the batch, the kept ones first, and how many rows
+# are kept.
 
 
 def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
@@ -65,14 +70,17 @@ def _window(batch: int, p: float, generator: torch.Generator | None) -> tuple[Te
 
 
 def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
+    """Round ``count`` up with probability equal to its fraction, else down."""
     whole = int(count)
-    rest = count - whole
-    # float64, so that a count that misses an integer by one ulp is rounded wrongly never.
-    return whole + int(rest > 0 and _uniform(generator) < rest)
+    fraction = count - whole
+    # The comparison is in float64: a count that misses an integer by one unit in the last place is
+    # then practically never rounded the wrong way.
+    return whole + int(fraction > 0 and _uniform(generator) < fraction)
 
 
 def _uniform(generator: torch.Generator | None = None) -> float:
-    # One element, not none: that is how torch.rand returns soonest.
+    """Draw a number uniformly from [0, 1)."""
+    # torch.rand returns sooner for a shape of one element than for an empty shape.
     drawn = torch.rand(1, generator=generator, dtype=torch.float64, device=_HOST)
     return drawn.item()
 
@@ -85,57 +93,55 @@ ROW_SAMPLERS: dict[str, Callable[[int, float, Any], tuple[Tensor, int]]] = {
 
 
 def keep_rows(batch: int, p: float, sampling: str = "exact") -> Tensor:
-    """The indices, ascending and on the host, of the rows of a batch that are kept.
+    """Draw which rows of a batch are kept; return their indices, ascending and on the host.
 
     Every row is kept with probability exactly ``1 - p`` under each rule:
 
-    * ``"exact"``: a uniformly random subset of ``batch * (1 - p)`` rows. Where that is no integer
+    * ``"exact"``: a uniformly random subset of ``batch * (1 - p)`` rows. If that is not an integer,
       it is rounded up with probability equal to its fraction, else down, so the mean is exact.
-    * ``"independent"``: one Bernoulli draw a row, as in timm and torchvision.
+    * ``"independent"``: one Bernoulli draw for each row, as in timm and torchvision.
     * ``"window"``: a cyclic run of rows with a uniformly random start, as many as ``"exact"``.
     """
-    rows, kept = order_rows(batch, p, sampling)
+    rows, kept = draw_row_order(batch, p, sampling)
     return rows[:kept].sort().values
 
 
-def order_rows(batch: int, p: float, sampling: str = "exact") -> tuple[Tensor, int]:
-    """All rows of a batch, on the host, those that :func:`keep_rows` keeps first; their number."""
-    _refuse_draws_of_their_own()
+def draw_row_order(batch: int, p: float, sampling: str = "exact") -> tuple[Tensor, int]:
+    """Draw which rows of a batch are kept, as :func:`keep_rows` does.
+
+    Returns:
+        The indices of all rows, on the host, the kept ones first; and how many rows are kept.
+    """
+    _refuse_different_draws_in_vmap()
     return ROW_SAMPLERS[sampling](batch, p, host_generator())
 
 
-def _refuse_draws_of_their_own() -> None:
-    """Refuse vmap(randomness="different"): what runs can be decided only once for all it maps."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return
-    functorch = torch._C._functorch
-    for level in functorch.get_interpreter_stack() or ():
-        if level.key() == functorch.TransformType.Vmap and (
-            functorch.CVmapInterpreterPtr(level).randomness() == functorch.RandomnessType.Different
-        ):
-            raise RuntimeError(
-                "stochastic depth decides on the host what is computed, once for everything that "
-                "vmap maps over; pass randomness='same' to vmap"
-            )
+def _refuse_different_draws_in_vmap() -> None:
+    """Raise inside ``vmap(randomness="different")``: rows are drawn once for all that it maps."""
+    if not torch.compiler.is_compiling() and vmap_draws_differently():
+        raise RuntimeError(
+            "stochastic depth decides on the host what is computed, once for everything that "
+            "vmap maps over; pass randomness='same' to vmap"
+        )
 
 
-def refuse_recording(x: Tensor) -> None:
-    """Refuse a CUDA graph that is recorded now: each replay would repeat what is drawn here."""
+def refuse_graph_capture(x: Tensor) -> None:
+    """Raise while a CUDA graph is captured: each replay would repeat the same draw."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "what stochastic depth computes is drawn on the host, and a CUDA graph that is "
-            "recorded now (torch.cuda.graph, make_graphed_callables) would repeat this one draw in "
-            "every replay; record the model in evaluation, or use "
+            "stochastic depth draws on the host which rows are computed, and a CUDA graph that is "
+            "captured now (torch.cuda.graph, make_graphed_callables) would repeat this one draw in "
+            "every replay; capture the model in evaluation, or use "
             "torch.compile(mode='reduce-overhead'), which draws anew for each replay"
         )
 
 
 def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
-    """Whether the whole batch is kept: True with probability ``1 - p`` (one draw).
+    """Draw whether the whole batch is kept: True with probability ``1 - p``.
 
-    In a process group all ranks get the same answer, unless ``sync_ranks`` is False.
+    With several ranks all of them get the same answer, unless ``sync_ranks`` is False.
     """
-    _refuse_draws_of_their_own()
+    _refuse_different_draws_in_vmap()
     if sync_ranks is not False and shared_numbers.shared():
         return shared_numbers.draw() / 2**53 >= p
     return _uniform() >= p

@@ -1,4 +1,4 @@
-"""Random numbers that all ranks of a process group draw alike."""
+"""Random numbers that are the same on all ranks of a process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from torchdrop.rows.collectives import in_group
+from torchdrop.internals import in_backward_pass
+from torchdrop.rows.collectives import has_other_ranks
 
 __all__ = ["SharedNumbers", "shared_numbers"]
 
@@ -22,38 +23,39 @@ def _group() -> Any:
 
 
 class SharedNumbers:
-    """Random numbers that every rank of the process group draws alike, each by itself.
+    """A stream of random numbers that every rank computes by itself, and that are all the same.
 
-    Number n since ``torch.manual_seed`` is a function of n and of the seed of rank 0. How far its
-    own seed is from that one a rank is told once, with the first number of all (one broadcast); so
-    later seeds are followed without talking, as long as they are as far apart as the first ones.
+    Number n since ``torch.manual_seed`` is a hash of n and of the seed of rank 0. The difference
+    between a rank's own seed and that of rank 0 is communicated once, with the first number (one
+    broadcast). If all ranks are seeded again later, no communication is needed, as long as the
+    differences between their seeds stay the same.
 
-    Every number also draws a token from the global generator, and is filed under it. A token that
-    comes again says that the generator was put back, and the number is the one of that time: for
-    a checkpoint's recompute, which sees nothing but the generator; and after a reseed with a seed
-    that was used before, from where on counting starts again.
+    Every draw also takes a token from the global generator and stores the number under it. If the
+    same token comes again, the state of the generator was restored, and the same number is
+    returned. This is how the recomputation of a checkpoint, which restores the generator and
+    nothing else, gets the same numbers; and a seed that was used before starts the count anew.
     """
 
-    # Numbers that may wait for their recompute, and seeds that are remembered, at the same time.
-    _WAITING = 2**14
-    _SEEDS = 256
+    # The largest numbers of stored tokens (a recomputation may still ask for them), and of seeds.
+    _MAX_TOKENS = 2**14
+    _MAX_SEEDS = 256
 
     def __init__(self) -> None:
         self._group: Any = None
-        self._apart = 0
-        # By the seed of rank 0: the token of its first number, and the count of numbers.
+        self._seed_difference = 0
+        # For each seed of rank 0: the token of its first number, and how many numbers were drawn.
         self._streams: dict[int, tuple[int | None, int]] = {}
-        self._filed: dict[tuple[int, int], int] = {}
+        self._number_of_token: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
         self._alone = 0
 
     def shared(self) -> bool:
-        """Whether there are other ranks to be like."""
-        return not self._alone and in_group()
+        """Whether there are other ranks that need the same numbers."""
+        return not self._alone and has_other_ranks()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """What runs inside runs on this rank only: it asks nobody, and counts for nobody."""
+        """Inside this context only this rank draws: nothing is communicated or counted."""
         self._alone += 1
         try:
             yield
@@ -61,47 +63,56 @@ class SharedNumbers:
             self._alone -= 1
 
     def draw(self) -> int:
-        """An integer of 53 bits."""
-        seed = (torch.initial_seed() - self._seeds_apart()) % 2**64
+        """Return the next number, an integer of 53 bits."""
+        seed = (torch.initial_seed() - self._difference_to_rank_0()) % 2**64
         token = int(torch.randint(2**62, (), device="cpu"))
         with self._lock:
             first, count = self._streams.pop(seed, (token, 0))
-            known = 0 if token == first else self._filed.get((seed, token))
+            known = 0 if token == first else self._number_of_token.get((seed, token))
             number = count if known is None else known
-            # A checkpoint's recompute looks up; anything else goes on from where it is.
-            if known is None or torch._C._current_graph_task_id() == -1:
+            # The recomputation of a checkpoint does not move the count; any other draw goes on from
+            # its own number.
+            if known is None or not in_backward_pass():
                 count = number + 1
             self._streams[seed] = first, count
-            self._filed[seed, token] = number
-            if len(self._filed) > self._WAITING:
-                del self._filed[next(iter(self._filed))]
-            if len(self._streams) > self._SEEDS:
+            self._number_of_token[seed, token] = number
+            if len(self._number_of_token) > self._MAX_TOKENS:
+                del self._number_of_token[next(iter(self._number_of_token))]
+            if len(self._streams) > self._MAX_SEEDS:
                 del self._streams[next(iter(self._streams))]
         digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
         return int.from_bytes(digest) >> 11
 
-    def _seeds_apart(self) -> int:
+    def _difference_to_rank_0(self) -> int:
+        """Return this rank's seed minus that of rank 0, which is broadcast on the first call."""
         group = _group()
         if self._group is None or self._group() is not group:
             mine = torch.initial_seed()
             theirs = [mine]
             dist.broadcast_object_list(theirs, src=0)
-            self._apart = mine - theirs[0]
-            if self._group is not None:  # other ranks than before, who know nothing of those
+            self._seed_difference = mine - theirs[0]
+            if self._group is not None:  # the ranks of a new group do not have the old numbers
                 self._streams.clear()
-                self._filed.clear()
+                self._number_of_token.clear()
             self._group = weakref.ref(group)
-        return self._apart
+        return self._seed_difference
 
     def state_dict(self) -> dict[str, int] | None:
-        """Where the numbers are; None where no rank has drawn any. The same on all ranks."""
+        """Return the seed and the count of the stream, the same on all ranks.
+
+        None if no number was drawn.
+        """
         if not self._streams:
             return None
         seed = next(reversed(self._streams))
         return {"seed": seed, "count": self._streams[seed][1]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from there as soon as the generator has that seed again."""
+        """Continue the stream of ``state`` as soon as the generator has its seed.
+
+        Raises:
+            ValueError: ``state`` is not a seed and a count.
+        """
         if not (
             isinstance(state, Mapping)
             and all(type(state.get(name)) is int and state[name] >= 0 for name in ("seed", "count"))
@@ -113,5 +124,5 @@ class SharedNumbers:
         self._streams[state["seed"]] = None, state["count"]
 
 
-# One for the process, as is the generator whose seed it follows.
+# One for the process, like the generator that it follows.
 shared_numbers = SharedNumbers()

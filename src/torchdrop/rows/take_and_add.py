@@ -1,29 +1,36 @@
-"""Take the kept rows of a batch, add a branch's rows back. Memory formats, dtypes, gradients."""
+"""Gather the kept rows of a batch and add the rows of a branch back, with their gradients."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchdrop.internals import (
+    DisableTorchFunction,
+    count_references,
+    disable_dispatch_modes,
+    functorch_transforms_active,
+)
+
 __all__ = ["add_rows", "add_whole", "skip_and_rows", "take", "with_zero_grads"]
 
-# From this many elements on, a pass over the tensor that is saved takes longer than the Python of a
-# function of our own: on a CPU 130 us against 90 for 16,000 elements, 3.3 ms against 3.8 for 10**6.
+# The number of elements from which skip_and_rows uses an autograd function of torchdrop's own. It
+# saves one pass over the tensor, but costs time in Python: on a CPU 130 us instead of 90 us for
+# 16,000 elements, 3.3 ms instead of 3.8 ms for a million.
 MIN_ELEMENTS_FOR_OWN_FUNCTION = 2**18
-
-# Neither is public; without them gradients are copied where autograd would add in place.
-_COUNTABLE = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
 
 
 def _memory_order(x: Tensor) -> list[int] | None:
-    """The permutation that makes ``x`` contiguous, or None where it is, or none exists.
+    """Return the permutation of dimensions that makes ``x`` contiguous.
 
-    On CPU ``index_select`` turns channels_last into contiguous and ``index_add`` on channels_last
-    is several times slower; on the permuted view, which is contiguous, neither happens.
+    On a CPU ``index_select`` turns channels_last into contiguous, and ``index_add`` is several
+    times slower on channels_last. Neither happens on the permuted view, which is contiguous.
+
+    Returns:
+        None if ``x`` is contiguous as it is, or if no permutation makes it contiguous.
     """
     if x.is_contiguous():
         return None
@@ -32,14 +39,15 @@ def _memory_order(x: Tensor) -> list[int] | None:
 
 
 def _inverse(order: list[int]) -> list[int]:
+    """Return the inverse of the permutation ``order``."""
     inverse = [0] * len(order)
-    for place, dim in enumerate(order):
-        inverse[dim] = place
+    for position, dim in enumerate(order):
+        inverse[dim] = position
     return inverse
 
 
 def take(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
-    """The slices ``rows`` of ``x`` along ``dim``, a copy in the memory format of ``x``."""
+    """Return the slices ``rows`` of ``x`` along ``dim``: a copy in the memory format of ``x``."""
     order = _memory_order(x)
     if order is None:
         return x.index_select(dim, rows)
@@ -54,10 +62,15 @@ def add_whole(
     inplace: bool = False,
     branch_first: bool = False,
 ) -> Tensor:
-    """``skip + gain * branch``; the plain sum, bit for bit, where ``gain`` is 1.
+    """Return ``skip + gain * branch``; bit for bit the plain sum if ``gain`` is 1.
 
-    ``branch_first`` is for a model that adds them in that order: where their memory formats differ,
-    the sum has that of the first, and what follows rounds accordingly.
+    Args:
+        skip: The skip of a residual sum.
+        branch: Its branch, for all rows.
+        gain: The factor of the branch.
+        inplace: Whether to write the sum into ``skip``.
+        branch_first: Whether the model adds ``branch + skip``. If their memory formats differ, the
+            sum has that of the first, and later operations round accordingly.
     """
     if inplace:
         return skip.add_(branch, alpha=gain)
@@ -76,24 +89,32 @@ def add_rows(
     inplace: bool = False,
     reuses_skip: bool = False,
 ) -> Tensor:
-    """``skip`` with ``gain * branch`` added to its slices ``rows`` along ``dim``.
+    """Return ``skip`` with ``gain * branch`` added to its slices ``rows`` along ``dim``.
 
-    The result is a new tensor (``skip`` itself with ``inplace``) in the memory format of ``skip``
-    and in the dtype that ``skip + branch`` has. With ``spent`` nobody reads ``skip`` after this,
-    also not in a backward pass, and the new tensor takes over its memory.
+    The result is a new tensor in the memory format of ``skip`` and in the dtype of
+    ``skip + branch``.
+
+    Args:
+        skip: The skip of a residual sum.
+        branch: Its branch, computed on ``rows``. A dimension other than ``dim`` may have size 1.
+        rows: The indices of the slices.
+        gain: The factor of the branch.
+        dim: The dimension of the rows.
+        inplace: Whether to write the sum into ``skip`` and return ``skip``.
+        reuses_skip: Whether nothing reads ``skip`` later, not even a backward pass. The new tensor
+            then uses the memory of ``skip``.
 
     Raises:
-        ValueError: ``branch`` neither has the shape of those slices, nor 1 in place of other
-            dimensions than ``dim``.
+        ValueError: The shape of ``branch`` is not that of the slices.
     """
     expected = (*skip.shape[:dim], rows.numel(), *skip.shape[dim + 1 :])
     if branch.shape != expected:
-        # one value for all steps or channels of a row may stand for them, as in skip + branch
-        fits = branch.dim() == skip.dim() and all(
-            size == wanted or (size == 1 and place != dim)
-            for place, (size, wanted) in enumerate(zip(branch.shape, expected, strict=True))
+        # As in skip + branch, a branch may be broadcast, but never over the rows.
+        broadcasts = branch.dim() == skip.dim() and all(
+            size == wanted or (size == 1 and axis != dim)
+            for axis, (size, wanted) in enumerate(zip(branch.shape, expected, strict=True))
         )
-        if fits:
+        if broadcasts:
             whole = branch.expand(expected)
             return add_rows(skip, whole, rows, gain, dim, inplace=inplace, reuses_skip=reuses_skip)
         raise ValueError(
@@ -107,7 +128,7 @@ def add_rows(
     if branch.dtype != skip.dtype:
         dtype = skip.dtype if inplace else torch.promote_types(skip.dtype, branch.dtype)
         skip, branch = skip.to(dtype), branch.to(dtype)
-    if inplace or _in_torch_func():
+    if inplace or functorch_transforms_active():
         return _add(skip, branch, rows, gain, dim, _memory_order(skip), inplace=inplace)
     out: Tensor = _AddRows.apply(skip, branch, (rows, gain, dim), reuses_skip)
     return out
@@ -123,7 +144,7 @@ def _add(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """``index_add`` with dimensions in ``order``, see :func:`_memory_order`."""
+    """Add ``gain * some`` to ``rows`` of ``x``, on the views with the dimensions in ``order``."""
     if order is None:
         add = x.index_add_ if inplace else x.index_add
         return add(dim, rows, some, alpha=gain)
@@ -134,48 +155,54 @@ def _add(
     return out.permute(_inverse(order))
 
 
-# The functions below are written with ``forward(ctx, ...)``: of one with ``setup_context`` torch
-# inspects the signature in every call, which takes about as long as a small layer. What is lost
-# with that is torch.func, for which torch's own operations are used.
+# The autograd functions below have no ``setup_context``: PyTorch would inspect their signatures in
+# every call, which takes about as long as a small layer. Without it they do not work under
+# torch.func, where PyTorch's own operations are used instead.
 
 
 class _AddRows(torch.autograd.Function):
-    """``index_add``, whose own backward keeps the source only to know its shape."""
+    """``index_add`` that does not save the branch for backward.
+
+    PyTorch's own ``index_add`` saves the whole branch, of which it needs only the shape.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, skip: Tensor, branch: Tensor, to: tuple[Tensor, float, int], reuses_skip: bool
+        ctx: Any, skip: Tensor, branch: Tensor, into: tuple[Tensor, float, int], reuses_skip: bool
     ) -> Tensor:
-        # The indices need none of what saving a tensor does, which takes longer than a small sum.
-        rows, gain, dim = ctx.to = to
+        # Stored as an attribute: saving a tensor for backward takes longer than a small sum, and
+        # the indices need none of its checks.
+        rows, gain, dim = ctx.into = into
         order = _memory_order(skip)
         if reuses_skip and (order is not None or skip.is_contiguous()):
-            # It shares the version of the skip: who kept the skip for backward is told.
+            # The detached tensor shares the version counter of the skip. If the skip was saved for
+            # a backward pass after all, that pass raises an error.
             return _add(skip.detach(), branch, rows, gain, dim, order, inplace=True)
         if order is None:
             return skip.index_add(dim, rows, branch, alpha=gain)
-        # Not a view, which an activation in place after the sum would make a chain of copies.
+        # Return a copy, not a view: an in-place activation after the sum would turn a view into a
+        # chain of copies.
         return _add(skip.clone(), branch, rows, gain, dim, order, inplace=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        rows, gain, dim = ctx.to
-        of_branch = None
+        rows, gain, dim = ctx.into
+        grad_branch = None
         if ctx.needs_input_grad[1]:
-            of_branch = take(grad, rows, dim)
-            of_branch = of_branch if gain == 1.0 else of_branch.mul_(gain)
-        return grad, of_branch, None, None
+            grad_branch = take(grad, rows, dim)
+            grad_branch = grad_branch if gain == 1.0 else grad_branch.mul_(gain)
+        return grad, grad_branch, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        of_skip, of_branch = tangents[:2]
-        rows, gain, dim = ctx.to
-        return _add(of_skip, of_branch, rows, gain, dim, _memory_order(of_skip))
+        skip, branch = tangents[:2]
+        rows, gain, dim = ctx.into
+        return _add(skip, branch, rows, gain, dim, _memory_order(skip))
 
 
-class _Fork(torch.autograd.Function):
-    """A tensor and some of its rows. Their gradients meet here, in one pass over the tensor."""
+class _SkipAndRows(torch.autograd.Function):
+    """A tensor and some of its rows; their gradients are added in one pass over the tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -190,35 +217,30 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Where nobody else has it, the first is written into: autograd adds up gradients likewise.
-        alone = _references(grads) == _Owned.references and not torch.is_grad_enabled()
+        # If nothing else refers to the first gradient, it may be written into, as autograd does
+        # when it accumulates gradients.
+        references = count_references(grads)
+        alone = references is not None and references == _UnsharedGradient.references
+        alone = alone and not torch.is_grad_enabled()
         whole, some = grads
         alone = alone and (whole if ctx.order is None else whole.permute(ctx.order)).is_contiguous()
         return _add(whole, some, ctx.rows, 1.0, ctx.dim, ctx.order, inplace=alone), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        of_x = tangents[0]
-        return of_x.view_as(of_x), take(of_x, ctx.rows, ctx.dim)
+        (tangent, *_) = tangents
+        return tangent.view_as(tangent), take(tangent, ctx.rows, ctx.dim)
 
 
-def _references(grads: tuple[Tensor, ...]) -> tuple[int, int, int] | None:
-    """To the first of ``grads``, by Python and by C++, and to its memory; None if not countable."""
-    first: Any = grads[0]
-    plain = type(first) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(first)
-    if not (plain and _COUNTABLE):
-        return None
-    memory = torch._C._storage_Use_Count(first.untyped_storage()._cdata)
-    return sys.getrefcount(first), first._use_count(), memory
+class _UnsharedGradient(torch.autograd.Function):
+    """Counts the references to a gradient that only the backward pass itself refers to.
 
-
-class _Owned(torch.autograd.Function):
-    """Looks up how many references there are to a gradient that a backward pass has for itself.
-
-    The numbers depend on torch and Python. Whoever else has the tensor, or a part of it, adds one.
+    The numbers depend on the versions of PyTorch and Python, so they are measured once. Every other
+    reference to the tensor, or to a part of it, adds one.
     """
 
-    references: tuple[int, int, int] | None = None
+    measured = False
+    references: tuple[int, int, int] | None = None  #: None if they cannot be counted
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -226,41 +248,39 @@ class _Owned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        _Owned.references = _references(grads)
+        _UnsharedGradient.references = count_references(grads)
         return grads[0]
 
     @classmethod
-    def look_up(cls) -> None:
-        with torch.enable_grad():
+    def measure(cls) -> None:
+        # Without modes, which might hold another reference.
+        with DisableTorchFunction(), disable_dispatch_modes(), torch.enable_grad():
             x = torch.zeros(1, device="cpu", requires_grad=True)
             torch.autograd.grad(cls.apply(x).neg(), x, torch.zeros(1, device="cpu"))
+        cls.measured = True
 
 
 def skip_and_rows(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """``x`` and ``take(x, rows, dim)``, for an ``x`` that is both the skip and the branch's input.
+    """Return ``x`` and ``take(x, rows, dim)``, if ``x`` is both the skip and the branch's input.
 
-    The same values as apart from each other; but in the backward pass the gradient of the rows is
-    added to that of the skip, instead of being spread over zeros first.
+    The backward pass adds the gradient of the rows directly to that of the skip. Two separate
+    operations would scatter it into zeros first, one pass over the tensor more.
     """
     small = x.numel() < MIN_ELEMENTS_FOR_OWN_FUNCTION
-    if small or _in_torch_func() or not (x.requires_grad and torch.is_grad_enabled()):
+    if small or functorch_transforms_active() or not (x.requires_grad and torch.is_grad_enabled()):
         return x, take(x, rows, dim)
-    if _Owned.references is None:
-        _Owned.look_up()
-    whole, some = _Fork.apply(x, rows, dim)
+    if not _UnsharedGradient.measured:
+        _UnsharedGradient.measure()
+    whole, some = _SkipAndRows.apply(x, rows, dim)
     return whole, some
 
 
-def _in_torch_func() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-class _Touch(torch.autograd.Function):
-    """A copy of the first tensor; every other one gets a gradient of zeros."""
+class _WithZeroGrads(torch.autograd.Function):
+    """Copies the first tensor, and gives every other tensor a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *tensors: Tensor) -> Tensor:
-        # Not the tensors themselves, whose data may be set to others before the backward.
+        # Detached: the data of the tensors themselves may be replaced before the backward pass.
         ctx.like = [t.detach() for t in tensors]
         return out.clone()
 
@@ -278,16 +298,16 @@ class _Touch(torch.autograd.Function):
 
 
 def with_zero_grads(out: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """A copy of ``out`` through which each of ``tensors`` gets a gradient of zeros.
+    """Return a copy of ``out`` whose backward pass gives each of ``tensors`` a gradient of zeros.
 
-    For what was skipped: DDP and FSDP wait for the gradient of every parameter, and an optimizer
-    treats None otherwise than zero, so a parameter that no row used must look as if masked.
+    The parameters of a skipped branch need one, as if the branch had been masked: DDP and FSDP wait
+    for the gradient of every parameter, and an optimizer treats None differently from zero.
     """
-    # torch.func gives zeros to what was not used, without being told.
-    if not torch.is_grad_enabled() or _in_torch_func():
+    # torch.func gives gradients of zeros to unused tensors by itself.
+    if not torch.is_grad_enabled() or functorch_transforms_active():
         return out.clone()
     wanted = [t for t in tensors if t.requires_grad]
     if not wanted:
         return out.clone()
-    copy: Tensor = _Touch.apply(out, *wanted)
+    copy: Tensor = _WithZeroGrads.apply(out, *wanted)
     return copy
