@@ -13,7 +13,7 @@ from torch.overrides import (
 )
 
 from torchdrop.checks import check_dim, check_flag, check_generator, check_input, check_mode
-from torchdrop.internals import base_of, saves_own_output
+from torchdrop.internals import base_of, may_be_saved_by_producer
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.draws import (
     can_read_on_host,
@@ -158,7 +158,7 @@ def _may_overwrite(x: Tensor) -> bool:
     # Writing to a view writes to its base: flatten(relu(z)) is no safer than relu(z).
     base = base_of(x)
     owners = (x,) if base is None else (x, base)
-    return not any(owner.is_leaf or saves_own_output(owner) for owner in owners)
+    return not any(owner.is_leaf or may_be_saved_by_producer(owner) for owner in owners)
 
 
 def drop_path(

@@ -13,8 +13,8 @@ from torchdrop.checks import check_choice, check_dim, check_input, check_mode
 from torchdrop.internals import clear_forward_hooks, modifications_of, tree_map_only
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.draws import along_dim
-from torchdrop.rows.collectives import meets_ranks
-from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_recording
+from torchdrop.rows.collectives import find_collective
+from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
 
 __all__ = ["StochasticDepth"]
@@ -257,9 +257,9 @@ class StochasticDepth(LayerWithRate):
             return self._run_without_skip(x, args, kwargs)
         if not self.training:
             return self._expectation(x, args, kwargs)
-        refuse_recording(x)
+        refuse_graph_capture(x)
         alike = self.mode == "batch" and self.sync_ranks is not False
-        if meets_ranks([self.module], type(self.module).__name__, alike=alike):
+        if find_collective([self.module], type(self.module).__name__, same_on_all_ranks=alike):
             out = self._mask_rows(x, args, kwargs)
         elif self.mode == "row":
             out = self._drop_rows(x, args, kwargs)
