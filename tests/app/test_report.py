@@ -65,7 +65,7 @@ def test_one_seed_has_no_spread_to_speak_of(content, tmp_path):
     assert "resnet-<20> on digits, one seed" in _text(content, WIDTH)
     write_report(content, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "One seed, so there is no spread." in page
+    assert "One seed, so that there is no standard deviation." in page
     assert "1 seeds" not in page
 
 

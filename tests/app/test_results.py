@@ -4,6 +4,9 @@ import errno
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -143,5 +146,49 @@ def test_two_comparisons_in_one_folder_refuse_each_other(tmp_path):
         # It is the holder's still.
         with pytest.raises(UserError, match="another torchdrop"), locked(tmp_path):
             pass
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
+    code = (
+        "import pathlib, sys, time\n"
+        "from torchdrop.app.results import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another torchdrop is at work"), locked(tmp_path):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch, code):
+    """No lock that is only a file either: it would outlive a process that is killed."""
+    import fcntl
+
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = r"cannot lock .*; choose an --out on a local disk"
+    with pytest.raises(UserError, match=message), locked(tmp_path):
+        pass
+
+
+def test_the_error_of_the_body_leaves_the_lock_free(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
     with locked(tmp_path):
         pass

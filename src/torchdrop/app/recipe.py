@@ -1,4 +1,4 @@
-"""How a network is trained: lengths, learning rates, and the recipes of the paper."""
+"""How a network is trained: epochs, learning rates, batches, and the recipes of the paper."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ AUGMENTATIONS = ("none", "shift", "flip-shift")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about training that is the same for every method.
+    """The training hyperparameters, which are the same for every method.
 
     Attributes:
         epochs: Passes over the training images.
-        phases: Pairs of the first epoch (from 0) and the learning rate from there on.
-        batch_size: Images a step, over all devices.
-        momentum: Nesterov's, without dampening.
-        weight_decay: Added to the gradient, for every parameter.
-        augment: ``"none"``, ``"shift"`` (up to 4 pixels) or ``"flip-shift"`` (and mirrored).
-        select: Which epoch is reported: the ``"last"``, or the one of ``"best_validation"`` error.
+        phases: Pairs of a first epoch (counted from 0) and the learning rate from there on.
+        batch_size: Images in a training step, over all devices.
+        momentum: Nesterov momentum, without dampening.
+        weight_decay: The L2 penalty on every parameter.
+        augment: ``"none"``, ``"shift"`` (by up to 4 pixels) or ``"flip-shift"`` (half of the
+            images mirrored too).
+        select: The epoch that is reported: the ``"last"``, or ``"best_validation"`` for the one
+            with the lowest validation error.
     """
 
     epochs: int
@@ -33,12 +35,12 @@ class Recipe:
     select: str = "last"
 
     def learning_rate(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
+        """Return the learning rate of an epoch, counted from 0."""
         return [rate for start, rate in self.phases if start <= epoch][-1]
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same recipe stretched to another length: phases keep their share of it."""
-        # Rounded half up, so that even one epoch starts at the highest rate.
+        """Return the recipe with another number of epochs; phases keep their share of them."""
+        # Starts are rounded half up: a run of one epoch then has the highest learning rate.
         phases = tuple(
             ((2 * start * epochs + self.epochs) // (2 * self.epochs), rate)
             for start, rate in self.phases
@@ -46,24 +48,25 @@ class Recipe:
         return replace(self, epochs=epochs, phases=phases)
 
     def with_learning_rate(self, rate: float) -> Recipe:
-        """The same recipe with another highest learning rate: phases keep their ratio to it."""
+        """Return the recipe with another highest learning rate; phases keep their ratio to it."""
         highest = max(phase_rate for _, phase_rate in self.phases)
         phases = tuple((start, phase * rate / highest) for start, phase in self.phases)
         return replace(self, phases=phases)
 
 
 def default_recipe() -> Recipe:
-    """The recipe without a preset, chosen by measurement (docs/development/design-notes.md).
+    """Return the recipe that is used without a preset.
 
-    The paper's in proportion, at half its learning rate and on smaller batches: short runs of deep
-    networks diverge at its own.
+    It has the phases of the paper's recipe in proportion, with half the learning rate and smaller
+    batches, since short runs of deep networks diverge at the paper's learning rate
+    (docs/development/design-notes.md).
     """
     return Recipe(epochs=60, phases=((0, 0.05), (30, 0.005), (45, 0.0005)), batch_size=50)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole experiment: network, data, sizes, methods with their ``p``, and recipe."""
+    """A published experiment: network, data, sizes, methods with their ``p``, and recipe."""
 
     model: str
     data: str
@@ -96,10 +99,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, model: str | None = None) -> Preset:
-    """The preset called ``name``, with the recipe that the paper gives to ``model``.
+    """Return the preset called ``name``, with the recipe that the paper uses for ``model``.
 
     Raises:
-        KeyError: There is none of that name.
+        KeyError: There is no preset of that name.
     """
     found = PRESETS[name]
     if model is not None:

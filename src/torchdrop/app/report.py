@@ -1,4 +1,4 @@
-"""report.html: one page that needs nothing else, with the table and the curves."""
+"""report.html: a self-contained page with the table, the curves and the configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pre { overflow-x: auto; background: #f4f4f4; padding: 1rem }
 </style>
 <h1>{{ config.model }} on {{ config.data }}</h1>
 <p>{% if config.seeds > 1 %}Mean ± standard deviation over {{ config.seeds }} seeds.
-{%- else %}One seed, so there is no spread.{% endif %}
+{%- else %}One seed, so that there is no standard deviation.{% endif %}
 {% if status != "complete" %}<strong>Not complete: runs are missing.</strong>{% endif %}</p>
 <table>
 <tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
@@ -45,17 +45,17 @@ pre { overflow-x: auto; background: #f4f4f4; padding: 1rem }
 {% for title, figure in figures %}<h2>{{ title }}</h2>
 {{ figure|safe }}
 {% endfor %}
-<h2>How it was made</h2>
+<h2>Configuration, versions and machine</h2>
 <pre>{{ made }}</pre>
 </html>
 """
 
 
 def write_report(content: dict[str, Any], path: Path) -> None:
-    """Write the report of the content of results.json.
+    """Write the report, from the content of results.json.
 
     Raises:
-        UserError: There is no space or no right to write.
+        UserError: The file cannot be written.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_PAGE).render(
@@ -74,7 +74,7 @@ def write_report(content: dict[str, Any], path: Path) -> None:
 
 
 def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str:
-    """The mean over seeds for each method, and the range of the seeds, as SVG."""
+    """Return a figure as SVG: for each method the mean over seeds, and the range of the seeds."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, method in content["methods"].items():
@@ -89,7 +89,7 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
         ]
         drawn = [(epoch, values) for epoch, values in zip(epochs, at_epoch, strict=False) if values]
         x = [epoch for epoch, _ in drawn]
-        shown = name.replace("$", r"\$")  # no formula
+        shown = name.replace("$", r"\$")  # matplotlib reads $...$ as a formula
         (line,) = axes.plot(x, [fmean(values) for _, values in drawn], label=shown)
         low, high = [min(values) for _, values in drawn], [max(values) for _, values in drawn]
         axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
@@ -99,7 +99,7 @@ def _curves(content: dict[str, Any], key: str, label: str, factor: float) -> str
     if axes.lines:
         axes.legend()
     buffer = io.StringIO()
-    # No date, and names of elements that do not change: the same results give the same page.
+    # Without a date and with fixed ids of elements, the same results give the same page.
     with matplotlib.rc_context({"svg.hashsalt": "torchdrop", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,38 +1,42 @@
-"""results.json: what is in it, and how it is kept safe.
+"""The file results.json: its schema, and how it is written so that nothing is lost.
 
 The schema, version 1::
 
     schema    1
     status    "partial" while runs are missing, else "complete"
-    config    what was asked for: two directories with equal ``config`` are comparable. Going on may
-              add to its ``seeds`` and ``methods``; all else stays
-    versions  of torchdrop, torch and what else the figures depend on
-    machine   where they were taken
+    config    the settings; results with equal ``config`` are comparable. A resumed comparison may
+              add ``seeds`` and ``methods``; everything else has to stay the same
+    versions  of Python, torchdrop, torch and other packages that the figures depend on
+    machine   the machine that the figures were taken on
     costs     {seed: {name: {step_ms, flops, saved_bytes}}}, measured before anything is trained
     methods   {name: {summary, p, asked_p, variance_shift, seeds: [...], mean: {...}, std: {...},
               ratio: {...}}}
 
-A finished run is an entry of ``seeds``. It has ``seed``; ``test_error`` and ``train_error`` as
-fractions, the latter in eval mode after training; ``test_nll``, the mean negative log-likelihood in
-nats; ``step_ms``, a training step timed side by side with the other methods; ``flops`` and
-``saved_bytes``, means over training steps; ``observed_p``, the mean drop rate over branches that
-training delivered; ``epoch``, the one reported; ``seconds`` of training; and ``curves``. ``mean``
-and ``std`` (of a sample, n - 1) are over seeds. ``ratio`` has the means of ``step_ms``, ``flops``
-and ``saved_bytes`` over those of ``none``. ``p`` is what the method was given, ``asked_p`` the mean
-rate that makes. ``variance_shift`` is the variance at a BatchNorm in training over that in
-evaluation, where it is furthest from 1, of the trained network of seed 0; it is missing where an
-older version, which did not measure it, trained that one. A figure that does not exist, or is not
-finite, is null.
+A finished run is an entry of ``seeds``:
+
+- ``seed``.
+- ``test_error`` and ``train_error``, as fractions, both in eval mode after training.
+- ``test_nll``, the mean negative log-likelihood in nats.
+- ``step_ms``, the time of a training step, timed side by side with the other methods.
+- ``flops`` and ``saved_bytes``, means over training steps.
+- ``observed_p``, the drop rate that training delivered, mean over branches.
+- ``epoch``, the epoch that is reported; ``seconds`` of training; ``curves``.
+
+``mean`` and ``std`` (of a sample, n - 1) are over seeds. ``ratio`` holds the means of ``step_ms``,
+``flops`` and ``saved_bytes`` divided by those of ``none``. ``p`` is the argument of the method,
+``asked_p`` the mean drop rate that results from it. ``variance_shift`` is the ratio of the variance
+at a BatchNorm in training to that in evaluation, for the trained network of seed 0 and at the
+BatchNorm where it is furthest from 1; it is missing where seed 0 was trained by an older version,
+which did not measure it. A figure that does not exist, or is not finite, is null.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import platform
-import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +45,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import torchdrop
 
@@ -69,13 +74,12 @@ FIGURES = (
     "saved_bytes",
     "observed_p",
 )
-"""The figures of a seed that have a mean."""
+"""The figures of a run that are averaged over seeds."""
 
 _RATIOS = ("step_ms", "flops", "saved_bytes")
 
 _GROWING = ("seeds", "methods", "costs_like")
-"""The parts of the configuration that may be added to: no figure of another run depends on them."""
-
+"""The parts of the configuration that may be extended: no finished run depends on them."""
 
 _EACH = "*"
 _NUMBER = int | float | None
@@ -103,7 +107,7 @@ _SHAPE = {
         }
     },
 }
-"""What going on with results, and the table and the report, rely on."""
+"""The parts of the content that a resumed comparison, the table and the report rely on."""
 
 
 class Results:
@@ -111,12 +115,12 @@ class Results:
 
     Args:
         folder: The directory of the comparison.
-        config: What was asked for.
-        resume: Whether to go on with results that are there.
+        config: The settings of the comparison.
+        resume: Whether to continue with the results in the folder.
 
     Raises:
-        UserError: There are results and ``resume`` is false, or there are none and it is true, or
-            they are of another configuration, or damaged.
+        UserError: The folder holds results although ``resume`` is false, or none although it is
+            true; or they are of another configuration, or damaged.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], resume: bool = False) -> None:
@@ -151,7 +155,7 @@ class Results:
         self.content["config"] = config
 
     def begin(self, name: str, **about: Any) -> dict[str, Any]:
-        """The entry of a method, made with ``about`` where it is new."""
+        """Return the entry of a method, made if it is new, with the fields ``about`` set."""
         entry: dict[str, Any] = self.content["methods"].setdefault(name, {"seeds": []})
         entry.update(about)
         return entry
@@ -163,7 +167,7 @@ class Results:
         seeds.sort(key=lambda entry: int(entry["seed"]))
 
     def set_costs(self, seed: int, costs: dict[str, dict[str, float]]) -> None:
-        """Set what a step of each method costs at a seed, in the finished runs of it too."""
+        """Set the costs of each method at a seed, in the finished runs of that seed too."""
         self.content["costs"][str(seed)] = costs
         for name, cost in costs.items():
             for entry in self.begin(name)["seeds"]:
@@ -171,19 +175,22 @@ class Results:
                     entry.update(cost)
 
     def finished(self, name: str, seed: int) -> bool:
-        """Whether this run is done."""
+        """Whether the run of a method at a seed is finished."""
         return any(entry["seed"] == seed for entry in self.begin(name)["seeds"])
 
     def save(self, complete: bool = False) -> None:
-        """Bring the means up to date and write the file, whole or not at all.
+        """Compute the means and write the file, as a whole or not at all.
+
+        Args:
+            complete: Whether all runs are finished.
 
         Raises:
-            UserError: There is no space or no right to write.
+            UserError: The file cannot be written.
         """
         self.content = _finite(self.content)
         self.content["status"] = "complete" if complete else "partial"
         methods = self.content["methods"]
-        # In the order asked for, wherever a method was added.
+        # In the order of the configuration, also where a resumed comparison added a method.
         order = dict.fromkeys([*self.content["config"].get("methods", ()), *methods])
         self.content["methods"] = {name: methods[name] for name in order if name in methods}
         for entry in self.content["methods"].values():
@@ -205,10 +212,10 @@ class Results:
 
 
 def check_resumable(folder: Path) -> None:
-    """Refuse to go on where nothing was begun.
+    """Check that the folder holds results to continue with.
 
     Raises:
-        UserError: The folder holds no results.
+        UserError: It holds none.
     """
     if not (folder / FILE).exists():
         raise UserError(
@@ -218,12 +225,12 @@ def check_resumable(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, meets the old one or the new one.
+    """Replace a file in one step: whenever it is read, it holds the old text or the new one.
 
     Raises:
-        UserError: There is no space or no right to write.
+        UserError: The file cannot be written.
     """
-    # One writer a folder: what a process that was killed left behind is written over.
+    # The folder has one writer, so that a file left by a process that was killed is overwritten.
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -242,47 +249,42 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made where it is missing, for this process alone.
+    """Lock a folder, created if it is missing, so that no other process works in it.
 
-    The system releases the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, even if it is killed. The lock's file stays
+    in the folder.
 
     Raises:
-        UserError: Another process holds it, or it cannot be locked or written to.
+        UserError: Another process holds the lock, or the folder cannot be written to or locked.
     """
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        path.touch()
     except OSError as error:
         raise UserError(
             f"cannot write in {str(folder)!r} ({error.strerror}); choose another --out"
         ) from error
-    with file:
-        try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise UserError(
-                    f"another torchdrop is at work in {str(folder)!r}; wait for it or choose "
-                    f"another --out"
-                ) from error
-            raise UserError(
-                f"cannot lock {str(folder)!r} ({error.strerror}), so another torchdrop could write "
-                f"there too; choose an --out on a local disk"
-            ) from error
+    lock = FileLock(path, blocking=False)
+    try:
+        with warnings.catch_warnings():
+            # On a file system without locks, filelock warns and relies on the existence of a file,
+            # which would outlive a process that is killed. As an error, the warning prevents it.
+            warnings.simplefilter("error", UserWarning)
+            lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another torchdrop is at work in {str(folder)!r}; wait for it or choose another --out"
+        ) from error
+    except (OSError, NotImplementedError, UserWarning) as error:
+        raise UserError(
+            f"cannot lock {str(folder)!r} ({one_line(error)}), so another torchdrop could write "
+            f"there too; choose an --out on a local disk"
+        ) from error
+    try:
         yield
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        lock.release()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -299,13 +301,18 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot go on with {str(path)!r} ({type(error).__name__}: {one_line(error)}); "
-            f"it is left as it is, give another --out"
+            f"the file is left as it is, give another --out"
         ) from error
     return content
 
 
 def _check_shape(value: Any, shape: Any, where: str = "it") -> None:
-    """Refuse what cannot be gone on with, or made a table of."""
+    """Check that a value has the types and the fields of ``shape``.
+
+    Raises:
+        TypeError: A value has another type.
+        ValueError: A field is missing.
+    """
     kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{where} is a {type(value).__name__}")
@@ -321,7 +328,7 @@ def _check_shape(value: Any, shape: Any, where: str = "it") -> None:
 
 
 def _without_growth(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """The configuration ``there`` with the seeds and methods that ``wanted`` has beyond it."""
+    """Return the configuration ``there``, with the seeds and methods that ``wanted`` adds to it."""
     grown = dict(there)
     for name in _GROWING:
         old, new = there.get(name), wanted.get(name)
@@ -333,7 +340,7 @@ def _without_growth(there: dict[str, Any], wanted: dict[str, Any]) -> dict[str, 
 
 
 def _first_difference(there: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations differ, and its two values."""
+    """Return the first field in which two configurations differ, and its two values."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         for key in [*there, *(key for key in wanted if key not in there)]:
             inner = f"{name}.{key}" if name else str(key)
@@ -346,7 +353,7 @@ def _first_difference(there: Any, wanted: Any, name: str = "") -> tuple[str, Any
 
 def _over_seeds(entry: dict[str, Any], name: str, how: Any) -> float | None:
     values = [seed[name] for seed in entry["seeds"]]
-    # A mean over some of the seeds only would flatter: a run that has no figure counts.
+    # A mean over the other seeds alone would hide that a run has no figure, as if it diverged.
     if not values or any(value is None for value in values):
         return None
     figure: float | None = how(values)
@@ -364,7 +371,7 @@ def _finite(value: Any) -> Any:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of python, torchdrop and what else figures depend on; of ``more`` packages too."""
+    """Return the versions of Python, torchdrop, the packages it uses, and ``more`` packages."""
     found = {"python": platform.python_version(), "torchdrop": torchdrop.__version__}
     for package in ("torch", "torchvision", "lightning", "numpy", "scikit-learn", *more):
         try:
@@ -375,7 +382,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What figures were taken on."""
+    """Return a description of this machine."""
     return {
         "system": platform.platform(),
         "processor": _processor(),
@@ -385,7 +392,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    with suppress(OSError):  # only Linux has the file
+    with suppress(OSError):  # the file exists on Linux only
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""The tables at the end of a comparison and of a benchmark, for the terminal."""
+"""The tables of ``compare`` and ``bench`` in the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.text import Text
 __all__ = ["COLUMNS", "WIDTH", "bench_table", "cells", "table"]
 
 WIDTH = 104
-"""The columns of a terminal that the table needs."""
+"""The width in characters that a table needs."""
 
-# In two lines each, so that a row fits in WIDTH.
+# Headers of two lines, so that a row fits in WIDTH.
 COLUMNS = (
     "method",
     "test\nerror %",
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def cells(content: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table as text, from the content of results.json."""
+    """Return the cells of each row of the table, from the content of results.json."""
     rows = []
     for name, entry in content["methods"].items():
         mean, std, ratio = entry["mean"], entry["std"], entry["ratio"]
@@ -46,7 +46,7 @@ def cells(content: dict[str, Any]) -> list[list[str]]:
                 _number(mean["test_nll"], 3),
                 *(_number(ratio[key], 2) for key in ("step_ms", "flops", "saved_bytes")),
                 dropped,
-                # Results of an older version have none.
+                # Results of older versions lack it.
                 _number(entry.get("variance_shift"), 2),
             ]
         )
@@ -62,7 +62,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def table(content: dict[str, Any]) -> Table:
-    """The table, narrow enough for WIDTH."""
+    """Return the table of ``torchdrop compare``, at most WIDTH characters wide."""
     seeds = content["config"]["seeds"]
     config = content["config"]
     over = f"mean ± std over {seeds} seeds" if seeds > 1 else "one seed"
@@ -71,7 +71,7 @@ def table(content: dict[str, Any]) -> Table:
         padding=(0, 1),
         collapse_padding=True,
         pad_edge=False,
-        # Text here and in the rows, since a name may hold what looks like markup.
+        # As Text, here and in the rows, since a name may look like rich's markup.
         title=Text(f"{config['model']} on {config['data']}, {over}", style="table.title"),
     )
     for index, name in enumerate(COLUMNS):
@@ -82,7 +82,7 @@ def table(content: dict[str, Any]) -> Table:
 
 
 def bench_table(content: dict[str, Any]) -> Table:
-    """The table of ``torchdrop bench``."""
+    """Return the table of ``torchdrop bench``."""
     config = content["config"]
     result = Table(
         box=SIMPLE_HEAD,

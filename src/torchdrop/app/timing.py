@@ -1,4 +1,4 @@
-"""Clocks and memory: what a run takes, side by side with others in one process."""
+"""Measure the time and the peak memory of functions, side by side in one process."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["in_turn", "peak_bytes", "threads", "wait"]
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all work that was queued."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads inside; None leaves their number as it is."""
+    """Set torch's number of CPU threads inside the context; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -38,17 +38,16 @@ def in_turn(
     clock: Callable[[], float] | None = None,
     begin: int = 0,
 ) -> Iterator[dict[str, float]]:
-    """The milliseconds of one run of each, again and again without end.
+    """Yield the milliseconds that each function takes, round after round, without end.
 
-    All run once a round, one after the other and another one first each round, so that whatever
-    else the machine does meets all of them. The device is waited for before each reading of the
-    clock.
+    Each round calls every function once and begins with another one, so that other load on the
+    machine affects all of them alike. The device is synchronised before each reading of the clock.
 
     Args:
-        runs: What to run, by name.
-        device: Where it runs.
-        clock: Seconds, from any origin; time.perf_counter if not given.
-        begin: The number of the first round, which decides who is first.
+        runs: The functions, by name.
+        device: The device that they run on.
+        clock: Returns seconds, from any origin; time.perf_counter if not given.
+        begin: The number of the first round, which decides the function it begins with.
     """
     read = clock or time.perf_counter
     names = list(runs)
@@ -65,10 +64,10 @@ def in_turn(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that a run has allocated at a time, on top of what was there before.
+    """Return the peak of the memory that a call allocates, above what was allocated before it.
 
-    From the allocator of an accelerator; on a CPU from torch's profiler, which is told of every
-    allocation. None where the allocator keeps no record (MPS).
+    It is read from the allocator of an accelerator; on a CPU from torch's profiler, which records
+    every allocation. None where the allocator keeps no record (MPS).
     """
     if device.type == "cpu":
         with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -92,7 +91,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep away what the profiler's library writes to standard error on its own account."""
+    """Discard what the profiler's C++ library writes to standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
