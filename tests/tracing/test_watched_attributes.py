@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop.running.forward_slot import occupant_of
+from torchdrop.tracing.watched_attributes import same
 from zoo import BARELY, assert_same, instance_names
 
 W = 6
@@ -49,7 +50,7 @@ class Slots:
 
 
 class Output(nn.Module):
-    """Adds the skip for its parent, and is looked through therefore."""
+    """Adds the skip for its parent, so its forward is read as part of the parent's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ def test_what_a_forward_changes_is_refused_and_left_as_it_is(
     model = nn.Sequential(kind(), kind())
     before = pickle.dumps(model)
     names = instance_names(model)
-    with pytest.raises(ValueError, match=rf"test_lent\.py:\d+ .*{what}|{what}"):
+    with pytest.raises(ValueError, match=rf"test_watched_attributes\.py:\d+ .*{what}|{what}"):
         torchdrop.add_stochastic_depth(model, 0.5)
     assert instance_names(model) == names
     assert pickle.dumps(model) == before
@@ -231,3 +232,26 @@ def test_reading_changes_nothing() -> None:
     torchdrop.find_residuals(model, torch.randn(4, W))
     assert pickle.dumps(model) == before
     assert "__getattribute__" not in nn.Module.__dict__
+
+
+@pytest.mark.parametrize(
+    ("known", "given", "alike"),
+    [
+        (2, 2, True),
+        ([1, "a"], [1, "a"], True),
+        (1, True, False),
+        (1, 1.0, False),
+        ((1,), [1], False),
+    ],
+)
+def test_equal_values_of_different_types_are_not_the_same(
+    known: object, given: object, alike: bool
+) -> None:
+    # a forward may ask `is True`, or divide: 1 // 2 is not 1.0 // 2
+    assert same(known, given) is alike
+
+
+def test_a_tensor_is_the_same_only_as_itself() -> None:
+    x = torch.ones(2)
+    assert same(x, x)
+    assert not same(x, x.clone())
