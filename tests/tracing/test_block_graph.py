@@ -229,8 +229,8 @@ def test_a_drop_path_in_the_forward_itself_is_refused(kind: type[Base], p: float
     names = instance_names(model)
     with pytest.raises(
         ValueError,
-        match=r"'blocks\.0' \(.*drops the branch blocks\.0 by itself.*"
-        r"add to p; set it to 0, make it a layer like torchdrop\.DropPath",
+        match=r"'blocks\.0' \(.*drops the branch blocks\.0 itself.*"
+        r"add to p; set it to 0, use a layer like torchdrop\.DropPath",
     ):
         torchdrop.add_stochastic_depth(model, p)
     assert instance_names(model) == names
@@ -320,7 +320,7 @@ UNREADABLE: dict[type[Base], str] = {
     TellingItsChild: r"it sets size of a Sequential",
     WithoutGradients: r"torch\.no_grad, autocast or the like",
     UnderAutocast: r"torch\.no_grad, autocast or the like",
-    Branching: r"test_tracing\.py:\d+ \(if x\.mean\(\) > 0:\)",
+    Branching: r"test_block_graph\.py:\d+ \(if x\.mean\(\) > 0:\)",
 }
 
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_read_is_said_with_the_line(kind: type[Base]) -> None:
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == state
     assert np.random.get_state()[2] == numpy_state
-    with pytest.raises(UntraceableError, match=kind.__name__ + "|test_tracing"):
+    with pytest.raises(UntraceableError, match=kind.__name__ + "|test_block_graph"):
         trace_block(model.blocks[0])
 
 

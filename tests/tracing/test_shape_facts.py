@@ -172,7 +172,7 @@ def test_a_plain_number_from_the_batch_size_is_no_constant():
     model, x = two(CountsTheBatch), torch.randn(8, 4, 8, dtype=torch.float64)
     found = torchdrop.find_residuals(model, x)
     assert [r.action for r in found] == ["layer", "layer"]
-    assert "fixed number what depends on the batch size" in found[0].reason
+    assert "a Python number that depends on the batch size" in found[0].reason
     plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
     check(model, plan, x)
 

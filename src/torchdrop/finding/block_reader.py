@@ -107,19 +107,19 @@ class BlockReader:
                     found[self._names[child]] = {**finder.block.arguments, **more}
         return found
 
-    def _read(self, module: nn.Module, look_through: Iterable[nn.Module] = ()) -> BlockGraph:
+    def _read(self, module: nn.Module, inlined: Iterable[nn.Module] = ()) -> BlockGraph:
         name = self._names[module]
         if self._example is None or name not in self._example.first.calls:
-            if not look_through:
+            if not inlined:
                 return self._children.read(module)
             return trace_block(
-                module, batch_dim=self._batch_dim or 0, look_through=set(look_through)
+                module, batch_dim=self._batch_dim or 0, inlined=set(inlined)
             )
         return trace_block(
             module,
             arguments=self._example.first.calls[name],
             batch_dim=self._dimension(name),
-            look_through=set(look_through),
+            inlined=set(inlined),
             outputs=self._example.first.items,
         )
 
@@ -146,9 +146,9 @@ class BlockReader:
                 joining = set()
                 break
             used = {
-                module.get_submodule(entry.split.add.meta["within"])
+                module.get_submodule(entry.split.add.meta["inlined"])
                 for entry in deeper.entries
-                if "within" in entry.split.add.meta
+                if "inlined" in entry.split.add.meta
             }
             if used == joining:
                 plain = deeper

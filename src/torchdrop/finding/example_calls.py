@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.tracing.block_graph import BlockGraph, Fixed
+from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.unchanged import attention_fast_path_off, unchanged
 from torchdrop.tracing.watched_attributes import same
@@ -68,7 +68,7 @@ class Recording:
             for the first of a tuple), by its path.
         forms: What it returned, with None for each tensor, by its path.
         items: For modules that return a tuple, what each item was: None; the place of the argument
-            (a number, or a name) that it was; a :class:`Fixed` where it was a
+            (a number, or a name) that it was; a :class:`PlainValue` where it was a
             number or a list of them; or ``...`` for anything else.
         times: How often each module was called.
     """
@@ -135,7 +135,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
 def _fixed(item: Any) -> Any:
     """``item`` where it is a plain value, not to be told from another of the same size."""
     plain = item if isinstance(item, tuple | list) else [item]
-    return Fixed(item) if all(type(i) in (bool, int, float, str) for i in plain) else ...
+    return PlainValue(item) if all(type(i) in (bool, int, float, str) for i in plain) else ...
 
 
 def _described(example_inputs: Any) -> str:

@@ -1,6 +1,7 @@
-"""READ one block: its own forward as a graph, every child a leaf. Nothing here changes a module.
+"""Read the forward of one block as a graph, in which every child is a single node.
 
-torch.fx is used to read. The graph is never handed to the user and never run as it stands.
+The graph serves to find out what the forward does. It is not handed to the user and not run as it
+stands, and reading it changes no module.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import operator
 import threading
 import traceback
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,35 +27,38 @@ from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.tracer import Reader, RecordFactories
 from torchdrop.tracing.untraceable import UntraceableError
 
-__all__ = ["BlockGraph", "Fixed", "trace_block"]
+__all__ = ["BlockGraph", "PlainValue", "trace_block"]
 
 # torch.fx patches nn.Module for the whole process while it traces.
 _LOCK = threading.RLock()
 
-# How often a block is read while other threads draw numbers of Python or numpy.
-_READINGS_IN_COMPANY = 5
+# How often a block is read if other threads draw random numbers of Python or NumPy meanwhile.
+_ATTEMPTS_WITH_OTHER_THREADS = 5
 
 
 @dataclass
 class BlockGraph:
-    """One block's own forward, in training mode or in evaluation, as it is called.
+    """One block's own forward, for one kind of call.
 
     Attributes:
         module: The block.
-        graph: Its forward. Children are leaves; nodes that nobody uses are gone.
-        arguments: The arguments by name that it was read with: of tensors what is known without
-            their values, or ``A_TENSOR``.
+        graph: Its forward. Children are single nodes; nodes without users are removed.
+        arguments: The arguments by name that the forward was read with. A tensor is represented
+            by one without data, or by ``A_TENSOR``.
         tensors: The arguments that became placeholders, in order: their names, and for a tensor
             in a tuple, list or dict the name with a path ("states.0").
-        constants: The other arguments, which the graph holds fixed; of a container its size.
-        attributes: The plain attributes of the block that its forward read, also fixed.
-        decisions: What the forward branched on that a call tells beforehand (``x.dim() == 3``): a
-            graph from the same placeholders to a tuple of truth values; None if on nothing.
-        decided: How those came out.
-        computed: Whether it branched on the shapes of values that it computes: the graph then
-            stands only for calls with the shapes and dtypes of this one.
-        look_through: The children whose forwards are part of the graph.
-        items: What other children returned, as far as that was used, by their paths.
+        constants: The other arguments, which are fixed in the graph; of a container its size.
+        attributes: The plain attributes that the forward read, by their path from the block. They
+            are fixed in the graph, too.
+        decisions: A graph from the same placeholders to the truth values that the forward branched
+            on and that follow from the arguments without computing anything, as ``x.dim() == 3``
+            does; None if there are none.
+        decided: The truth values with these arguments.
+        computed: Whether the forward branched on the shapes of values that it computes. The graph
+            then holds only for calls whose tensors have the same shapes and dtypes.
+        inlined: The paths of the children whose forwards are part of the graph.
+        items: For each child of which single items were taken as known: what it returned, as
+            ``Recording.items`` has it, by its path.
     """
 
     module: nn.Module
@@ -66,13 +70,13 @@ class BlockGraph:
     decisions: fx.Graph | None
     decided: list[bool]
     computed: bool
-    look_through: list[str]
+    inlined: list[str]
     items: dict[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """What a child returned that is no tensor: the size of a feature map, say."""
+class PlainValue:
+    """A number, a string or a list of them that a child returned: the size of a feature map."""
 
     value: Any
 
@@ -83,153 +87,105 @@ def trace_block(
     training: bool = True,
     arguments: Mapping[str, Any] | None = None,
     batch_dim: int = 0,
-    look_through: Collection[nn.Module] = (),
+    inlined: Collection[nn.Module] = (),
     outputs: Mapping[nn.Module, Sequence[Any]] | None = None,
 ) -> BlockGraph:
     """Read ``module``'s own forward.
 
     Args:
-        module: The block. It is left as it is.
+        module: The block. It is not changed.
         training: Whether the forward is read in training mode or in evaluation.
-        arguments: The arguments by name of a call that really happened: its tensors become
-            placeholders, everything else stays what it was. None: parameters without a default
-            are tensors, those with one keep it.
+        arguments: The arguments by name of a call that happened: its tensors become placeholders,
+            everything else is fixed. None: parameters without a default are tensors, the others
+            have their default.
         batch_dim: Which dimension of the tensors is the batch.
-        look_through: Children that are not leaves: their forwards become part of the graph.
-        outputs: What children returned in that call, as ``Recording.items`` has
-            it: an item that was None is None in the graph, one that was an argument is it.
+        inlined: Children whose forwards become part of the graph.
+        outputs: What children returned in that call, as ``Recording.items`` has it: an item that
+            was None is None in the graph, and one that was an argument of the child is that
+            argument.
 
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
     with _LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of functions that wonder about proxies
-        before = RandomStates()
-        # Random numbers that decide in Python are refused: the graph would hold one decision for
-        # ever. Other threads may draw meanwhile: those of torch are told apart from this one's,
-        # and where they draw others, the block is read again.
-        alone = threading.active_count() == 1
-        for left in reversed(range(1 if alone else _READINGS_IN_COMPANY)):
-            reader = Reader(arguments, training, batch_dim, look_through)
-            draws = TorchDraws()  # type: ignore[no-untyped-call]
-            states = RandomStates()
-            try:
-                with (
-                    reader.lender.watching(module, reader.is_asking),
-                    RecordFactories(reader),
-                    nullcontext() if alone else draws,
-                ):
-                    graph = reader.trace(module)
-                if not draws.drawn and not states.changed(alone=alone):
-                    break
-                if draws.drawn or not left:
-                    raise UntraceableError("it draws random numbers in Python")
-            except UntraceableError as error:
-                before.restore()
-                raise type(error)(f"{_where(module, error)}: {error}") from None
-            except Exception as error:
-                # A user's forward may raise anything when it is handed proxies.
-                before.restore()
-                first = str(error).splitlines()[0] if str(error) else ""
-                what = f"{type(error).__name__}: {first}"
-                raise UntraceableError(f"{_where(module, error)}: {what}") from None
+        warnings.simplefilter("ignore")  # PyTorch warns about some uses of proxies
+        generators = RandomStates()
+        try:
+            with _errors_with_line(module):
+                reader, graph = _read_without_draws(
+                    module, partial(Reader, arguments, training, batch_dim, inlined)
+                )
+        except UntraceableError:
+            generators.restore()
+            raise
     for node in graph.nodes:
         # with it the text that fx writes would wrap the function for every trace to come
         call_by_full_name(node)
     decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
     if outputs:
-        _settle_outputs(graph, module, outputs)
+        _replace_known_items(graph, module, outputs)
     merge_partial_sums(graph)
-    _drop_unused(graph)
-    attributes = {
-        name: value
-        for name, value in reader.lender.attributes.items()
-        if not isinstance(value, Tensor | nn.Module)
-    }
+    _remove_unused(graph)
     return BlockGraph(
-        module,
-        graph,
-        reader.arguments,
-        reader.tensors,
-        reader.constants,
-        attributes,
-        decisions,
-        list(reader.decisions.values()),
-        reader.computed,
-        [str(node.args[1]) for node in graph.nodes if node.target is passed_through],
-        {
-            str(node.target): items
-            for node in graph.nodes
-            if node.op == "call_module"
-            and (items := (outputs or {}).get(module.get_submodule(str(node.target))))
+        module=module,
+        graph=graph,
+        arguments=reader.arguments,
+        tensors=reader.tensors,
+        constants=reader.constants,
+        attributes={
+            path: value
+            for path, value in reader.watch.attributes.items()
+            if not isinstance(value, Tensor | nn.Module)
         },
+        decisions=decisions,
+        decided=list(reader.decisions.values()),
+        computed=reader.computed,
+        inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
+        items=_known_items(graph, module, outputs or {}),
     )
 
 
-def _settle_outputs(
-    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
-) -> None:
-    """Put what is known about the items that children return in the place of those items.
+def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tuple[Reader, fx.Graph]:
+    """Trace the forward of ``module``, and make sure that it draws no random number in Python.
 
-    An attention returns weights that nobody asked for as None, or the bias that it was given: the
-    branch around it is then none the less used for nothing but its sum. Or it returns the size of
-    its feature map, which is what it was as long as the input has one size.
+    The graph would hold the same decision in every call. Other threads may draw numbers meanwhile.
+    Those of torch can be told apart by thread. Those of Python and NumPy cannot, so the forward is
+    read again if some were drawn.
     """
-    for node in list(graph.nodes):
-        call = node.args[0] if node.target is operator.getitem else None
-        if not isinstance(call, fx.Node) or call.op != "call_module":
-            continue
-        items = outputs.get(module.get_submodule(str(call.target)))
-        index = node.args[1]
-        if items is None:
-            continue
-        known: Any = None
-        if isinstance(index, slice):  # the rest of a tuple
-            if not all(item is None or isinstance(item, Fixed) for item in items[index]):
-                continue
-            known = tuple(None if item is None else item.value for item in items[index])
-        elif not isinstance(index, int) or index >= len(items):
-            continue
-        elif isinstance(items[index], int | str):
-            given: Any = call.args if isinstance(items[index], int) else call.kwargs
-            try:
-                known = given[items[index]]
-            except LookupError:
-                continue
-        elif isinstance(items[index], Fixed):
-            known = items[index].value
-        elif items[index] is not None:
-            continue
-        for user in list(node.users):
-            swap = partial(_swapped, node, known)
-            user.args = fx.map_arg(user.args, swap)
-            user.kwargs = fx.map_arg(user.kwargs, swap)
-        node.meta["expected"] = known
+    alone = threading.active_count() == 1
+    for left in reversed(range(1 if alone else _ATTEMPTS_WITH_OTHER_THREADS)):
+        reader = make_reader()
+        draws = TorchDraws()  # type: ignore[no-untyped-call]
+        generators = RandomStates()
+        with (
+            reader.watch.watching(module, reader.works_out_shapes),
+            RecordFactories(reader),
+            nullcontext() if alone else draws,
+        ):
+            graph = reader.trace(module)
+        if not draws.drawn and not generators.changed(alone=alone):
+            return reader, graph
+        if draws.drawn or not left:
+            break
+    raise UntraceableError("it draws random numbers in Python")
 
 
-def _swapped(old: fx.Node, new: Any, node: fx.Node) -> Any:
-    return new if node is old else node
-
-
-def _decisions(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Graph:
-    """The part of ``graph`` that computes ``nodes`` from its placeholders."""
-    part = fx.Graph()
-    done: dict[fx.Node, fx.Node] = {}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in done:
-            done[node] = part.node_copy(node, copied)
-        return done[node]
-
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            copied(node)
-    part.output(tuple(map(copied, nodes)))
-    return part
+@contextmanager
+def _errors_with_line(module: nn.Module) -> Iterator[None]:
+    """Turn every error of a forward into an UntraceableError that names the line."""
+    try:
+        yield
+    except UntraceableError as error:
+        raise type(error)(f"{_where(module, error)}: {error}") from None
+    except Exception as error:
+        # A user's forward may raise anything if it is called with proxies.
+        first = str(error).splitlines()[0] if str(error) else ""
+        reason = f"{type(error).__name__}: {first}"
+        raise UntraceableError(f"{_where(module, error)}: {reason}") from None
 
 
 def _where(module: nn.Module, error: BaseException) -> str:
-    """File and line, in the user's own code, at which reading ``module`` ended."""
+    """Return the file and line, in the user's own code, where reading ``module`` ended."""
     try:
         file = inspect.getsourcefile(type(module))
     except TypeError:
@@ -240,12 +196,90 @@ def _where(module: nn.Module, error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
 
 
-def _drop_unused(graph: fx.Graph) -> None:
-    """Remove nodes that nobody uses and that have no effect (an unpacked attention weight)."""
+def _decisions(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Graph:
+    """Return the part of ``graph`` that computes ``nodes`` from its placeholders."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = part.node_copy(node, copied)
+        return copies[node]
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied(node)
+    part.output(tuple(map(copied, nodes)))
+    return part
+
+
+_UNKNOWN = object()
+
+
+def _replace_known_items(
+    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
+) -> None:
+    """Replace the items of what children return by their values, as far as these are known.
+
+    An attention returns None in place of weights that are not asked for, or the bias that it was
+    given, or the size of its feature map. If such an item is used outside the branch, the branch
+    would seem to be used there, too.
+    """
+    for node in list(graph.nodes):
+        call = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(call, fx.Node) or call.op != "call_module":
+            continue
+        items = outputs.get(module.get_submodule(str(call.target)))
+        known = _UNKNOWN if items is None else _known_item(items, node.args[1], call)
+        if known is _UNKNOWN:
+            continue
+        for user in list(node.users):
+            swap = partial(_swapped, node, known)
+            user.args = fx.map_arg(user.args, swap)
+            user.kwargs = fx.map_arg(user.kwargs, swap)
+        node.meta["expected"] = known
+
+
+def _known_item(items: Sequence[Any], index: Any, call: fx.Node) -> Any:
+    """Return the value of the item ``index`` of what ``call`` returns; _UNKNOWN if it may vary."""
+    if isinstance(index, slice):  # several items of a tuple
+        chosen = items[index]
+        if not all(item is None or isinstance(item, PlainValue) for item in chosen):
+            return _UNKNOWN
+        return tuple(None if item is None else item.value for item in chosen)
+    if not isinstance(index, int) or index >= len(items):
+        return _UNKNOWN
+    item = items[index]
+    if isinstance(item, int | str):  # it was this argument of the child
+        given: Any = call.args if isinstance(item, int) else call.kwargs
+        try:
+            return given[item]
+        except LookupError:
+            return _UNKNOWN
+    if isinstance(item, PlainValue):
+        return item.value
+    return None if item is None else _UNKNOWN
+
+
+def _swapped(old: fx.Node, new: Any, node: fx.Node) -> Any:
+    return new if node is old else node
+
+
+def _known_items(
+    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """Return the items of ``outputs`` by the path of the child, for the children in the graph."""
+    calls = (str(node.target) for node in graph.nodes if node.op == "call_module")
+    found = ((path, outputs.get(module.get_submodule(path))) for path in calls)
+    return {path: items for path, items in found if items}
+
+
+def _remove_unused(graph: fx.Graph) -> None:
+    """Remove nodes that have no users and no effect, such as an unpacked attention weight."""
     for node in reversed(list(graph.nodes)):
         if node.users or node.op not in ("call_function", "call_method", "get_attr"):
             continue
-        if "expected" in node.meta:  # it is to be compared
+        if "expected" in node.meta:  # compared with the value in each call
             continue
         if node.op == "get_attr" or node.target is operator.getitem or is_shape_node(node):
             graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""The arguments of a call: which are tensors, also inside containers, and what the others are."""
+"""Sort the arguments of a call into tensors and constants, also inside containers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 __all__ = ["A_TENSOR", "flatten_arguments", "is_cache"]
 
-# Stands for "whatever tensor comes" among the arguments of a call.
+# Represents a tensor of which nothing is known among the arguments of a call.
 A_TENSOR = object()
 
 
 def is_cache(value: Any) -> bool:
-    """Whether ``value`` is a key/value cache, as the decoders of transformers make them."""
+    """Whether ``value`` is a key/value cache like those of the decoders in transformers."""
     kind = type(value)
     return callable(getattr(kind, "get_seq_length", None)) and callable(
         getattr(kind, "update", None)
@@ -27,32 +27,32 @@ def flatten_arguments(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Sort the arguments of a call into tensors and constants, also inside containers.
 
-    A key/value cache counts as None: it is of no use where rows are cut, and makes a call unlike
-    every other.
+    A key/value cache counts as None: its rows cannot be selected, and no two calls have the same.
 
     Args:
         arguments: The arguments by name.
-        tensor: What to put in place of each tensor, from its path and itself.
+        tensor: Returns the replacement of a tensor, given its path and the tensor.
 
     Returns:
-        The arguments with their tensors replaced; what replaced the tensors, by path; the
-        constants, by path.
+        The arguments with their tensors replaced; the replacements by path; the constants by path.
     """
     tensors: dict[str, Any] = {}
     constants: dict[str, Any] = {}
 
-    def go(path: str, value: Any) -> Any:
+    def replaced(path: str, value: Any) -> Any:
         if value is A_TENSOR or isinstance(value, Tensor):
             tensors[path] = tensor(path, value)
             return tensors[path]
         if type(value) in (tuple, list):
             constants[path] = (type(value).__name__, len(value))
-            return type(value)([go(f"{path}.{i}", item) for i, item in enumerate(value)])
+            return type(value)([replaced(f"{path}.{i}", item) for i, item in enumerate(value)])
         if type(value) in (dict, OrderedDict):
             constants[path] = (type(value).__name__, tuple(value))
-            return type(value)((key, go(f"{path}.{key}", item)) for key, item in value.items())
+            return type(value)(
+                (key, replaced(f"{path}.{key}", item)) for key, item in value.items()
+            )
         value = None if is_cache(value) else value
         constants[path] = value
         return value
 
-    return {name: go(name, value) for name, value in arguments.items()}, tensors, constants
+    return {name: replaced(name, value) for name, value in arguments.items()}, tensors, constants

@@ -149,7 +149,9 @@ class Operation:
         sum: How to read the two summands from it, if it adds or subtracts.
         drops: How to read the drop probability from it, if it drops or draws a drop mask.
         spelled_out: The same in plain operations. The tracer calls this function in its place, with
-            the same arguments, so that a fused operation is read as the operations it stands for.
+            the same arguments, so that a fused operation is read as the operations it consists of.
+        inlined: A layer whose own forward is read as part of the forward that calls it, such as one
+            that adds its two arguments.
     """
 
     names: tuple[str, ...] = ()
@@ -179,6 +181,7 @@ class Operation:
     sum: SumForm | None = None
     drops: DropForm | None = None
     spelled_out: Callable[..., Any] | None = None
+    inlined: bool = False
 
 
 TABLE: tuple[Operation, ...] = (

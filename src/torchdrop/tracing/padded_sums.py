@@ -1,7 +1,7 @@
-"""PAD: a sum that covers only a part of the channels, as one sum with a skip padded by zeros.
+"""Read a sum over a part of the channels as one sum with a shortcut that is padded with zeros.
 
-``cat([b[:, :c] + x, b[:, c:]], 1)``, also written ``b[:, :c] += x``, is ``b + pad(x)``. What can be
-dropped is then the whole of ``b``, as a drop path before such a sum has it, and not a part.
+``cat([b[:, :c] + x, b[:, c:]], 1)``, also written ``b[:, :c] += x``, equals ``b + pad(x)``. In this
+form the whole of ``b`` is the branch and can be dropped, as a DropPath on ``b`` would do it.
 """
 
 from __future__ import annotations
@@ -17,38 +17,39 @@ from torchdrop.tracing.traced_functions import add_padded
 
 __all__ = ["ancestors", "merge_partial_sums"]
 
+
 def merge_partial_sums(graph: fx.Graph) -> None:
-    """Put :func:`add_padded` in the place of each sum of ``x`` and a part of what comes from it."""
+    """Replace each sum of ``x`` and a part of a tensor computed from ``x`` by ``add_padded``."""
     node: Any
     for node in list(graph.nodes):
         found = _concatenated(node) or _written(node)
         if found is None:
             continue
-        add, part, whole, dim, gone = found
+        add, part, whole, dim, unused = found
         (skip,) = (operand for operand in add.args if operand is not part)
         if not isinstance(skip, fx.Node) or skip not in ancestors(whole):
             continue
         with graph.inserting_before(node):
             operands = (whole, skip) if add.args[0] is part else (skip, whole)
             total = graph.call_function(add_padded, (*operands, dim))
-            total.meta.update({k: v for k, v in add.meta.items() if k == "within"})
+            total.meta.update({k: v for k, v in add.meta.items() if k == "inlined"})
         if node.target is operator.setitem:
             for user in [u for u in whole.users if u > node]:
                 user.replace_input_with(whole, total)
         else:
             node.replace_all_uses_with(total)
-        for done in (node, add, *gone):
+        for done in (node, add, *unused):
             if not done.users:
                 graph.erase_node(done)
 
 
-# The addition, its operand that is a part of a tensor, that tensor, the dimension on which it is a
-# part, and what else is of no use without the addition, users first.
+# The addition; its operand that is a part of a tensor; that tensor; the dimension on which it is a
+# part; the other nodes that are not needed without the addition, users first.
 _Found = tuple[fx.Node, fx.Node, fx.Node, int, list[fx.Node]]
 
 
 def _concatenated(node: Any) -> _Found | None:
-    """``cat([b[:, :c] + x, b[:, c:]], 1)``."""
+    """Match ``cat([b[:, :c] + x, b[:, c:]], 1)``."""
     if not operation_of(node).concatenates or node.op != "call_function":
         return None
     if not node.args or not isinstance(node.args[0], list | tuple):
@@ -62,15 +63,15 @@ def _concatenated(node: Any) -> _Found | None:
     for part in add.args:
         whole = _complement(part, rest, dim)
         if whole is not None and list(part.users) == [add]:
-            gone = [rest, part]
+            unused = [rest, part]
             if isinstance(part.args[0], fx.Node) and part.args[0] is not whole:
-                gone.append(part.args[0])  # the split that both are items of
-            return add, part, whole, int(dim), gone
+                unused.append(part.args[0])  # the call of split, which returns both
+            return add, part, whole, int(dim), unused
     return None
 
 
 def _written(node: Any) -> _Found | None:
-    """``b[:, :c] += x``."""
+    """Match ``b[:, :c] += x``."""
     if node.op != "call_function" or node.target is not operator.setitem:
         return None
     whole, key, add = node.args
@@ -78,32 +79,32 @@ def _written(node: Any) -> _Found | None:
         return None
     part = add.args[0]
     sliced = _slice(part)
-    if sliced is None or sliced[0] is not whole or not _alike(part.args[1], key):
+    if sliced is None or sliced[0] is not whole or not _same_argument(part.args[1], key):
         return None
     _, dim, start, _ = sliced
     before = {user for user in whole.users if user < node}
-    # what used it before may be another view of the same memory
+    # another view of the same memory may exist if it was used before
     if start not in (None, 0) or before != {part} or list(part.users) != [add]:
         return None
     return add, part, whole, dim, [part]
 
 
 def _is_sum(node: Any) -> bool:
+    """Whether ``node`` adds its two arguments, and does nothing else."""
     both = summands(node) if isinstance(node, fx.Node) else None
-    # with the operands in order, and nothing else
     return both is not None and both.gain == 1.0 and node.args == (both.left, both.right)
 
 
 def _complement(first: Any, rest: Any, dim: Any) -> fx.Node | None:
-    """What ``first`` and ``rest`` are the two parts of, on dimension ``dim``."""
+    """Return the tensor that consists of ``first`` and ``rest`` on dimension ``dim``, if any."""
     source: Any
-    place: Any
+    split_dim: Any
     one, two = _slice(first), _slice(rest)
     if one is not None and two is not None:
-        (source, place, start, stop), (other, its_place, its_start, its_stop) = one, two
-        meet = stop is not None and _alike(stop, its_start)
-        if source is other and place == its_place == dim and start in (None, 0) and meet:
-            return source if its_stop is None else None
+        (source, one_dim, start, stop), (other, two_dim, rest_start, rest_stop) = one, two
+        meet = stop is not None and _same_argument(stop, rest_start)
+        if source is other and one_dim == two_dim == dim and start in (None, 0) and meet:
+            return source if rest_stop is None else None
     if not all(isinstance(n, fx.Node) and n.target is operator.getitem for n in (first, rest)):
         return None
     split = first.args[0]
@@ -113,14 +114,14 @@ def _complement(first: Any, rest: Any, dim: Any) -> fx.Node | None:
         return None
     if callee(split) != "split" or len(split.args) < 2:
         return None
-    source, sizes, *place = split.args
-    by = split.kwargs.get("dim", place[0] if place else 0)
+    source, sizes, *more = split.args
+    split_dim = split.kwargs.get("dim", more[0] if more else 0)
     pair = isinstance(sizes, list | tuple) and len(sizes) == 2
-    return source if pair and by == dim and isinstance(source, fx.Node) else None
+    return source if pair and split_dim == dim and isinstance(source, fx.Node) else None
 
 
 def _slice(node: Any) -> tuple[fx.Node, int, Any, Any] | None:
-    """``(b, dim, start, stop)`` where ``node`` is a slice of ``b`` on one dimension alone."""
+    """Return ``(b, dim, start, stop)`` if ``node`` is a slice of ``b`` on a single dimension."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem:
         return None
     source: Any
@@ -134,32 +135,32 @@ def _slice(node: Any) -> tuple[fx.Node, int, Any, Any] | None:
         s.step not in (None, 1) for s in slices
     ):
         return None
-    cut = [i for i, k in enumerate(keys) if isinstance(k, slice) and k != slice(None)]
-    if len(cut) != 1:
+    sliced = [i for i, k in enumerate(keys) if isinstance(k, slice) and k != slice(None)]
+    if len(sliced) != 1:
         return None
-    (place,) = cut
-    start, stop = keys[place].start, keys[place].stop
-    return source, place - len(keys) if Ellipsis in keys[:place] else place, start, stop
+    (dim,) = sliced
+    start, stop = keys[dim].start, keys[dim].stop
+    return source, dim - len(keys) if Ellipsis in keys[:dim] else dim, start, stop
 
 
-def _alike(one: Any, two: Any) -> bool:
-    """Whether two arguments are the same number or slice: read off the same shape, for one."""
+def _same_argument(one: Any, two: Any) -> bool:
+    """Whether two arguments are the same number or slice, also if both are computed."""
     if isinstance(one, fx.Node) and isinstance(two, fx.Node):
         return one is two or (
             one.op == two.op == "call_function"
             and one.target is two.target
-            and _alike(one.args, two.args)
+            and _same_argument(one.args, two.args)
             and one.kwargs == two.kwargs
         )
     if isinstance(one, tuple) and isinstance(two, tuple):
-        return len(one) == len(two) and all(map(_alike, one, two))
+        return len(one) == len(two) and all(map(_same_argument, one, two))
     if isinstance(one, slice) and isinstance(two, slice):
-        return _alike((one.start, one.stop, one.step), (two.start, two.stop, two.step))
+        return _same_argument((one.start, one.stop, one.step), (two.start, two.stop, two.step))
     return type(one) is type(two) and bool(one == two)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """All that ``node`` is computed from."""
+    """Return all nodes that ``node`` is computed from."""
     found: set[fx.Node] = set()
     pending = list(node.all_input_nodes)
     while pending:

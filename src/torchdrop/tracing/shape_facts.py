@@ -1,8 +1,7 @@
-"""KNOW: what a call tells beforehand about the values that a forward computes: shapes, dtypes.
+"""Work out the shapes and dtypes of the values in a forward, without computing the values.
 
-``if height == width`` or ``(*x.shape[:-1], heads, dim)`` ask for facts that follow from the inputs
-of a call without computing anything. They are found on fake tensors, which have all of a tensor
-but its data; what depends on the data stays unknown.
+``if height == width`` or ``(*x.shape[:-1], heads, dim)`` need facts that follow from the shapes of
+the arguments. They are worked out on fake tensors, which have everything of a tensor but its data.
 """
 
 from __future__ import annotations
@@ -27,30 +26,32 @@ __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
 @contextmanager
 def _unobserved() -> Iterator[None]:
-    """Past the modes that record factories and draws while a forward is read, and the user's."""
+    """Suspend all modes: those that record a forward while it is traced, and those of the user."""
     with DisableTorchFunction(), disable_dispatch_modes():
         yield
 
 
 def meta_double(value: Tensor) -> Tensor:
-    """A tensor without data that stands for ``value``; it remembers where that lay."""
+    """Return a tensor without data with the shape of ``value``, which knows the device of it."""
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
 
 
 class NeedsDataError(LookupError):
-    """What is asked for depends on the data of a tensor."""
+    """The requested value depends on the data of a tensor."""
 
 
 class ShapeFacts:
     """The values of nodes, as far as they follow from the shapes and dtypes of the placeholders.
 
     Args:
-        owner: The module whose forward the nodes are of.
-        known: What stands for each placeholder, made by :func:`meta_double`.
-        larger: Take a batch twice as large on this dimension; None: as it was given. What is
-            another number then depends on the size of the batch.
+        owner: The module that has the forward.
+        known: A tensor without data for each placeholder, made by :func:`meta_double`.
+        larger: The dimension on which the batch is taken twice as large; None: the batch is as it
+            is in ``known``. A number that differs then depends on the size of the batch. The batch
+            is the size of the first placeholder on that dimension; a placeholder with another size
+            there does not carry the batch, and is left as it is.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class ShapeFacts:
                 )
 
     def of(self, node: fx.Node) -> Any:
-        """The value of ``node``: a number, a shape, or a tensor without data.
+        """Return the value of ``node``: a number, a shape, or a tensor without data.
 
         Raises:
-            LookupError: It depends on data, or cannot be found out.
+            LookupError: It depends on data, or cannot be worked out.
         """
         if node in self._values:
             return self._values[node]
@@ -89,7 +90,7 @@ class ShapeFacts:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise
-        except Exception as error:  # what a model does with tensors that have no data
+        except Exception as error:  # a model may raise anything with tensors that have no data
             asked = is_data_dependent_error(error)
             raise (NeedsDataError if asked else LookupError)(node) from error
         self._values[node] = value

@@ -1,7 +1,8 @@
-"""Reads a forward by calling it with proxies, which record what it does and answer what it asks.
+"""Trace a forward: call it with proxies that record each operation.
 
-What a call tells beforehand (shapes, dtypes, flags) is decided, and noted as decided; what depends
-on data is refused.
+Where the forward branches on a shape, a dtype or a flag, the proxies answer as in the call that is
+read, and the answer is recorded, so that later calls can be compared with it. Where it branches on
+data, tracing fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torchdrop.internals import NotAParameter, tensors_of_tracer, wrap_functions_of
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import is_shape_node, reads_device
-from torchdrop.tracing.operations import factories, in_place_operators, is_function_of_table, named
+from torchdrop.tracing.operations import (
+    factories,
+    in_place_operators,
+    is_function_of_table,
+    layers_with,
+    named,
+)
 from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
@@ -33,20 +40,20 @@ __all__ = ["Reader", "RecordFactories"]
 
 
 class _Proxy(NotAParameter, fx.Proxy):
-    """A proxy that records ``x += y`` as what it is. fx takes it for ``x = x + y``.
+    """A proxy that records ``x += y`` as an in-place addition; fx records ``x = x + y``.
 
-    Where Python needs a number, or how many items there are, it gives what follows from the call.
+    Where Python needs a number or a length, the proxy gives the one of the call that is read.
     """
 
     tracer: Reader
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # so that isinstance(x, Tensor) is true of the arguments that are tensors. Functions of
-        # torch in C ask for the class too, of what they could take as a number, and read the
-        # memory of what says that it is a Tensor: they are told what it is.
-        asked = "isinstance" in sys._getframe(1).f_code.co_names
-        return Tensor if asked and self.node.op == "placeholder" else _Proxy
+        # isinstance(x, Tensor) has to be true for the arguments that are tensors. Functions of
+        # torch written in C ask for the class as well and would read the memory of a Tensor, so
+        # they get the real class.
+        for_isinstance = "isinstance" in sys._getframe(1).f_code.co_names
+        return Tensor if for_isinstance and self.node.op == "placeholder" else _Proxy
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -68,7 +75,7 @@ class _Proxy(NotAParameter, fx.Proxy):
 
 
 class _Attribute(fx.proxy.Attribute, _Proxy):
-    """An attribute of a proxy, which ``len(x.shape)`` asks. It becomes a node when it is used."""
+    """An attribute of a proxy, such as ``x.shape``. It becomes a node when it is used."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -92,9 +99,10 @@ _FACTORIES = factories()
 
 
 class RecordFactories(TorchFunctionMode):
-    """Records tensors that a forward makes from nothing; else they would stay those of the trace.
+    """Records calls that make a tensor from nothing, such as ``torch.rand``.
 
-    Above all random numbers: they have to be drawn anew in every call.
+    Otherwise the graph would hold the tensor that was made while tracing, and each call would use
+    the same random numbers.
     """
 
     def __init__(self, tracer: fx.Tracer) -> None:
@@ -108,8 +116,8 @@ class RecordFactories(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _surroundings() -> tuple[Any, ...]:
-    """What a forward may change around a part of itself, and a graph does not show."""
+def _modes() -> tuple[Any, ...]:
+    """Return the modes under which an operation runs and which a graph does not show."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -118,14 +126,30 @@ def _surroundings() -> tuple[Any, ...]:
 
 
 def _without_values(path: str, value: Any) -> Any:
-    """What stands for a tensor where only its shape, dtype and the like may be asked for."""
+    """Return a tensor without data in place of ``value``, for its shape, dtype and the like."""
     if value is A_TENSOR or value.is_nested:
         return A_TENSOR
     return meta_double(value)
 
 
 class Reader(fx.Tracer):
-    """Traces one module's own forward, every child module being a leaf."""
+    """Traces one module's own forward; the call of a child module is a single node.
+
+    Args:
+        arguments: The arguments by name of a call that happened; None if there was none.
+        training: Whether the forward is read in training mode.
+        batch_dim: Which dimension of the arguments is the batch.
+        inlined: The children whose own forwards become part of the graph.
+
+    Attributes:
+        arguments: The arguments by name that the forward is read with.
+        tensors: The names of the arguments that are tensors, which are the placeholders.
+        constants: The other arguments, by name.
+        watch: What the forward gets in place of its attributes, and which of them it read.
+        decisions: The nodes that the forward branched on and whose values follow from the arguments
+            without computing anything, with their truth values.
+        computed: Whether the forward used the shape of a value that it computes.
+    """
 
     proxy_buffer_attributes = True
 
@@ -134,50 +158,50 @@ class Reader(fx.Tracer):
         arguments: Mapping[str, Any] | None,
         training: bool,
         batch_dim: int,
-        look_through: Collection[nn.Module],
+        inlined: Collection[nn.Module],
     ) -> None:
         wrapped: tuple[Any, ...] = (*_FACTORIES, torch.finfo, torch.iinfo)
         super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
         self._batch_dim = batch_dim
-        self._look_through = look_through
+        self._inlined = inlined
         wrap_functions_of(self, torch)
-        self._given = arguments
+        self._arguments_of_call = arguments
         self._training = training
         self._thread = threading.get_ident()
-        self._around = _surroundings()
+        self._modes_outside = _modes()
         self.arguments: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
-        self.lender = AttributeWatch()
+        self.watch = AttributeWatch()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
-        self._known: dict[Any, Tensor] = {}
-        self._facts: dict[bool, ShapeFacts] = {}
-        self._asking = False
-        self._within = ""
+        self._without_data: dict[Any, Tensor] = {}  # by placeholder; first by name
+        self._shape_facts: dict[bool, ShapeFacts] = {}  # as in the call; with a larger batch
+        self._working_out_shapes = False
+        self._inlined_path = ""  # of the child whose forward is being read
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What stands for ``node`` while the forward runs."""
+        """Return the proxy of ``node``."""
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Children are leaves, but for those that are looked through."""
-        return m not in self._look_through
+        """Whether the call of ``m`` is a single node."""
+        return m not in self._inlined and not isinstance(m, layers_with("inlined"))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record the call of a child, or what its own forward does."""
-        # fx's patches are on nn.Module itself: other threads that run a model come by as well.
-        if threading.get_ident() != self._thread or self._asking:
+        """Record the call of a child, or the operations of its own forward."""
+        # fx patches nn.Module itself, so this is called by other threads that run a model, too.
+        if threading.get_ident() != self._thread or self._working_out_shapes:
             return forward(*args, **kwargs)
-        if m not in self._look_through:
-            return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
-        # Before a call happens the flags of the children need not be those of that call.
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        # The child is read in the mode of the block, unless it has another one than the block now.
         training = m.training if self.root.training == self._training else self._training
-        double = self.lender.double_of_module(m, training, f"{path}.")
-        self._within, outside = path, self._within
+        double = self.watch.double_of_module(m, training, f"{path}.")
+        self._inlined_path, outer_path = path, self._inlined_path
         value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
-        self._within = outside
+        self._inlined_path = outer_path
         first, *rest = value if isinstance(value, tuple) else (value,)
         first = self.create_proxy(
             "call_function", passed_through, (first, path, args, kwargs, rest), {}
@@ -185,15 +209,15 @@ class Reader(fx.Tracer):
         return (first, *rest) if isinstance(value, tuple) else first
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer of the block as a node."""
-        if threading.get_ident() != self._thread or self._asking:
+        """Return a parameter or buffer of the block as a node."""
+        if threading.get_ident() != self._thread or self._working_out_shapes:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
     ) -> Any:
-        """Record an operation; a fused one as the plain operations that it stands for."""
+        """Record an operation; a fused one as the plain operations that it consists of."""
         if kind == "call_method":
             spelled_out = named(target).spelled_out
         elif kind == "call_function" and is_function_of_table(target):
@@ -205,26 +229,25 @@ class Reader(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record an operation, unless it runs under a mode that a graph does not show."""
-        if _surroundings() != self._around:
+        """Add an operation to the graph; raise if it runs under a mode that a graph cannot show."""
+        if _modes() != self._modes_outside:
             raise UntraceableError(
-                "it runs under torch.no_grad, autocast or the like of its own, on the method or "
-                "inside"
+                "a part of it, or the method itself, runs under torch.no_grad, autocast or the like"
             )
         node = super().create_node(*args, **kwargs)
-        if self._within:
-            node.meta["within"] = self._within
+        if self._inlined_path:
+            node.meta["inlined"] = self._inlined_path
         return node
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """The forward, and what it is called with: a proxy for each tensor."""
+        """Return the forward and its arguments, with a proxy for each tensor."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         for parameter in parameters:
             name = parameter.name
-            if self._given is not None and name in self._given:
-                value = self._given[name]
+            if self._arguments_of_call is not None and name in self._arguments_of_call:
+                value = self._arguments_of_call[name]
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 value = ()
             elif parameter.kind is parameter.VAR_KEYWORD:
@@ -232,53 +255,55 @@ class Reader(fx.Tracer):
             elif parameter.default is not parameter.empty:
                 value = parameter.default
             else:
-                value = None if self._given is not None else A_TENSOR
+                value = None if self._arguments_of_call is not None else A_TENSOR
             self.arguments[name] = value
         self.arguments = flatten_arguments(self.arguments, _without_values)[0]
 
         def placeholder(path: str, value: Any) -> Any:
             if value is not A_TENSOR:
-                self._known[path] = value
+                self._without_data[path] = value
             return self.create_proxy("placeholder", re.sub(r"\W", "_", path), (), {})
 
         values, tensors, self.constants = flatten_arguments(self.arguments, placeholder)
         self.tensors = list(tensors)
-        self._known = {tensors[path].node: value for path, value in self._known.items()}
-        positional: list[Any] = [self.lender.double_of_module(self.root, self._training)]
-        named: dict[str, Any] = {}
+        self._without_data = {
+            tensors[path].node: value for path, value in self._without_data.items()
+        }
+        positional: list[Any] = [self.watch.double_of_module(self.root, self._training)]
+        by_name: dict[str, Any] = {}
         for parameter in parameters:
             value = values[parameter.name]
             if parameter.kind is parameter.VAR_POSITIONAL:
                 positional.extend(value)
             elif parameter.kind is parameter.VAR_KEYWORD:
-                named.update(value)
+                by_name.update(value)
             elif parameter.kind is parameter.KEYWORD_ONLY:
-                named[parameter.name] = value
+                by_name[parameter.name] = value
             else:
                 positional.append(value)
-        return (lambda *args: root_fn(*args, **named)), positional
+        return (lambda *args: root_fn(*args, **by_name)), positional
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Decide what this call tells without any value: shapes, dtypes, devices."""
+        """Return the truth value of ``obj`` if it follows from shapes, dtypes and devices."""
         try:
-            decision = bool(self._fact(obj.node))
+            decision = bool(self._from_arguments(obj.node))
         except LookupError:
             try:
                 known = self._computed(obj.node)
             except NeedsDataError:
-                raise DataDependentError("it branches on data") from None
+                raise DataDependentError("it branches on the values of a tensor") from None
             except LookupError:
                 return super().to_bool(obj)
             if isinstance(known, Tensor):
-                raise DataDependentError("it branches on data") from None
+                raise DataDependentError("it branches on the values of a tensor") from None
             return bool(known)
         self.decisions[obj.node] = decision
         return decision
 
     def length(self, obj: fx.Proxy) -> int:
-        """How many items ``obj`` has, which the graph then holds fixed."""
+        """Return how many items ``obj`` has; the number is fixed in the graph."""
         try:
-            items = len(self._fact(obj.node))
+            items = len(self._from_arguments(obj.node))
         except (LookupError, TypeError):
             pass
         else:
@@ -292,62 +317,63 @@ class Reader(fx.Tracer):
             raise fx.proxy.TraceError(f"the length of {obj.node.name} is not known") from None
 
     def iter(self, obj: Any) -> Iterator[Any]:
-        """The items of ``obj``, as many as it has in this call."""
+        """Return the items of ``obj``, as many as it has in this call."""
         return iter([obj[i] for i in range(self.length(obj))])
 
     def number(self, obj: fx.Proxy) -> Any:
-        """The number that ``obj`` is, which the graph then holds fixed."""
+        """Return the number that ``obj`` stands for; it is fixed in the graph."""
         try:
             value, other = self._computed(obj.node), self._computed(obj.node, larger=True)
         except NeedsDataError:
-            raise DataDependentError("it takes data for a plain number") from None
+            raise DataDependentError("it uses a value of a tensor as a Python number") from None
         except LookupError:
             raise fx.proxy.TraceError(f"the number {obj.node.name} is not known") from None
         if isinstance(value, Tensor):
-            raise DataDependentError("it takes data for a plain number")
+            raise DataDependentError("it uses a value of a tensor as a Python number")
         if value != other:
-            raise UntraceableError("it takes for a fixed number what depends on the batch size")
+            raise UntraceableError("it uses a Python number that depends on the batch size")
         return value
 
     def _computed(self, node: fx.Node, larger: bool = False) -> Any:
-        """What ``node`` is, where that follows from the shapes and dtypes of the call."""
-        if self._given is None:
+        """Return the value of ``node``, if it follows from the shapes and dtypes of the call."""
+        if self._arguments_of_call is None:
             raise LookupError(node)
-        if larger not in self._facts:
-            self._facts[larger] = ShapeFacts(
-                self.root, self._known, self._batch_dim if larger else None
+        if larger not in self._shape_facts:
+            self._shape_facts[larger] = ShapeFacts(
+                self.root, self._without_data, self._batch_dim if larger else None
             )
-        self._asking = True
+        self._working_out_shapes = True
         try:
-            value = self._facts[larger].of(node)
+            value = self._shape_facts[larger].of(node)
         finally:
-            self._asking = False
+            self._working_out_shapes = False
         self.computed = True
         return value
 
-    def _fact(self, node: fx.Node) -> Any:
+    def _from_arguments(self, node: fx.Node) -> Any:
+        """Return the value of ``node``, if it reads only the shapes and dtypes of arguments."""
         if node.op == "placeholder":
-            return self._known[node]
+            return self._without_data[node]
         if not is_shape_node(node) or reads_device(node):
-            raise LookupError(node)  # what stands for a tensor here lies on no device
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._fact)
+            raise LookupError(node)  # the tensors without data are on no device
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._from_arguments)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
-    def is_asking(self) -> bool:
-        """Whether what runs at the moment is not the forward that is read."""
-        return self._asking
+    def works_out_shapes(self) -> bool:
+        """Whether the code that runs now works out shapes, and is not the forward itself."""
+        return self._working_out_shapes
 
     def create_arg(self, a: Any) -> Any:
-        """What an operation is recorded with; a tensor from nowhere is refused."""
-        a = self.lender.original(a)
+        """Return an argument of an operation for the graph; raise if it is a foreign tensor."""
+        a = self.watch.original(a)
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in tensors_of_tracer(self) or any(a is b for b in self.root.buffers())
             if not known:
-                # fx would store it on the user's module, and it would stay what it is now
+                # fx would store it on the user's module, and later calls would use it again
                 raise UntraceableError("it makes a tensor that does not come from its inputs")
         return super().create_arg(a)

@@ -1,4 +1,4 @@
-"""The errors of a forward that cannot be read."""
+"""The errors that say why a forward cannot be read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ __all__ = ["DataDependentError", "UntraceableError"]
 
 
 class UntraceableError(Exception):
-    """The forward of a block cannot be read: it sets an attribute, say."""
+    """The forward of a block cannot be read, for example because it sets an attribute."""
 
 
 class DataDependentError(UntraceableError):
-    """The forward of a block branches on data: on fewer rows it might do something else."""
+    """The forward of a block branches on data, so on fewer rows it may take another path."""

@@ -1,9 +1,12 @@
-"""LEND: what a forward gets while it is read, in place of the module itself and what it holds.
+"""Record which plain attributes a forward reads while it is traced, and refuse that it sets any.
 
-A graph holds fixed what its forward read that is no tensor: flags, sizes, the items of a config
-object. All of it is noted, by the path from the block, so that it can be compared at each call.
-What the forward would change on the way is refused, since the graph would not change it: of objects
-it gets doubles that refuse to be set, of lists and dicts copies, which are looked at afterwards.
+A graph fixes the values of what the forward read that is not a tensor: flags, sizes, the items of a
+config object. They are recorded by their path from the block, so that each later call can be
+compared with them.
+
+A graph does not show what the forward sets. So in place of an object the forward gets a *double*,
+which reads from the object and raises when an attribute is set, and in place of a list or dict a
+copy, which is compared with the original afterwards.
 """
 
 from __future__ import annotations
@@ -25,14 +28,14 @@ __all__ = ["AttributeWatch", "same"]
 
 
 def same(known: Any, given: Any) -> bool:
-    """Whether ``given`` is as good as ``known`` where a graph holds ``known`` fixed."""
+    """Whether a graph in which the value ``known`` is fixed also holds for the value ``given``."""
     if known is given:
         return True
     if type(known) is not type(given) or isinstance(known, Tensor):
         return False
     try:
         return bool(known == given)
-    except Exception:  # an array, whose comparison is one, say
+    except Exception:  # the comparison of two arrays is an array, which has no truth value
         return False
 
 
@@ -42,7 +45,7 @@ _ABSENT = object()
 
 
 def _copied(value: Any) -> Any:
-    """``value``, its lists, dicts and sets copied at every depth, and nothing else."""
+    """Return ``value`` with its lists, dicts and sets copied at every depth, and nothing else."""
     if type(value) in (list, tuple):
         return type(value)([_copied(item) for item in value])
     if type(value) is dict:
@@ -51,7 +54,7 @@ def _copied(value: Any) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is of a class written in Python that has nothing special about it."""
+    """Whether ``value`` is an instance of an ordinary class that is written in Python."""
     kind: Any = type(value)
     return (
         kind.__new__ is object.__new__
@@ -64,60 +67,68 @@ def _is_plain_object(value: Any) -> bool:
 
 _HEAP_TYPE = 1 << 9
 
-# Methods that Python looks for on the class of an object, past its ``__getattribute__``.
-_NOT_HANDED_ON = {
+# Special methods that a double does not take from the class of its original.
+_NOT_TAKEN_OVER = {
     "__new__", "__init__", "__init_subclass__", "__class_getitem__", "__del__", "__getattribute__",
     "__getattr__", "__setattr__", "__delattr__", "__hash__", "__eq__",
 }  # fmt: skip
 
 
 class AttributeWatch:
-    """What one reading of a forward is handed, and what it read of that.
+    """Hands out the attributes of a block while its forward is traced, and records them.
 
     Attributes:
-        attributes: What was read that is neither tensor nor module, by its path from the block.
+        attributes: The attributes that were read, by their path from the block.
     """
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
-        self._lent: dict[str, Any] = {}
-        self._doubles: dict[int, Any] = {}
+        self._handed_out: dict[str, Any] = {}
+        self._originals: dict[int, Any] = {}
 
-    def lend(self, path: str, value: Any) -> Any:
-        """What the forward gets that reads ``value`` at ``path``."""
+    def hand_out(self, path: str, value: Any) -> Any:
+        """Record that ``value`` was read at ``path``, and return what the forward gets for it."""
         if isinstance(value, Tensor | nn.Module):
             return value
         if type(value) in (list, dict, set):
             self.attributes.setdefault(path, _copied(value))
-            return self._lent.setdefault(path, _copied(value))
+            return self._handed_out.setdefault(path, _copied(value))
         self.attributes[path] = value
         if not _is_plain_object(value):
             return value
-        if path not in self._lent:
-            double = self._lent[path] = _double_of(value, path, self)
-            self._doubles[id(double)] = value
-        return self._lent[path]
+        if path not in self._handed_out:
+            double = self._handed_out[path] = _double_of(value, path, self)
+            self._originals[id(double)] = value
+        return self._handed_out[path]
 
     def original(self, value: Any) -> Any:
-        """What ``value`` stands for, if it is a double of an object; else ``value`` itself."""
-        return self._doubles.get(id(value), value)
+        """Return the object that ``value`` is a double of; ``value`` itself if it is none."""
+        return self._originals.get(id(value), value)
 
     def check_unchanged(self) -> None:
-        """Raise :class:`UntraceableError` where a list or dict that was lent is another now."""
-        for path, value in self._lent.items():
-            if id(value) not in self._doubles and not same(self.attributes[path], value):
+        """Raise :class:`UntraceableError` if the forward changed a list or dict."""
+        for path, value in self._handed_out.items():
+            if id(value) not in self._originals and not same(self.attributes[path], value):
                 raise UntraceableError(f"it changes self.{path}")
 
     def double_of_module(self, module: nn.Module, training: bool, prefix: str = "") -> nn.Module:
-        """A double of ``module`` for its forward to run on: the same children and parameters."""
+        """Return a double of ``module`` to trace its forward with.
+
+        It has the same children, parameters and buffers.
+
+        Args:
+            module: The block, or a child whose forward is traced as part of the block's.
+            training: The training flag of the double.
+            prefix: The path of the child from the block, followed by a dot; empty for the block.
+        """
         kind = type(module)
 
         def read(self_: nn.Module, name: str) -> Any:
             value = kind.__getattribute__(self_, name)
             if prefix and name == "training":
                 self.attributes[prefix + name] = value
-            if _holds(self_, name):
-                return self.lend(prefix + name, value)
+            if _is_plain_attribute(self_, name):
+                return self.hand_out(prefix + name, value)
             return value
 
         def refuse(self_: nn.Module, name: str, value: Any) -> None:
@@ -133,14 +144,14 @@ class AttributeWatch:
         return double
 
     @contextmanager
-    def watching(self, root: nn.Module, resting: Callable[[], bool]) -> Iterator[None]:
-        """Note also what is read of the children of ``root``; refuse to set anything on them.
+    def watching(self, root: nn.Module, paused: Callable[[], bool]) -> Iterator[None]:
+        """Record the attributes that are read from the children of ``root``; refuse to set any.
 
-        What would be set would be a proxy, and stay with the user.
+        A value that the forward sets would be a proxy, which would stay on the user's module.
 
         Args:
-            root: The block that is read.
-            resting: Whether to look away at the moment.
+            root: The block that is traced.
+            paused: Whether reads are not to be recorded at the moment.
         """
         thread, plain = threading.get_ident(), nn.Module.__setattr__
         paths = {id(m): f"{path}." for path, m in root.named_modules() if path}
@@ -148,9 +159,9 @@ class AttributeWatch:
         def read(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             path = paths.get(id(module))
-            if path is None or threading.get_ident() != thread or resting():
+            if path is None or threading.get_ident() != thread or paused():
                 return value
-            return self.lend(path + name, value) if _holds(module, name) else value
+            return self.hand_out(path + name, value) if _is_plain_attribute(module, name) else value
 
         def refuse(module: nn.Module, name: str, value: Any) -> None:
             if threading.get_ident() == thread:
@@ -158,7 +169,7 @@ class AttributeWatch:
             plain(module, name, value)
 
         every_module: Any = nn.Module
-        try:  # from here on: an interrupt may come between any two lines
+        try:  # before the first change: an interrupt may come between any two lines
             every_module.__setattr__, every_module.__getattribute__ = refuse, read
             yield
         finally:
@@ -168,8 +179,8 @@ class AttributeWatch:
         self.check_unchanged()
 
 
-def _holds(module: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a plain attribute of ``module``: its own, or a value on its class."""
+def _is_plain_attribute(module: nn.Module, name: str) -> bool:
+    """Whether ``name`` is a plain attribute of ``module``, set on itself or on its class."""
     if name in _OF_EVERY_MODULE or name.startswith("__"):
         return False
     if name in object.__getattribute__(module, "__dict__"):
@@ -183,30 +194,30 @@ def _holds(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _double_of(value: Any, path: str, lender: AttributeWatch) -> Any:
-    """Something that has the attributes and methods of ``value``, and notes what is read of it."""
+def _double_of(value: Any, path: str, watch: AttributeWatch) -> Any:
+    """Return an object with the attributes and methods of ``value`` that records reads of them."""
     kind = type(value)
 
     def read(self: Any, name: str) -> Any:
         found = getattr(value, name)
         if isinstance(found, MethodType) and found.__self__ is value:
             return MethodType(found.__func__, self)
-        return found if name.startswith("__") else lender.lend(f"{path}.{name}", found)
+        return found if name.startswith("__") else watch.hand_out(f"{path}.{name}", found)
 
     def refuse(self: Any, name: str, given: Any) -> None:
         raise UntraceableError(f"it sets self.{path}.{name}")
 
-    handed_on = {
+    special_methods = {
         name: found
         for base in reversed(kind.__mro__[:-1])
         for name, found in base.__dict__.items()
-        if name.startswith("__") and inspect.isfunction(found) and name not in _NOT_HANDED_ON
+        if name.startswith("__") and inspect.isfunction(found) and name not in _NOT_TAKEN_OVER
     }
     space = {
-        **handed_on,
+        **special_methods,
         "__getattribute__": read,
         "__setattr__": refuse,
         "__hash__": lambda self: hash(value),
-        "__eq__": lambda self, other: bool(value == lender.original(other)),
+        "__eq__": lambda self, other: bool(value == watch.original(other)),
     }
     return type(kind.__name__, (), space)()
