@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test mutants lint docs bench zoo clean
+.PHONY: demo test mutants lint exports docs bench zoo clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv

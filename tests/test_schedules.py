@@ -36,13 +36,80 @@ def test_what_is_no_real_number_is_refused(p):
         schedules.check_rate(p, "rate")
 
 
-@given(rates, depths)
-def test_every_rule_gives_one_legal_rate_a_block_that_never_falls_with_depth(p, depth):
-    for rule in schedules.DEPTH_RULES:
-        got = schedules.over_depth(p, depth, rule)
-        assert len(got) == depth
-        assert all(0 <= a <= p for a in got)
-        assert got == sorted(got)
+# Every rule of the registry
+
+RULES = pytest.mark.parametrize("rule", schedules.DEPTH_RULES)
+
+# Rules whose rates may be lower in a deeper block.
+MAY_FALL: set[str] = set()
+
+
+def breaks_a_law(rule, p, depth, may_fall=False):
+    """Which law of a rule over depth does not hold, or None."""
+    got = rule(p, depth)
+    if len(got) != depth:
+        return "one rate for each block"
+    if not all(type(a) is float and 0 <= a <= p for a in got):
+        return "floats from 0 to p"
+    if not may_fall and got != sorted(got):
+        return "never falls with depth"
+    if rule(0, depth) != [0.0] * depth:
+        return "p=0 drops nothing"
+    return None
+
+
+@RULES
+@given(p=rates, depth=depths)
+def test_a_rule_holds_the_laws(rule, p, depth):
+    function = schedules.DEPTH_RULES[rule]
+    assert breaks_a_law(function, p, depth, rule in MAY_FALL) is None
+    assert schedules.over_depth(p, depth, rule) == function(p, depth)
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [
+        (lambda p, depth: [p] * (depth + 1), "one rate for each block"),
+        (lambda p, depth: [p * block for block in range(1, depth + 1)], "floats from 0 to p"),
+        (
+            lambda p, depth: [p / block for block in range(1, depth + 1)],
+            "never falls with depth",
+        ),
+        (lambda p, depth: [max(p, 0.1)] * depth, "p=0 drops nothing"),
+    ],
+)
+def test_a_rule_can_break_each_law(broken, law):
+    assert breaks_a_law(broken, 0.5, 3) == law
+
+
+@RULES
+def test_no_blocks_have_no_rates(rule):
+    assert schedules.over_depth(0.1, 0, rule) == []
+
+
+@RULES
+def test_bad_arguments_of_a_rule_are_named(rule):
+    function = schedules.DEPTH_RULES[rule]
+    with pytest.raises(ValueError, match=r"depth has to be 0 or more, but got -1"):
+        function(0.1, -1)
+    for depth in (True, 3.0, "3"):
+        with pytest.raises(TypeError, match=r"depth has to be a number of blocks, but got"):
+            function(0.1, depth)
+    for p in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"between 0 and 1, but got"):
+            function(p, 3)
+    with pytest.raises(TypeError, match=r"has to be a real number between 0 and 1, but got '0\.1'"):
+        function("0.1", 3)
+
+
+def test_a_rule_that_does_not_exist_is_named_with_those_that_do():
+    listed = ", ".join(repr(rule) for rule in schedules.DEPTH_RULES)
+    for rule in ("cos", 1, ["linear"]):
+        with pytest.raises(ValueError, match=rf"schedule has to be one of {listed}, but got"):
+            schedules.over_depth(0.1, 3, rule)
+
+
+# The rules one by one
 
 
 @given(rates, depths)
@@ -70,19 +137,3 @@ def test_timm_gives_the_same_rates():
     assert schedules.linear_from_zero(0.1, 12) == pytest.approx(
         layers.calculate_drop_path_rates(0.1, 12)
     )
-
-
-def test_no_blocks_have_no_rates():
-    assert [schedules.over_depth(0.1, 0, rule) for rule in schedules.DEPTH_RULES] == [[], [], []]
-
-
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"schedule has to be one of 'linear', .* but got 'cos'"):
-        schedules.over_depth(0.1, 3, "cos")
-    with pytest.raises(ValueError, match=r"depth has to be 0 or more, but got -1"):
-        schedules.over_depth(0.1, -1)
-    for depth in (True, 3.0, "3"):
-        with pytest.raises(TypeError, match=r"depth has to be a number of blocks, but got"):
-            schedules.over_depth(0.1, depth)
-    with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
-        schedules.over_depth(1.5, 3)

@@ -20,6 +20,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -460,31 +461,51 @@ _PARAMETERS: dict[str, Any] = {
     **_SIZED,
 }
 
-LAYERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "DropPath": ({"p": 0.3}, ("mode", "batch_dim", "inplace")),
-    "DropBlock1d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale")),
-    "DropBlock2d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale")),
-    "DropBlock3d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale")),
-    "SpatialDropout": ({"p": 0.3}, ("channel_dim", "batch_dim")),
-    "ShakeDrop": ({"p": 0.3}, ("alpha", "beta", "mode", "batch_dim")),
-    "GaussianDropout": ({"p": 0.3}, ()),
-    "UniformDropout": ({"beta": 0.3}, ()),
-    "Cutout": ({"size": 2}, ("holes", "p", "place", "fill")),
-    "PathDrop": ({"p": 0.3}, ("mode", "columns", "batch_dim")),
-    "StochasticDepth": (
-        {"module": nn.Identity(), "p": 0.3},
-        ("projection", "mode", "scale", "batch_dim", "sync_ranks", "zero_grad"),
-    ),
+# Legal values of the arguments that a layer or a function cannot do without.
+EXAMPLES: dict[str, Any] = {
+    "p": 0.3,
+    "beta": 0.3,
+    "block_size": 3,
+    "size": 2,
+    "module": nn.Identity(),
+    "samples": 3,
+    "height": 8,
+    "width": 8,
+    "columns": 3,
+    "shape": (8, 8),
 }
+# Inputs, which the checks draw themselves, and what changes the kind of result.
+_NOT_DRAWN = {"x", "skip", "branch", "branches", "device", "return_boxes"}
+
+
+def _arguments(call: Callable[..., Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Legal values of what `call` needs, and the names of its other arguments."""
+    parameters = [p for p in signature(call).parameters.values() if p.name not in _NOT_DRAWN]
+    needed = {p.name for p in parameters if p.default is p.empty} | {"block_size"}
+    given = {p.name: EXAMPLES.get(p.name, 0.3) for p in parameters if p.name in needed}
+    return given, tuple(p.name for p in parameters if p.name not in needed)
+
+
+LAYERS = {name: _arguments(getattr(torchdrop.layers, name)) for name in torchdrop.layers.__all__}
+
+
+def _evaluation_is_identity(name: str) -> bool:
+    """Whether the layer, made of legal values, gives what it gets in evaluation."""
+    layer = getattr(torchdrop.layers, name)(**LAYERS[name][0]).eval()
+    for shape in ((4, 3), (2, 3, 8), (4, 3, 8, 8), (2, 3, 4, 8, 8)):
+        with contextlib.suppress(ValueError):
+            x = torch.ones(shape)
+            return torch.equal(layer(x), x)
+    return False
 
 
 def check_layers(draw: Draw) -> None:
     """Every layer, made of anything and called with anything."""
     name = draw(st.sampled_from(sorted(LAYERS)))
     given, others = LAYERS[name]
-    pool = {key: _PARAMETERS[key] for key in (*given, *others, "no_such_option")}
+    pool = {key: _PARAMETERS.get(key, ODD) for key in (*given, *others, "no_such_option")}
     arguments = {**given, **_some(draw, pool, 2)}
-    kind = getattr(torchdrop, name)
+    kind = getattr(torchdrop.layers, name)
     layer = attempt(lambda: kind(**arguments), arguments.get("module"))
     repr(layer)
     inputs = [draw(INPUTS) for _ in range(2 if name == "PathDrop" and draw(st.booleans()) else 1)]
@@ -500,7 +521,9 @@ def check_layers(draw: Draw) -> None:
         x = inputs[0]
         if len(inputs) == 2 and all(isinstance(y, Tensor) for y in inputs):
             x = x.to(torch.promote_types(x.dtype, inputs[1].dtype))  # they are added
-        _check_output(out, x, training or name in ("PathDrop", "ShakeDrop", "StochasticDepth"))
+        # PathDrop takes a mean, and any module may stand in StochasticDepth.
+        changes = name in ("PathDrop", "StochasticDepth") or not _evaluation_is_identity(name)
+        _check_output(out, x, training or changes)
     if hasattr(layer, "p"):
         was, value = layer.p, draw(RATES)
         try:
@@ -518,25 +541,7 @@ def _check_output(out: Any, x: Any, training: bool) -> None:
     right(training or torch.equal(out, x), "evaluation is not the identity")
 
 
-FUNCTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "drop_path": ({"p": 0.3}, ("mode", "batch_dim", "inplace", "generator", "training")),
-    "drop_path_add": ({"p": 0.3}, ("mode", "batch_dim", "generator", "training")),
-    "drop_block1d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale", "generator")),
-    "drop_block2d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale", "generator")),
-    "drop_block3d": ({"p": 0.3, "block_size": 3}, ("rate", "per_channel", "scale", "generator")),
-    "spatial_dropout": ({"p": 0.3}, ("channel_dim", "batch_dim", "generator", "training")),
-    "shake_drop": ({"p": 0.3}, ("alpha", "beta", "mode", "batch_dim", "generator", "training")),
-    "gaussian_dropout": ({"p": 0.3}, ("generator", "training")),
-    "uniform_dropout": ({"beta": 0.3}, ("generator", "training")),
-    "cutout": ({"size": 2}, ("holes", "p", "place", "fill", "boxes", "generator", "training")),
-    "path_drop": ({"p": 0.3}, ("mode", "columns", "column", "batch_dim", "generator")),
-    "cutout_boxes": (
-        {"samples": 3, "height": 8, "width": 8, "size": 2},
-        ("holes", "p", "place", "generator"),
-    ),
-    "path_drop_column": ({"columns": 3}, ("samples", "paths", "mode", "generator")),
-    "drop_block_gamma": ({"shape": (8, 8), "block_size": 3, "p": 0.3}, ("rate",)),
-}
+FUNCTIONS = {name: _arguments(getattr(functional, name)) for name in functional.__all__}
 
 
 def check_functions(draw: Draw) -> None:
@@ -550,7 +555,7 @@ def check_functions(draw: Draw) -> None:
         gamma = attempt(lambda: call(**arguments))
         right(0.0 <= gamma <= 1.0, f"gamma is {gamma}")
         return
-    if name in ("cutout_boxes", "path_drop_column"):
+    if next(iter(signature(call).parameters)) not in _NOT_DRAWN:  # it makes a tensor of numbers
         right(isinstance(attempt(lambda: call(**arguments)), Tensor), "no tensor")
         return
     x: Any = draw(INPUTS)
@@ -568,10 +573,13 @@ def check_functions(draw: Draw) -> None:
 
 def check_schedules(draw: Draw) -> None:
     """The rules over depth."""
-    name = draw(st.sampled_from(["linear", "linear_from_zero", "uniform", "over_depth"]))
-    p, depth = draw(RATES), draw(COUNTS)
+    name = draw(st.sampled_from([*schedules.DEPTH_RULES, "over_depth"]))
+    # Mostly one of the two is hostile: with both, hardly a case is taken.
+    p = draw(st.one_of(RATES, st.floats(0, 1), st.floats(0, 1)))
+    depth = draw(st.one_of(COUNTS, st.integers(0, 12), st.integers(0, 12)))
     more = (draw(ODD),) if name == "over_depth" and draw(st.booleans()) else ()
-    found = attempt(lambda: getattr(schedules, name)(p, depth, *more))
+    rule: Callable[..., Any] = schedules.DEPTH_RULES.get(name, schedules.over_depth)
+    found = attempt(lambda: rule(p, depth, *more))
     right(len(found) == depth and _legal(found), f"it gave {found}")
 
 

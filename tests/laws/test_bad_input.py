@@ -6,17 +6,17 @@ thousand of them.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hostile import CHECKS, FindingError, RefusedError, attempt, conv, mlp
+from hostile import CHECKS, FUNCTIONS, LAYERS, FindingError, RefusedError, attempt, conv, mlp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -32,6 +32,7 @@ CASES = 500
 @pytest.mark.parametrize("name", CHECKS)
 def test_hostile_values_are_taken_well(name: str) -> None:
     check, share = CHECKS[name]
+    outcomes: list[str] = []
 
     @settings(
         max_examples=max(20, round(CASES * share)),
@@ -43,22 +44,59 @@ def test_hostile_values_are_taken_well(name: str) -> None:
     )
     @given(st.data())
     def run(data: Any) -> None:
-        with contextlib.suppress(RefusedError):
+        try:
             check(data.draw)
+        except RefusedError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("taken")
 
     run()
+    # Without calls that are refused, or taken, half of the check has not run.
+    least = {"taken"} if name in ("batches", "command", "bench") else {"taken", "refused"}
+    assert set(outcomes) >= least, (name, len(outcomes))
 
 
 def test_everything_public_is_among_the_checks() -> None:
     text = Path(__file__).with_name("hostile.py").read_text()
-    for place in (torchdrop, torchdrop.functional, torchdrop.schedules, torchdrop.diagnostics):
+    read_from_the_package = {*LAYERS, *FUNCTIONS, *torchdrop.schedules.DEPTH_RULES}
+    places = (torchdrop, torchdrop.functional, torchdrop.schedules, torchdrop.diagnostics)
+    checked = []
+    for place in places:
         for name in place.__all__:
             thing = getattr(place, name)
             # Records that calls give back are not for users to make.
             made = isinstance(thing, type) and not issubclass(thing, nn.Module)
-            if not callable(thing) or made or name in ("check_rate", "flops", "saved_bytes"):
-                continue
-            assert f'"{name}"' in text or f".{name}(" in text, name
+            if callable(thing) and not made and name not in ("check_rate", "flops", "saved_bytes"):
+                named = f'"{name}"' in text or f".{name}(" in text or f".{name})" in text
+                assert named or name in read_from_the_package, name
+                checked.append(name)
+    assert len(checked) > 30
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_takes_the_legal_values_that_hostile_ones_replace(name: str) -> None:
+    """Else all that is checked is that they are refused. EXAMPLES in hostile.py has the values."""
+    given, _ = LAYERS[name]
+    getattr(torchdrop.layers, name)(**given)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_the_legal_values_that_hostile_ones_replace(name: str) -> None:
+    function, (given, _) = getattr(torchdrop.functional, name), FUNCTIONS[name]
+    several = {"branches": ([torch.ones(4, 3)] * 2,), "skip": (torch.ones(4, 3),) * 2}
+    first = next(iter(signature(function).parameters))
+    if first != "x":
+        function(*several.get(first, ()), **given)
+        return
+    refused = []
+    for shape in ((4, 3), (2, 3, 8), (4, 3, 8, 8), (2, 3, 4, 8, 8)):
+        try:
+            assert function(torch.ones(shape), **given).shape == shape
+        except ValueError as error:
+            refused.append(str(error))
+    assert all("dimensions" in message for message in refused)
+    assert len(refused) < 4
 
 
 # --- the twins: functions that take hostile values badly, which the harness has to see

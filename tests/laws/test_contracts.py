@@ -1,193 +1,52 @@
-"""Every layer through every term of contracts.py, and broken layers that have to fail."""
+"""Every layer through every term of contracts.py, and broken layers that have to fail.
 
-import math
+The test file of a layer in tests/layers registers it: ``CONTRACTS`` there is a list of ``Layer``.
+"""
+
+import importlib
+from pathlib import Path
 
 import contracts
 import pytest
 import torch
 from contracts import CHECKS, Layer
-from scipy import stats
 from torch import nn
 
-from torchdrop import functional
-from torchdrop.layers import (
-    Cutout,
-    DropBlock1d,
-    DropBlock2d,
-    DropBlock3d,
-    DropPath,
-    GaussianDropout,
-    PathDrop,
-    ShakeDrop,
-    SpatialDropout,
-    UniformDropout,
-)
+from torchdrop import functional, layers
+from torchdrop.layers import DropPath
 
-
-def _rows_gone(y):
-    return (y == 0).flatten(1).all(1)
-
-
-def drop_path(name, make, shape=(6, 4, 3)):
-    return Layer(
-        name=name,
-        make=make,
-        function=functional.drop_path,
-        shape=shape,
-        many=(250_000, 1),
-        law=contracts.masked(_rows_gone),
-    )
-
-
-def _one_unit_a_map(y):
-    """Of each map one unit, another one from map to map: its share is the mean over the map."""
-    maps = y.flatten(2).flatten(0, 1)
-    return maps[torch.arange(len(maps)), torch.arange(len(maps)) % maps.shape[1]] == 0
-
-
-def drop_block(name, kind, function, shape, **kwargs):
-    return Layer(
-        name=name,
-        make=lambda p: kind(p, 3, **kwargs),
-        function=lambda x, p, **more: function(x, p, 3, **kwargs, **more),
-        shape=shape,
-        many=(2_000, 15, *(4 for _ in shape[2:])),
-        law=contracts.masked(_one_unit_a_map),
-    )
-
-
-def spatial(name, shape):
-    return Layer(
-        name=name,
-        make=SpatialDropout,
-        function=functional.spatial_dropout,
-        shape=shape,
-        many=(5_000, 50, 2),
-        law=contracts.masked(lambda y: (y == 0).all(2)),
-    )
-
-
-def gaussian_law(y, p):
-    """Of noise n around 1 with variance v, the sum of n**2 / v is chi-square."""
-    total = float(((y.double() - 1) ** 2).sum()) * (1 - p) / p
-    return 2 * min(stats.chi2.cdf(total, y.numel()), stats.chi2.sf(total, y.numel()))
-
-
-def uniform_law(y, beta):
-    """u**2 has mean 1/3 and variance 4/45, for u uniform in [-1, 1]."""
-    square = ((y.double() - 1) / beta) ** 2
-    z = (float(square.mean()) - 1 / 3) / math.sqrt(4 / 45 / y.numel())
-    return 2 * stats.norm.sf(abs(z))
-
-
-def noisy(name, make, function, law, shape, **kwargs):
-    return Layer(
-        name=name,
-        make=make,
-        function=function,
-        shape=shape,
-        many=(50_000, 5),
-        law=law,
-        zero_at_1=False,
-        **kwargs,
-    )
-
-
-def gaussian(name, shape):
-    kwargs = {"ends": (0, 0.0), "rates": (0.01, 0.3, 0.9)}
-    function = functional.gaussian_dropout
-    return noisy(name, GaussianDropout, function, gaussian_law, shape, **kwargs)
-
-
-def uniform(name, shape):
-    kwargs = {"rate": "beta", "rates": (0.1, 0.5, 1.0)}
-    return noisy(name, UniformDropout, functional.uniform_dropout, uniform_law, shape, **kwargs)
-
-
-def cutout(name, shape, **kwargs):
-    return Layer(
-        name=name,
-        make=lambda p: Cutout(2, p=p, **kwargs),
-        function=lambda x, p, **more: functional.cutout(x, 2, p=p, **kwargs, **more),
-        shape=shape,
-        many=(20_000, 1, 3, 4),
-        law=contracts.masked(lambda y: (y != 1).flatten(1).any(1)),
-        zero_at_1=False,
-        takes_integers=True,
-    )
-
-
-def shake_drop(name, shape):
-    return Layer(
-        name=name,
-        make=ShakeDrop,
-        function=functional.shake_drop,
-        shape=shape,
-        many=(250_000, 1),
-        law=contracts.masked(lambda y: (y != 1).flatten(1).all(1)),
-        eval_is_identity=False,
-        zero_at_1=False,
-    )
-
-
-def joined(x):
-    """Three branches, of which the mean of any tells which it was."""
-    return x, 10 * x, 100 * x
-
-
-class Joined(PathDrop):
-    def forward(self, *inputs):
-        return super().forward(*(inputs if len(inputs) == 3 else joined(inputs[0])))
-
-
-def path_drop_law(y, p):
-    """The first input is dropped with p - p**3 / 3."""
-    kept = torch.tensor([1.0, 11 / 2, 101 / 2, 111 / 3], dtype=y.dtype)
-    gone = (y != kept).all(1)
-    return stats.binomtest(int(gone.sum()), len(gone), p - p**3 / 3).pvalue
-
-
-def path_drop(name, shape):
-    return Layer(
-        name=name,
-        make=Joined,
-        function=lambda x, p, **more: functional.path_drop(joined(x), p, **more),
-        shape=shape,
-        many=(250_000, 1),
-        law=path_drop_law,
-        eval_is_identity=False,
-        identity_at_0=False,
-        zero_at_1=False,
-        allocates=4.0,  # two of them for the other inputs
-    )
-
+FILES = sorted((Path(__file__).parents[1] / "layers").glob("test_*.py"))
 
 LAYERS = [
-    drop_path("DropPath", DropPath),
-    drop_path("DropPath 4-d", DropPath, (4, 8, 5, 6)),
-    drop_path("DropPath 5-d", DropPath, (4, 8, 3, 5, 6)),
-    drop_block("DropBlock1d", DropBlock1d, functional.drop_block1d, (6, 4, 9)),
-    drop_block("DropBlock2d", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6)),
-    drop_block(
-        "DropBlock2d per unit", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6), scale="unit"
-    ),
-    drop_block(
-        "DropBlock2d by count", DropBlock2d, functional.drop_block2d, (4, 8, 5, 6), scale="count"
-    ),
-    drop_block("DropBlock3d", DropBlock3d, functional.drop_block3d, (4, 8, 3, 5, 6)),
-    spatial("SpatialDropout", (4, 8, 5, 6)),
-    spatial("SpatialDropout 5-d", (4, 8, 3, 5, 6)),
-    gaussian("GaussianDropout", (6, 4, 3)),
-    gaussian("GaussianDropout 4-d", (4, 8, 5, 6)),
-    uniform("UniformDropout", (6, 4, 3)),
-    uniform("UniformDropout 4-d", (4, 8, 5, 6)),
-    cutout("Cutout", (4, 8, 5, 6), fill=0.5),
-    cutout("Cutout of one image 3-d", (8, 5, 6), holes=2),
-    shake_drop("ShakeDrop", (6, 4, 3)),
-    shake_drop("ShakeDrop 4-d", (4, 8, 5, 6)),
-    path_drop("PathDrop", (6, 4, 3)),
-    path_drop("PathDrop 4-d", (4, 8, 5, 6)),
+    layer
+    for file in FILES
+    for layer in getattr(importlib.import_module(file.stem), "CONTRACTS", [])
 ]
+
+# It does not drop an activation but skips a module, so that these terms do not apply;
+# test_stochastic_depth.py has its own.
+NOT_A_LAYER_OF_ACTIVATIONS = {"StochasticDepth"}
+
+
+def without_contract(names, registered):
+    """The layers of ``names`` of which none is registered."""
+    kinds = {kind.__name__ for layer in registered for kind in type(layer.make(0.5)).__mro__}
+    return sorted(set(names) - kinds - NOT_A_LAYER_OF_ACTIVATIONS)
+
+
+def test_every_layer_is_registered():
+    missing = without_contract(layers.__all__, LAYERS)
+    assert missing == [], (
+        f"no contract for {', '.join(missing)}: add CONTRACTS = [Layer(...)] to the test file of "
+        "the layer in tests/layers, as test_spatial_dropout.py has it"
+    )
+
+
+def test_a_layer_that_is_not_registered_is_noticed():
+    others = [layer for layer in LAYERS if not layer.name.startswith("Cutout")]
+    assert without_contract(layers.__all__, others) == ["Cutout"]
+
+
 # What does not depend on the shape of the input is tested on the first of a kind.
 ONCE = (
     contracts.delivers_its_rate_in_every_dtype,
@@ -213,6 +72,18 @@ CASES = [
 @pytest.mark.parametrize(("layer", "check"), CASES)
 def test_contract(layer, check):
     check(layer)
+
+
+def like_drop_path(make, shape=(6, 4, 3), function=functional.drop_path):
+    """The terms of DropPath, for a layer that breaks one of them."""
+    return Layer(
+        name="broken",
+        make=make,
+        function=function,
+        shape=shape,
+        many=(250_000, 1),
+        law=contracts.masked(lambda y: (y == 0).flatten(1).all(1)),
+    )
 
 
 class Masked(nn.Module):
@@ -340,7 +211,7 @@ class Fixed(Masked):
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler has its say about some of them
 def test_contract_can_fail(broken, check):
-    layer = drop_path("broken", broken, (4, 8, 5, 6))
+    layer = like_drop_path(broken, (4, 8, 5, 6))
     with pytest.raises((Exception, pytest.fail.Exception)):
         check(layer)
 
@@ -349,8 +220,7 @@ def test_contract_of_the_generator_can_fail():
     def deaf(x, p, training=True, generator=None):
         return functional.drop_path(x, p, training)
 
-    layer = drop_path("broken", DropPath)
-    layer = Layer(**{**layer.__dict__, "function": deaf})
+    layer = like_drop_path(DropPath, function=deaf)
     with pytest.raises(AssertionError):
         contracts.has_a_generator(layer)
 

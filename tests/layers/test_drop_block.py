@@ -1,24 +1,22 @@
-"""DropBlock: the equation, the masks, the rates, the scales, the speed of its two ways."""
+"""DropBlock: the masks, the rates, the scales, the speed of its two ways."""
 
 import math
 import shutil
 
 import pytest
 import torch
-from scipy import optimize, stats
+from contracts import Layer, masked
+from scipy import stats
+from test_drop_block_gamma import covering
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from torchdrop.functional import drop_block1d, drop_block2d, drop_block3d, drop_block_gamma
-from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d, draws
+from torchdrop.layers import DropBlock1d, DropBlock2d, DropBlock3d
 from torchdrop.layers import drop_block as module
-from torchdrop.layers import drop_block_gamma as drop_block_gamma_module
 
 ALPHA = 1e-6
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-MAPS = [(n, n) for n in (5, 7, 14, 28, 56)] + [(9, 31), (17,), (1,), (5, 6, 7), (8, 8, 8)]
-BLOCKS = [2, 3, 5, 7]
-RATES = [0.01, 0.1, 0.5, 0.9, 0.99]
 
 
 @pytest.fixture(params=["few", "any"])
@@ -32,77 +30,6 @@ def either_way(request, monkeypatch):
 def seeded(f, *args, seed=0, **kwargs):
     torch.manual_seed(seed)
     return f(*args, **kwargs)
-
-
-def covering(shape, block):
-    """For each unit the number of blocks that cover it, counted by laying every one."""
-    block = (block,) * len(shape) if isinstance(block, int) else block
-    b = [min(k, n) for k, n in zip(block, shape, strict=True)]
-    count = torch.zeros(shape, dtype=torch.float64)
-    for start in torch.cartesian_prod(
-        *(torch.arange(n - k + 1) for n, k in zip(shape, b, strict=True)), torch.arange(1)
-    ).tolist():
-        count[tuple(slice(s, s + k) for s, k in zip(start, b, strict=False))] += 1
-    return count
-
-
-# The equation
-
-
-@pytest.mark.parametrize("shape", MAPS, ids=str)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_gamma_solves_the_equation(shape, block):
-    n = covering(shape, block)
-    for p in RATES:
-        gamma = drop_block_gamma(shape, block, p)
-        assert float(1 - ((1 - gamma) ** n).mean()) == pytest.approx(p, abs=1e-9)
-        brent = optimize.brentq(lambda g, p=p: float(1 - ((1 - g) ** n).mean()) - p, 0, 1)
-        assert gamma == pytest.approx(brent, rel=1e-8, abs=1e-9)
-
-
-def test_gamma_of_blocks_that_are_not_square_or_too_large():
-    for shape, block in (((9, 31), (2, 5)), ((4, 6), (9, 3)), ((5, 5), 7)):
-        gamma = drop_block_gamma(shape, block, 0.3)
-        n = covering(shape, block)
-        assert float(1 - ((1 - gamma) ** n).mean()) == pytest.approx(0.3, abs=1e-9)
-    assert drop_block_gamma((5, 5), 7, 0.3) == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize("length", [5, 14, 31])
-def test_gamma_of_a_block_and_of_its_complement(length):
-    for b in range(1, length + 1):
-        for p in (0.1, 0.7):
-            assert drop_block_gamma((length, length), b, p) == pytest.approx(
-                drop_block_gamma((length, length), length + 1 - b, p), rel=1e-12
-            )
-
-
-def test_gamma_at_the_ends_and_near_them():
-    assert drop_block_gamma((14, 14), 7, 0) == 0.0
-    assert drop_block_gamma((14, 14), 7, 1) == 1.0
-    tiny = drop_block_gamma((14, 14), 7, 1e-12)
-    assert tiny == pytest.approx(1e-12 / float(covering((14, 14), 7).mean()), rel=1e-9)
-    most = drop_block_gamma((14, 14), 7, 1 - 2**-53)
-    assert 0.999 < most <= 1.0
-    rates = [drop_block_gamma(28, 7, i / 100) for i in range(101)]
-    assert rates == sorted(rates)
-    assert len(set(rates)) == 101
-
-
-def test_the_papers_gamma_is_newtons_first_step():
-    p, h, b = 0.1, 14, 7
-    paper = drop_block_gamma((h, h), b, p, rate="paper")
-    assert paper == pytest.approx(p / b**2 * h**2 / (h - b + 1) ** 2)
-    assert paper < drop_block_gamma((h, h), b, p)
-
-
-def test_gamma_is_cached_and_the_cache_is_bounded():
-    drop_block_gamma((11, 13), 3, 0.123)
-    hits = drop_block_gamma_module.seed_and_keep_probability.cache_info().hits
-    drop_block_gamma((11, 13), 3, 0.123)
-    assert drop_block_gamma_module.seed_and_keep_probability.cache_info().hits == hits + 1
-    assert drop_block_gamma_module.seed_and_keep_probability.cache_info().maxsize is not None
-    assert drop_block_gamma_module._cover_histogram.cache_info().maxsize is not None
 
 
 # The masks
@@ -197,29 +124,6 @@ def test_the_two_ways_of_selecting_give_the_same_bits():
         a = seeded(drop_block2d, x.to(dtype), 0.2, 3, per_channel=False)
         one = seeded(drop_block2d, torch.ones(40, 20, 10, 10), 0.2, 3, per_channel=False)
         assert torch.equal(a, x.to(dtype).masked_fill(one == 0, 0).div_(0.8))
-
-
-def test_rare_hits():
-    """Each place hit with probability p, independently: counts by place and gaps."""
-    for p in (0.002, 0.3, 0.9):
-        torch.manual_seed(0)
-        hits = draws.random_hit_indices(10**6, p)
-        assert torch.equal(hits, hits.unique())
-        assert int(hits[0]) >= 0
-        assert int(hits[-1]) < 10**6
-        assert stats.binomtest(len(hits), 10**6, p).pvalue > ALPHA
-        pairs = torch.zeros(10**6, dtype=torch.bool)
-        pairs[hits] = True
-        both = int((pairs[::2] & pairs[1::2]).sum())
-        assert stats.binomtest(both, 10**6 // 2, p * p).pvalue > ALPHA
-    assert draws.random_hit_indices(5, 1.0).tolist() == [0, 1, 2, 3, 4]
-    assert draws.random_hit_indices(5, 1e-320).tolist() == []
-    ends = [draws.random_hit_indices(10, 0.5).tolist() for _ in range(4000)]
-    for place in (0, 9):
-        assert stats.binomtest(sum(place in e for e in ends), 4000, 0.5).pvalue > ALPHA
-
-
-# The rates
 
 
 def rate_is_right(op, p, shape, maps=4000, dtype=torch.float32):
@@ -331,15 +235,19 @@ def test_channels_are_independent_unless_shared():
 # The scales
 
 
-def means_of_units(scale, rate="exact", shape=(6, 6)):
+def means_of_units(scale, rate="exact", shape=(6, 6), block=3):
     torch.manual_seed(0)
-    y = drop_block2d(torch.ones(40_000, 1, *shape), 0.4, 3, scale=scale, rate=rate)
+    y = drop_block2d(torch.ones(40_000, 1, *shape), 0.4, block, scale=scale, rate=rate)
     return y.double().mean((0, 1)), y.double().std((0, 1)) / 200
 
 
+@pytest.mark.parametrize(
+    ("shape", "block"), [((6, 6), 3), ((6, 6), 5), ((7, 5), (5, 4)), ((6, 6), 6)], ids=str
+)
 @pytest.mark.parametrize("rate", module.RATES)
-def test_scale_unit_keeps_the_mean_of_every_unit(rate):
-    mean, error = means_of_units("unit", rate)
+def test_scale_unit_keeps_the_mean_of_every_unit(rate, shape, block):
+    """Also for blocks over half the map, which have fewer positions than units."""
+    mean, error = means_of_units("unit", rate, shape, block)
     assert ((mean - 1).abs() <= 5 * error).all()
 
 
@@ -475,3 +383,32 @@ def test_a_batch_of_one():
     for scale in module.SCALES:
         y = drop_block2d(torch.ones(1, 1, 7, 7), 0.5, 3, scale=scale)
         assert y.isfinite().all()
+
+
+# What every layer has to fulfil (tests/laws/contracts.py runs this list)
+
+
+def one_unit_of_each_map(y):
+    """Of each map one unit, another one from map to map: its share is the mean over the map."""
+    maps = y.flatten(2).flatten(0, 1)
+    return maps[torch.arange(len(maps)), torch.arange(len(maps)) % maps.shape[1]] == 0
+
+
+def contract(name, kind, function, shape, **kwargs):
+    return Layer(
+        name=name,
+        make=lambda p: kind(p, 3, **kwargs),
+        function=lambda x, p, **more: function(x, p, 3, **kwargs, **more),
+        shape=shape,
+        many=(2_000, 15, *(4 for _ in shape[2:])),
+        law=masked(one_unit_of_each_map),
+    )
+
+
+CONTRACTS = [
+    contract("DropBlock1d", DropBlock1d, drop_block1d, (6, 4, 9)),
+    contract("DropBlock2d", DropBlock2d, drop_block2d, (4, 8, 5, 6)),
+    contract("DropBlock2d per unit", DropBlock2d, drop_block2d, (4, 8, 5, 6), scale="unit"),
+    contract("DropBlock2d by count", DropBlock2d, drop_block2d, (4, 8, 5, 6), scale="count"),
+    contract("DropBlock3d", DropBlock3d, drop_block3d, (4, 8, 3, 5, 6)),
+]

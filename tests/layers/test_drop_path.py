@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from contracts import Layer, masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
-from torchdrop.functional import drop_path, drop_path_add, spatial_dropout
+from torchdrop.functional import drop_path, drop_path_add
+from torchdrop.layers import DropPath
 from torchdrop.layers import drop_path as module
 
 ALPHA = 1e-6
@@ -413,94 +415,44 @@ def test_refuses_other_bad_arguments():
         drop_path_add(x, x[:1], 0.1)
 
 
-# spatial_dropout
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 5), min_size=2, max_size=5),
-    p=st.floats(0.01, 0.99),
-    data=st.data(),
-)
-def test_spatial_output_is_0_or_x_over_keep_in_whole_channels(shape, p, data):
-    dims = data.draw(st.permutations(range(len(shape))))[:2]
-    x = torch.rand(shape, dtype=torch.float64) + 1
-    y = spatial_dropout(x, p, batch_dim=dims[0], channel_dim=dims[1])
-    kept = y != 0
-    assert torch.equal(y[kept], x[kept] / (1 - p))
-    channels = kept.movedim(dims, (0, 1)).reshape(shape[dims[0]], shape[dims[1]], -1)
-    assert torch.equal(channels.all(2), channels.any(2))
-
-
-def slices_dropped(op, dims, shape):
-    """Whether the slices along `dims` are dropped, each with p and independently of the others."""
+def test_drop_path_forwards_its_arguments():
+    x = torch.randn(5, 7)
     torch.manual_seed(0)
-    gone = (op(torch.ones(shape), 0.3) == 0).movedim(dims, (0, 1)).flatten(2)
-    whole, any_gone = gone.all(2), gone.any(2)
-    if not torch.equal(whole, any_gone):
-        return False
-    pairs = int((whole[:, ::2] & whole[:, 1::2]).sum())
-    rows = int((whole[::2] & whole[1::2]).sum())
-    n = whole.numel()
-    return all(
-        stats.binomtest(int(count), draws, q).pvalue > ALPHA
-        for count, draws, q in ((whole.sum(), n, 0.3), (pairs, n // 2, 0.09), (rows, n // 2, 0.09))
+    expected = drop_path(x, 0.5, mode="row", batch_dim=1)
+    torch.manual_seed(0)
+    assert torch.equal(DropPath(0.5, batch_dim=1)(x), expected)
+    y = DropPath(0.5, inplace=True)(x)
+    assert y.data_ptr() == x.data_ptr()
+    assert set(DropPath(0.5, mode="batch")(torch.ones(9, 9)).unique().tolist()) <= {0.0, 2.0}
+
+
+def test_repr():
+    assert repr(DropPath(0.1)) == "DropPath(p=0.1, mode='row')"
+    assert repr(DropPath(1, "batch", 1, True)) == (
+        "DropPath(p=1.0, mode='batch', batch_dim=1, inplace=True)"
     )
 
 
-def test_spatial_rate_and_independence():
-    assert slices_dropped(spatial_dropout, (0, 1), (2000, 20, 3))
-    assert slices_dropped(spatial_dropout, (0, 1), (2000, 20, 2, 2))
-    last = lambda x, p: spatial_dropout(x, p, channel_dim=-1)  # noqa: E731
-    assert slices_dropped(last, (0, 2), (2000, 3, 20))
-    batch = lambda x, p: spatial_dropout(x, p, channel_dim=2, batch_dim=1)  # noqa: E731
-    assert slices_dropped(batch, (1, 2), (3, 2000, 20))
+# What every layer has to fulfil (tests/laws/contracts.py runs this list)
 
 
-def test_spatial_rate_can_fail():
-    assert not slices_dropped(spatial_dropout, (0, 2), (2000, 3, 20))
-    assert not slices_dropped(drop_path, (0, 1), (2000, 20, 3))
-    assert not slices_dropped(torch.nn.functional.dropout, (0, 1), (2000, 20, 3))
+def rows_gone(y):
+    return (y == 0).flatten(1).all(1)
 
 
-def test_spatial_says_what_a_3d_input_is_where_dropout2d_guesses():
-    with pytest.warns(UserWarning, match="3D input"):
-        torch.nn.functional.dropout2d(torch.ones(2, 3, 4), 0.5)
-    spatial_dropout(torch.ones(2, 3, 4), 0.5)  # a warning would be an error
+def contract(name, shape):
+    return Layer(
+        name=name,
+        make=DropPath,
+        function=drop_path,
+        shape=shape,
+        many=(250_000, 1),
+        law=masked(rows_gone),
+    )
 
 
-def test_spatial_derivatives():
-    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
-
-    def f(t):
-        return seeded(spatial_dropout, t, 0.4).pow(3)
-
-    assert gradcheck(f, (x,), check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(f, (x,))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_spatial_kept_value_is_correctly_rounded(dtype):
-    x = torch.randn(64, 40, 2).to(dtype)
-    y = spatial_dropout(x, 0.1)
-    kept = y != 0
-    assert torch.equal(y[kept], (x[kept].double() / 0.9).to(dtype)) or dtype == torch.float32
-    assert torch.allclose(y[kept], x[kept] / 0.9, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda x: spatial_dropout(x[0], 0.1), ValueError, r"at least 2 dimensions.*, but got 1"),
-        (lambda x: spatial_dropout(x, 0.1, channel_dim=2), ValueError, r"channel_dim .* but got 2"),
-        (
-            lambda x: spatial_dropout(x, 0.1, channel_dim=-2),
-            ValueError,
-            r"to differ, but both .* 0",
-        ),
-        (lambda x: spatial_dropout(x, 0.1, channel_dim="c"), TypeError, r"channel_dim .* integer"),
-    ],
-)
-def test_spatial_messages(call, error, match):
-    with pytest.raises(error, match=match):
-        call(torch.ones(2, 3))
+CONTRACTS = [
+    contract("DropPath", (6, 4, 3)),
+    contract("DropPath 4-d", (4, 8, 5, 6)),
+    contract("DropPath 5-d", (4, 8, 3, 5, 6)),
+]

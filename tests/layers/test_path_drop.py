@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contracts import Layer
 from scipy import stats
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -438,3 +439,41 @@ def test_repr():
         "PathDrop(p=0.15, mode='batch', columns=(1, 2), batch_dim=1)"
     )
     assert "(1): ReLU()" in repr(PathDrop(0.15, [nn.Identity(), nn.ReLU()]))
+
+
+# What every layer has to fulfil (tests/laws/contracts.py runs this list)
+
+
+def joined(x):
+    """Three branches, of which the mean of any tells which it was."""
+    return x, 10 * x, 100 * x
+
+
+class Joined(PathDrop):
+    def forward(self, *inputs):
+        return super().forward(*(inputs if len(inputs) == 3 else joined(inputs[0])))
+
+
+def path_drop_law(y, p):
+    """The first input is dropped with p - p**3 / 3."""
+    kept = torch.tensor([1.0, 11 / 2, 101 / 2, 111 / 3], dtype=y.dtype)
+    gone = (y != kept).all(1)
+    return stats.binomtest(int(gone.sum()), len(gone), p - p**3 / 3).pvalue
+
+
+def contract(name, shape):
+    return Layer(
+        name=name,
+        make=Joined,
+        function=lambda x, p, **more: path_drop(joined(x), p, **more),
+        shape=shape,
+        many=(250_000, 1),
+        law=path_drop_law,
+        eval_is_identity=False,
+        identity_at_0=False,
+        zero_at_1=False,
+        allocates=4.0,  # two of them for the other inputs
+    )
+
+
+CONTRACTS = [contract("PathDrop", (6, 4, 3)), contract("PathDrop 4-d", (4, 8, 5, 6))]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contracts import Layer, masked
 from scipy import stats
 from torch import nn
 
@@ -195,3 +196,22 @@ def test_the_layer_forwards_its_arguments():
 def test_messages(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+# What every layer has to fulfil (tests/laws/contracts.py runs this list)
+
+
+def contract(name, shape):
+    return Layer(
+        name=name,
+        make=ShakeDrop,
+        function=shake_drop,
+        shape=shape,
+        many=(250_000, 1),
+        law=masked(lambda y: (y != 1).flatten(1).all(1)),
+        eval_is_identity=False,
+        zero_at_1=False,
+    )
+
+
+CONTRACTS = [contract("ShakeDrop", (6, 4, 3)), contract("ShakeDrop 4-d", (4, 8, 5, 6))]
