@@ -1,4 +1,4 @@
-"""One graph for every rate: what it computes, who is kept, how often it is compiled."""
+"""One graph for every rate: what it computes, which rows are kept, how often it is compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ models = pytest.importorskip("torchvision.models")
 
 
 class Compiler:
-    """A backend that counts its graphs, runs them as they are, and notes the rows of branches."""
+    """A backend that counts its graphs, runs them unchanged, and may record the drawn rows."""
 
     def __init__(self, *, noting: bool = False) -> None:
         self.graphs = 0
@@ -81,7 +81,9 @@ class _Layers(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, and hides it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # dynamo reads it, and hides the warning
 def test_in_batch_mode_each_branch_is_a_graph_and_what_is_dropped_does_not_run() -> None:
     depth = 12  # beyond dynamo's limit for one function
     model = _Layers(depth).double()
@@ -110,7 +112,7 @@ def test_in_batch_mode_each_branch_is_a_graph_and_what_is_dropped_does_not_run()
         torch.testing.assert_close(compiled_model(x), expected, rtol=1e-10, atol=1e-12)
         assert sum(layers_run) == 2 * sum(len(rows) > 0 for rows in plan.last_kept().values())
         known.append(len(graphs))
-    assert known[-1] == known[11]  # nothing is compiled any more
+    assert known[-1] == known[11]  # nothing more is compiled
     assert known[-1] <= 3 * depth  # a branch each, and what is between the blocks
 
 
@@ -179,13 +181,13 @@ def law_holds(weights: Tensor, p: float) -> bool:
         ("independent", "auto", 0.9, 4),
     ],
 )
-def test_rows_in_a_graph_follow_the_same_law(
+def test_rows_in_a_graph_are_kept_at_the_same_rate(
     sampling: str, compute: str, p: float, batch: int
 ) -> None:
     assert law_holds(weights_of_rows(p, sampling, 500, batch, compute), p)
 
 
-def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_of_the_rate_in_a_graph_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchdrop.running.branch_state import BranchRate
 
     def all_that_are_computed(self: BranchRate, batch: int) -> tuple[Tensor, int]:
@@ -198,17 +200,17 @@ def test_the_test_of_the_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.5, 0.8, 0.999, 1.0])
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 100])
 def test_a_graph_computes_no_more_rows_than_the_rate_can_need(p: float, batch: int) -> None:
-    class LayerWithRate:
+    class Branch:
         def __init__(self) -> None:
             self.p = p
             self.convolves = False
 
-    rated = LayerWithRate()
-    number = in_graph.enter(rated)  # type: ignore[arg-type]
+    branch = Branch()
+    number = in_graph.register_branch(branch)  # type: ignore[arg-type]
     exactly = batch * (1 - p)
     rounded_up = int(exactly) + (exactly - int(exactly) > 1e-6)
-    assert in_graph.size_in_graph(number, batch, 1) == max(rounded_up, 1)
-    assert in_graph.size_in_graph(number, batch, 2) == min(max(rounded_up, 2), batch)
+    assert in_graph.row_count_in_graph(number, batch, 1) == max(rounded_up, 1)
+    assert in_graph.row_count_in_graph(number, batch, 2) == min(max(rounded_up, 2), batch)
 
 
 def test_nothing_dropped_and_everything_dropped() -> None:
@@ -253,11 +255,11 @@ def test_inductor_writes_one_graph_for_all_rates() -> None:
     assert graphs_of_inductor(convolves=True) == 2  # it knows how many rows there are now
 
 
-def test_what_has_to_run_once_before_it_is_compiled_says_so() -> None:
+def test_an_error_says_that_a_model_has_to_run_once_before_it_is_compiled() -> None:
     pytest.importorskip("transformers")
     from zoo_transformers import FAMILIES
 
-    model, inputs = FAMILIES["albert"].build(4)  # which asks for the kind of its mask
+    model, inputs = FAMILIES["albert"].build(4)  # whose forward asks for the dtype of its mask
     torchdrop.add_stochastic_depth(model.train(), 0.3, example_inputs=inputs)
     graph = torch.compile(model, fullgraph=True, backend=Compiler())
     with pytest.raises(RuntimeError, match="call the model once like this before compiling it"):
@@ -307,11 +309,15 @@ def test_a_copy_is_compiled_with_rates_of_its_own() -> None:
     x = torch.randn(6, 6, dtype=torch.float64)
     torch.compile(twin, fullgraph=True, backend=Compiler())(x)
     torch.compile(model, fullgraph=True, backend=Compiler())(x)
-    assert all(len(rows) == 3 for rows in torchdrop.get_plan(twin).last_kept().values())
-    assert len(torchdrop.get_plan(model).last_kept()["0"]) == 6
+
+    def kept(model: nn.Module) -> dict[str, int]:
+        return {name: len(rows) for name, rows in torchdrop.get_plan(model).last_kept().items()}
+
+    assert kept(twin) == {"0": 3, "1": 3}
+    assert kept(model)["0"] == 6
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, about what it cannot trace
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of what it cannot trace
 def test_whole_batches_are_skipped_with_breaks_between_graphs() -> None:
     model = net(2)
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode="batch")
@@ -329,7 +335,7 @@ def test_whole_batches_are_skipped_with_breaks_between_graphs() -> None:
     assert len(costs) == 3
 
 
-def test_a_generator_in_a_graph_is_an_error_and_runs_beside_one() -> None:
+def test_a_generator_in_a_graph_is_an_error_and_works_outside_of_it() -> None:
     """torch.compile takes no generator: an error with fullgraph, the same numbers without."""
     x = torch.ones(8, 3)
 
@@ -343,7 +349,7 @@ def test_a_generator_in_a_graph_is_an_error_and_runs_beside_one() -> None:
     assert torch.equal(out, drop(torch.Generator().manual_seed(3)))
 
 
-def test_a_model_that_goes_away_while_a_compiler_looks_on_disturbs_nothing() -> None:
+def test_a_model_may_be_freed_while_a_compiler_iterates_over_the_shares() -> None:
     def branches(model: nn.Module) -> list[int]:
         plan = torchdrop.add_stochastic_depth(model, 0.5)
         return [state.rate.number for site in plan._sites for state in site.branches]
@@ -354,7 +360,7 @@ def test_a_model_that_goes_away_while_a_compiler_looks_on_disturbs_nothing() -> 
     next(shares)
     del model
     gc.collect()
-    assert len(list(shares)) > 0  # a dict that had shrunk would raise
-    assert set(numbers) <= set(in_graph._gone)
+    assert len(list(shares)) > 0  # a dictionary that has shrunk would raise
+    assert set(numbers) <= set(in_graph._freed)
     branches(nn.Sequential(*(Block(4) for _ in range(2))))
-    assert not set(numbers) & {*in_graph._shares, *in_graph._gone}
+    assert not set(numbers) & {*in_graph._shares, *in_graph._freed}

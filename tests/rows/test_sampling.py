@@ -1,75 +1,22 @@
-"""Rates and laws of the draws, where they are drawn. The twins show that the tests can fail."""
+"""The rates and laws of the draws of rows. Each law has a twin test that shows that it can fail."""
 
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
-from torchdrop.layers import draws
-from torchdrop.rows import sampling, shared_numbers
+from torchdrop.rows import sampling
 
 ALPHA = 1e-6
-RATES = [0.001, 0.1, 0.3, 0.5, 0.9, 0.999]
 
 
 def agrees(kept, draws, p):
     """Whether ``kept`` of ``draws`` independent draws fit a keep probability of 1 - p."""
     return stats.binomtest(kept, draws, 1 - p).pvalue > ALPHA
-
-
-# Masks
-
-
-def mask_rate_is_right(draw, p):
-    torch.manual_seed(0)
-    mask = draw((1000, 1000), p)
-    return agrees(int(mask.sum()), mask.numel(), p)
-
-
-@pytest.mark.parametrize("p", RATES)
-def test_mask_rate(p):
-    assert mask_rate_is_right(draws.keep_mask, p)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(lambda s, p: draws.keep_mask(s, 1 - p), id="p as keep probability"),
-        pytest.param(
-            lambda s, p: torch.floor(torch.rand(s, dtype=torch.bfloat16) + (1 - p)) > 0,
-            id="drawn in bfloat16",
-        ),
-    ],
-)
-def test_mask_rate_can_fail(wrong):
-    assert not mask_rate_is_right(wrong, 0.001)
-
-
-def test_mask_laws():
-    assert draws.keep_mask((1000,), 0.0).all()
-    assert not draws.keep_mask((1000,), 1.0).any()
-    assert draws.keep_mask((0, 3), 0.5).shape == (0, 3)
-    assert draws.keep_mask((2, 3), 0.5, device=torch.device("meta")).is_meta
-
-
-def test_mask_follows_its_generator_and_else_the_global_seed():
-    def drawn(**kwargs):
-        return draws.keep_mask((50,), 0.5, **kwargs)
-
-    def seeded():
-        return drawn(generator=torch.Generator().manual_seed(7))
-
-    state = torch.get_rng_state()
-    assert torch.equal(seeded(), seeded())
-    assert torch.equal(state, torch.get_rng_state())
-    torch.manual_seed(1)
-    first = drawn()
-    assert not torch.equal(first, drawn())
-    torch.manual_seed(1)
-    assert torch.equal(first, drawn())
 
 
 # Rows
@@ -206,147 +153,80 @@ def test_host_draws_do_not_depend_on_the_default_device():
         assert isinstance(sampling.keep_batch(0.5), bool)
 
 
-# All ranks alike
-
-
-class Rank:
-    """One rank's shared numbers, in this process, in a generator state of its own."""
-
-    def __init__(self, seed):
-        self.numbers = shared_numbers.SharedNumbers()
-        self.seed(seed)
-
-    def draw(self, times=1, *, other_draws=0):
-        """As in a process of its own, which has drawn other numbers as well."""
-        with torch.random.fork_rng():
-            torch.set_rng_state(self.state)
-            torch.rand(other_draws)
-            drawn = [self.numbers.draw() for _ in range(times)]
-            self.state = torch.get_rng_state()
-        return drawn
-
-    def seed(self, seed):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.state = torch.get_rng_state()
+# Several ranks
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    """Two ranks whose one broadcast is simulated: rank 0 says its seed, the other hears it."""
-    said = []
-
-    def broadcast(objects, src):
-        said.append(objects[0])
-        objects[0] = said[0]
-
-    class Group:
-        pass
-
-    group = Group()
-    monkeypatch.setattr(shared_numbers, "_group", lambda: group)
-    monkeypatch.setattr(shared_numbers.dist, "broadcast_object_list", broadcast)
-
-    def make(*seeds):
-        said.clear()
-        return [Rank(seed) for seed in seeds]
-
-    make.said = said
-    return make
+def several_ranks(monkeypatch):
+    """A process group of which this process is the rank that the test sets."""
+    group = SimpleNamespace(rank=0)
+    monkeypatch.setattr(sampling, "has_other_ranks", lambda: True)
+    monkeypatch.setattr(sampling.dist, "get_rank", lambda: group.rank)
+    numbers = SimpleNamespace(shared=lambda: True, draw=lambda: int(torch.randint(2**53, ())))
+    monkeypatch.setattr(sampling, "shared_numbers", numbers)
+    return group
 
 
-def test_ranks_draw_alike_whatever_their_seeds_and_talk_once(ranks):
-    a, b = ranks(5, 1234)
-    first = a.draw(20)
-    assert len(set(first)) == 20
-    assert b.draw(20, other_draws=3) == first
-    assert a.draw(5, other_draws=7) == b.draw(5)
-    assert len(ranks.said) == 2
+def test_ranks_that_were_seeded_alike_draw_different_rows(several_ranks):
+    def drawn(rank):
+        several_ranks.rank = rank
+        torch.manual_seed(3)
+        return sampling.keep_rows(1000, 0.5).tolist()
+
+    assert drawn(0) == drawn(0)
+    assert len({tuple(drawn(rank)) for rank in range(4)}) == 4
 
 
-def test_a_seed_fixes_the_numbers_of_all_ranks_also_in_the_middle(ranks):
-    a, b = ranks(5, 6)  # seed + rank, as many do
-    run = a.draw(10)
-    assert b.draw(10) == run
-    for seed in (9, 5, 9):  # a new one, the first once more, and one that was used before
-        a.seed(seed), b.seed(seed + 1)
-        again = a.draw(10, other_draws=2 if seed == 9 else 0)
-        assert b.draw(10, other_draws=2 if seed == 9 else 0) == again
-        assert (again == run) == (seed == 5)
-        (fresh,) = ranks(seed)
-        assert fresh.draw(10) == again
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rate_on_each_of_several_ranks(several_ranks, rank):
+    several_ranks.rank = rank
+    assert row_rate_is_right(sampling.keep_rows, 5, 0.3, "exact")
 
 
-def test_a_state_that_is_put_back_gives_its_numbers_again(ranks):
-    (a,) = ranks(1)
-    a.draw(3)
-    state = a.state
-    drawn = a.draw(3)
-    a.state = state
-    assert a.draw(3) == drawn
-    assert not set(a.draw(3)) & set(drawn)
+def test_a_generator_that_is_the_same_on_all_ranks(several_ranks):
+    def drawn(rank):
+        several_ranks.rank = rank
+        torch.manual_seed(3)
+        generator = sampling.host_generator(same_on_all_ranks=True)
+        return torch.rand(5, generator=generator).tolist()
+
+    assert drawn(0) == drawn(1)
 
 
-def test_another_seed_in_between_does_not_start_over(ranks):
-    (a,) = ranks(1)
-    drawn, state = a.draw(3), a.state
-    a.seed(2)
-    a.draw(3)
-    a.state = state
-    assert not set(a.draw(3)) & set(drawn)
+def test_one_rank_draws_from_the_global_generator():
+    assert sampling.host_generator() is None
+    assert sampling.host_generator(same_on_all_ranks=True) is None
 
 
-def test_shared_numbers_resume(ranks):
-    a, b = ranks(1, 2)
-    a.draw(4), b.draw(4)
-    state, rng = a.numbers.state_dict(), (a.state, b.state)
-    expected = a.draw(4)
-    a, b = ranks(1, 2)
-    for rank, generator in zip((a, b), rng, strict=True):
-        rank.numbers.load_state_dict(state)
-        rank.state = generator
-    # seeds are apart as they were, so each rank knows that the numbers are its own
-    assert a.draw(4) == expected
-    assert b.draw(4) == expected
+@pytest.mark.parametrize("sync_ranks", [True, None])
+def test_the_rate_of_decisions_that_all_ranks_share(several_ranks, sync_ranks):
+    assert batch_rate_is_right(lambda p: sampling.keep_batch(p, sync_ranks), 0.1)
 
 
-@pytest.mark.parametrize(
-    "state", [{}, {"seed": 1}, {"seed": 1, "count": -1}, {"seed": 1.5, "count": 2}, 3]
-)
-def test_what_is_no_state_of_shared_numbers_is_refused(state):
-    numbers = shared_numbers.SharedNumbers()
-    with pytest.raises(ValueError, match="a seed and a count"):
-        numbers.load_state_dict(state)
-    assert numbers.state_dict() is None
+def test_a_rank_decides_by_itself_if_it_is_asked_to(several_ranks, monkeypatch):
+    monkeypatch.setattr(sampling.shared_numbers, "draw", lambda: 0)  # which would drop
+    assert not any(sampling.keep_batch(0.5, True) for _ in range(50))
+    assert any(sampling.keep_batch(0.5, False) for _ in range(50))
 
 
-def test_what_is_remembered_is_bounded(ranks, monkeypatch):
-    (a,) = ranks(0)
-    monkeypatch.setattr(a.numbers, "_WAITING", 8)
-    monkeypatch.setattr(a.numbers, "_SEEDS", 4)
-    for seed in range(20):
-        a.seed(seed)
-        a.draw(3)
-    assert len(a.numbers._filed) == 8
-    assert len(a.numbers._streams) == 4
+# What cannot be drawn
 
 
-def shared_rate_is_right(p):
-    torch.manual_seed(0)
-    numbers = shared_numbers.SharedNumbers()
-    times = 20_000
-    return agrees(sum(numbers.draw() / 2**53 >= p for _ in range(times)), times, 0.1)
+def test_different_draws_in_vmap_are_refused_and_the_same_ones_are_not():
+    def drop(x):
+        return x[sampling.keep_rows(4, 0.5)].sum()
+
+    for draw in (drop, lambda x: x * sampling.keep_batch(0.5)):
+        with pytest.raises(RuntimeError, match="pass randomness='same' to vmap"):
+            torch.func.vmap(draw, randomness="different")(torch.ones(3, 4))
+        assert len(torch.func.vmap(draw, randomness="same")(torch.ones(3, 4))) == 3
 
 
-def test_the_rate_of_shared_numbers_and_its_twin(ranks):
-    assert shared_rate_is_right(0.1)
-    assert not shared_rate_is_right(0.12)
-
-
-def test_alone_nothing_is_shared(monkeypatch):
-    numbers = shared_numbers.SharedNumbers()
-    monkeypatch.setattr(shared_numbers, "in_group", lambda: True)
-    assert numbers.shared()
-    with numbers.alone():
-        assert not numbers.shared()
-    assert numbers.shared()
+def test_a_captured_cuda_graph_is_refused(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    sampling.refuse_graph_capture(on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    sampling.refuse_graph_capture(torch.ones(1))
+    with pytest.raises(RuntimeError, match="repeat this one draw in every replay"):
+        sampling.refuse_graph_capture(on_gpu)

@@ -1,4 +1,4 @@
-"""Taking rows and adding them back: values, memory formats, dtypes, gradients."""
+"""Gathering rows and adding them back: values, memory formats, dtypes, gradients."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_gradients_follow_the_forward(batch: int, data: st.DataObject) -> None:
     assert torch.autograd.gradcheck(run, (x, weight))
 
 
-def test_touch_gives_zeros_and_a_copy() -> None:
+def test_unused_tensors_get_gradients_of_zeros_through_a_copy() -> None:
     x, used = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
     frozen = torch.randn(2)
     out = with_zero_grads(x, [used, frozen])
@@ -126,7 +126,7 @@ def test_touch_gives_zeros_and_a_copy() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch.func.jvp
-def test_touch_under_vmap_and_forward_mode() -> None:
+def test_gradients_of_zeros_under_vmap_and_in_forward_mode() -> None:
     weight = torch.randn(2, requires_grad=True)
     out = torch.func.vmap(lambda x: with_zero_grads(x, [weight]))(torch.randn(3, 2))
     assert out.shape == (3, 2)
@@ -138,7 +138,7 @@ def test_touch_under_vmap_and_forward_mode() -> None:
 
 @pytest.mark.usefixtures("way_to_fork")
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
+def test_skip_and_rows_are_the_tensor_and_its_rows(dim: int) -> None:
     x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 2])
     whole, some = skip_and_rows(x, rows, dim)
@@ -146,7 +146,7 @@ def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
     assert torch.equal(some, x.index_select(dim, rows))
     assert torch.autograd.gradcheck(lambda t: skip_and_rows(t, rows, dim), (x,))
     assert torch.autograd.gradgradcheck(lambda t: skip_and_rows(t, rows, dim), (x,))
-    # either half alone carries the gradient, too
+    # Each of the two alone passes the gradient on, too.
     for i in (0, 1):
         (mine,) = torch.autograd.grad(skip_and_rows(x, rows, dim)[i].square().sum(), x)
         plain = (x, x.index_select(dim, rows))[i]
@@ -155,7 +155,7 @@ def test_a_fork_is_the_tensor_and_its_rows(dim: int) -> None:
 
 
 @pytest.mark.usefixtures("way_to_fork")
-def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
+def test_skip_and_rows_keep_channels_last_forward_and_backward() -> None:
     x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     whole, some = skip_and_rows(x, torch.tensor([1, 3]))
     assert whole.is_contiguous(memory_format=torch.channels_last)
@@ -165,7 +165,7 @@ def test_a_fork_keeps_channels_last_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_sum_takes_over_the_memory_of_a_skip_that_is_spent(name: str) -> None:
+def test_a_sum_reuses_the_memory_of_a_skip_that_nothing_else_reads(name: str) -> None:
     leaf = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     branch = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([3, 0])
@@ -196,7 +196,7 @@ def test_a_sum_takes_over_the_memory_of_a_skip_that_is_spent(name: str) -> None:
     )
 
 
-def test_a_skip_that_is_wanted_for_backward_is_not_spent_unnoticed() -> None:
+def test_reusing_a_skip_that_was_saved_for_backward_is_an_error() -> None:
     skip = torch.randn(4, 3, requires_grad=True) * 1.0
     other = skip.square()
     total = add_rows(skip, torch.ones(1, 3), torch.tensor([2]), 2.0, reuses_skip=True)
@@ -257,7 +257,7 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_a_gradient_that_another_has_is_not_written_into(
+def test_a_gradient_that_something_else_refers_to_is_not_written_into(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
@@ -266,12 +266,12 @@ def test_a_gradient_that_another_has_is_not_written_into(
     whole, some = skip_and_rows(x, torch.tensor([0, 2]))
     held = HOLDERS[name](x, whole, some)
     assert torch.equal(held, (2 * x).detach()[3 - len(held) :])
-    if leaf.grad is not None:  # the gradient itself arrives, whoever has it
+    if leaf.grad is not None:  # the gradient of the input is right, too
         assert torch.equal(leaf.grad, (2 * x).detach() + torch.tensor([[1.0], [0.0], [1.0]]))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_gradient_that_nobody_else_has_is_written_into(
+def test_a_gradient_that_nothing_else_refers_to_is_written_into(
     memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
@@ -289,7 +289,7 @@ def test_a_gradient_that_nobody_else_has_is_written_into(
 
     (before, after), grad = steps(lambda grad: None)
     assert before == after
-    # the twin: kept, it is left as it is, and the gradients are the same
+    # The twin: a gradient that the hook keeps is not written into, and the result is the same.
     kept: list[Tensor] = []
     (before, after), same = steps(kept.append)
     assert before != after
@@ -298,12 +298,27 @@ def test_a_gradient_that_nobody_else_has_is_written_into(
 
 def test_the_test_of_gradients_written_into_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
-    monkeypatch.setattr(torchdrop.rows.take_and_add, "_references", lambda grads: (1, 1, 1))
-    monkeypatch.setattr(torchdrop.rows.take_and_add._Owned, "references", (1, 1, 1))
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "count_references", lambda grads: (1, 1, 1))
+    unshared = torchdrop.rows.take_and_add._UnsharedGradient
+    monkeypatch.setattr(unshared, "references", (1, 1, 1))
+    monkeypatch.setattr(unshared, "measured", True)
     for name, run in HOLDERS.items():
         x = torch.arange(6.0).view(3, 2).requires_grad_() * 1.0
         held = run(x, *skip_and_rows(x, torch.tensor([0, 2])))
         assert torch.equal(held, (2 * x).detach()[3 - len(held) :]) == (name == "retained"), name
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_if_references_cannot_be_counted_no_gradient_is_written_into(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "count_references", lambda grads: None)
+    monkeypatch.setattr(torchdrop.rows.take_and_add._UnsharedGradient, "measured", False)
+    monkeypatch.setattr(torchdrop.rows.take_and_add._UnsharedGradient, "references", None)
+    x = torch.arange(6.0).view(3, 2).requires_grad_() * 1.0
+    held = HOLDERS[name](x, *skip_and_rows(x, torch.tensor([0, 2])))
+    assert torch.equal(held, (2 * x).detach()[3 - len(held) :])
 
 
 def test_derivatives_of_adding_rows() -> None:
@@ -351,8 +366,10 @@ def test_gradients_of_a_sum_one_by_one_and_many_at_a_time(layout: str, dtype: to
 def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
     rows = torch.arange(16)
-    assert saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == 0  # the indices, apart
-    # the twin: torch's own keeps the branch to know its shape
+    assert (
+        saved_bytes(lambda: add_rows(skip, branch, rows, 2.0)) == 0
+    )  # the indices are not saved as a tensor
+    # The twin: PyTorch's own operation saves the branch to know its shape.
     assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4
 
 
