@@ -1,3 +1,5 @@
+"""The subcommands, and the help texts of their options (app/options.py)."""
+
 from __future__ import annotations
 
 import json

@@ -36,11 +36,12 @@ def test_other_lengths_keep_the_share_of_each_phase():
     )
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_very_short_runs_have_a_learning_rate(epochs):
-    for model in ("resnet-110", "resnet-1202"):
-        recipe = preset("paper-cifar10", model).recipe.with_epochs(epochs)
-        assert recipe.learning_rate(0) == 0.1
+@pytest.mark.parametrize("model", ["resnet-110", "resnet-1202"])
+@pytest.mark.parametrize("rates", [[0.1], [0.1, 0.01], [0.1, 0.1, 0.001]])
+def test_very_short_runs_begin_at_the_highest_learning_rate(model, rates):
+    recipe = preset("paper-cifar10", model).recipe.with_epochs(len(rates))
+    assert recipe.epochs == len(rates)
+    assert [recipe.learning_rate(epoch) for epoch in range(len(rates))] == rates
 
 
 def test_another_learning_rate_keeps_the_ratios():

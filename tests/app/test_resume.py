@@ -285,7 +285,7 @@ def test_a_damaged_file_of_a_run_is_named_and_the_rest_is_kept(name, how, whole,
     with pytest.raises(
         UserError,
         match=rf"cannot go on from '.*{re.escape(name)}' \(.*\); remove it and this run is trained "
-        r"again, what is finished is kept",
+        r"again, finished runs are kept",
     ):
         _run(_small(out, resume=True))
     assert not (tmp_path / "ran").exists()

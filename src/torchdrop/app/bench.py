@@ -1,22 +1,23 @@
-"""What stochastic depth saves on this machine: dense, masked and skipping, side by side.
+"""Measure what stochastic depth saves on this machine: dense, masked and skipping, side by side.
 
 The schema of the file, version 1::
 
     schema       1
-    config       what was asked for
-    versions     of torchdrop, torch and what else the figures depend on
-    machine      where they were taken; ``load`` before and after, where the system tells
+    config       the settings
+    versions     of Python, torchdrop, torch and other packages that the figures depend on
+    machine      the machine that the figures were taken on; ``load`` before and after the
+                 measurement, null where the system has no load average
     branches     how many were found and are skipped, and the mean of their rates
     contestants  {dense, masked, skipping: {ms, time_over_dense, flops, flops_over_dense,
                  saved_bytes, bytes_over_dense, peak_bytes, observed_p}}
-    finding      a sentence
+    finding      the result in one or two sentences
 
 ``ms`` has n, mean, median and quartiles of a training step (forward, cross entropy, backward).
-``time_over_dense`` is of medians, in batch mode of means, since the cost of a step varies there.
-``flops``, ``saved_bytes`` and ``observed_p``, the mean rate that was delivered, are means over
-steps, without torch.compile: over those that were timed in batch mode, else over four of them.
-``peak_bytes`` is the most that a step has allocated at a time on top of what was there before it,
-null where the device does not tell.
+``time_over_dense`` is a ratio of medians; in batch mode of means, since the cost of a step varies
+there. ``flops``, ``saved_bytes`` and ``observed_p`` (the drop rate that was delivered, mean over
+branches) are means over steps without torch.compile: in batch mode over all timed steps, else over
+four. ``peak_bytes`` is the peak of the memory that a step allocates, above what was allocated
+before it; null where the device keeps no record.
 """
 
 from __future__ import annotations
@@ -53,27 +54,28 @@ from .timing import in_turn, peak_bytes, threads
 __all__ = ["Settings", "bench"]
 
 CONTESTANTS = {"dense": "auto", "masked": "mask", "skipping": "auto"}
-"""And how torchdrop computes branches in each; nothing is dropped in dense."""
+"""The variants that are timed, with the ``compute`` of each. In dense, nothing is dropped."""
 
 WARM_UP = 3
-"""Rounds before the timed ones, which may be fewer."""
+"""The number of untimed rounds at the start; fewer if fewer steps than that are timed."""
 ROW_STEPS, BATCH_STEPS = 21, 60
+"""The default number of timed steps. The cost of a step varies more in batch mode."""
 COUNTED = 4
-"""Steps that FLOPs and bytes are the mean of in row mode, where they hardly vary."""
+"""Steps that FLOPs and bytes are averaged over in row mode, where they hardly vary."""
 
 MEASURED = 4
-"""Steps whose peak of memory is taken, of those that are timed."""
+"""Steps whose peak memory is measured."""
 
 SMALL, USUAL = 32, 224
-"""The default side of an image: of the networks of this command line, of all others."""
+"""The default height and width of images: for the networks of this package, for all others."""
 
 NOISE = 0.02
-"""Times closer than this are called equal."""
+"""Ratios that differ from 1 by less than this count as equal to 1."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. None means: the default of the model, the mode or the machine."""
+    """The options of ``torchdrop bench``. None: the default of the model, mode or machine."""
 
     model: str
     out: Path
@@ -90,18 +92,19 @@ class Settings:
 
 
 Tell = Callable[[str, int, int], None]
-"""What is done now; and the number of timed rounds that are over, and of all."""
+"""Called with the present stage, the number of rounds done and the number of all rounds."""
 
 
 def bench(settings: Settings, tell: Tell | None = None) -> dict[str, Any]:
-    """Measure, write the file, and return its content and where it is, under ``path``.
+    """Measure, write the file, and return its content with the path of the file as ``path``.
 
     Args:
-        settings: What to measure.
-        tell: Called before each stage, and after each round.
+        settings: The options.
+        tell: Called at the start of each stage, and after each round.
 
     Raises:
-        UserError: Bad input, with one line on what to do. Nothing is written then.
+        UserError: A setting is wrong, or a step fails; nothing is written. The message is one line
+            on what to do.
     """
     _check(settings)
     device = _device(settings.device)
@@ -160,14 +163,20 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name!r} is none that torch knows: cpu, cuda, mps") from error
+        raise UserError(
+            f"--device {name!r} is not a device that torch knows; give cpu, cuda or mps"
+        ) from error
     if device.type != "cpu":
         here = ["cpu", *([found.type] if found else [])]
         if device.type not in here:
-            raise UserError(f"--device {name}: there is none here; there is {', '.join(here)}")
+            raise UserError(
+                f"--device {name}: this machine has none; choose one of {', '.join(here)}"
+            )
         number = torch.accelerator.device_count()
         if device.index is not None and device.index >= number:
-            raise UserError(f"--device {name}: devices here are numbered 0 to {number - 1}")
+            raise UserError(
+                f"--device {name}: the devices of this machine are numbered 0 to {number - 1}"
+            )
     return device
 
 
@@ -175,7 +184,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _network(name: str, size: int | None) -> tuple[nn.Module, int]:
-    """The network of a name, and the side of its images."""
+    """Return the network of that name, and the height and width of its images."""
     if ":" in name or name == "fractalnet" or re.fullmatch(r"resnet-\d+", name):
         model = open_model(name)
         small = not name.startswith("torchvision:")
@@ -194,8 +203,8 @@ def _network(name: str, size: int | None) -> tuple[nn.Module, int]:
     if not timm.is_model(name):
         near = _alike(name, [*known, *timm.list_models()])
         raise UserError(
-            f"neither torchvision nor timm has a model {name!r}{near}; a CIFAR ResNet is resnet-N, "
-            f"your own package.module:factory"
+            f"neither torchvision nor timm has a model {name!r}{near}; a CIFAR ResNet is given as "
+            f"resnet-N, your own model as package.module:factory"
         )
     about = timm.get_pretrained_cfg(name)
     side = size or (about.input_size[-1] if about else USUAL)
@@ -211,7 +220,7 @@ def _alike(name: str, known: list[str]) -> str:
 
 @dataclass
 class _Subject:
-    """A network, as one of the contestants, and its batch."""
+    """One of the contestants: a network with its batch."""
 
     model: nn.Module
     run: Any
@@ -219,11 +228,11 @@ class _Subject:
     labels: Tensor
 
     def forward(self) -> Tensor:
-        """The loss, without torch.compile."""
+        """Return the loss, without torch.compile."""
         return loss_of(self.model, self.images, self.labels)
 
     def steps(self, begin: int = 0) -> Callable[[], None]:
-        """A training step, which draws from the seed of its number."""
+        """Return a function that takes a training step; step n draws from seed n."""
         numbers = count(begin)
 
         def step() -> None:
@@ -235,7 +244,7 @@ class _Subject:
 
 
 def _subjects(settings: Settings, device: torch.device) -> dict[str, _Subject]:
-    """The contestants: the same network with the same weights, on the same batch."""
+    """Return the contestants: copies of one network with the same weights, on the same batch."""
     torch.manual_seed(0)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     try:
@@ -261,7 +270,7 @@ def _subjects(settings: Settings, device: torch.device) -> dict[str, _Subject]:
         try:
             torchdrop.add_stochastic_depth(
                 model,
-                # Nothing is dropped in dense: neither by us, nor by masks that the network has.
+                # At p=0, masks that the network has of its own are inactive as well.
                 0.0 if name == "dense" else settings.p,
                 schedule=settings.schedule,
                 mode=settings.mode,
@@ -277,7 +286,7 @@ def _subjects(settings: Settings, device: torch.device) -> dict[str, _Subject]:
 
 
 def _try(settings: Settings, name: str, subject: _Subject) -> None:
-    """Take a first step, compiled where that was asked for."""
+    """Take the first step of a contestant, which compiles it under ``--compile``."""
     try:
         subject.steps()()
     except UserError:
@@ -301,7 +310,7 @@ def _measure(
     tell: Tell,
 ) -> dict[str, dict[str, Any]]:
     device = subjects["dense"].images.device
-    # Steps 0, 1, ... are timed, and in batch mode all of them counted; others warm up.
+    # Steps 0, 1, ... are timed (and counted, in batch mode); the steps after them warm up.
     warm_up = in_turn({name: s.steps(steps) for name, s in subjects.items()}, device)
     timed = in_turn({name: s.steps() for name, s in subjects.items()}, device)
     taken: list[dict[str, float]] = []
@@ -347,7 +356,7 @@ def _ratio(value: float, dense: float) -> float | None:
 
 
 def _count(subject: _Subject, steps: int) -> tuple[float, float]:
-    """FLOPs of a step, and the bytes it keeps for backward: the means of steps 0, 1, ..."""
+    """Return the FLOPs of a step and the bytes that it keeps for backward, as means over steps."""
     flops, kept = [], []
     for number in range(steps):
         torch.manual_seed(number)
@@ -375,7 +384,7 @@ def _load() -> list[float] | None:
 
 
 def _busy(device: torch.device) -> str:
-    """Where threads would wait for those of others, that it is so."""
+    """Return a remark if other programs occupy the cores, so that threads wait for each other."""
     load, cores = _load(), os.cpu_count() or 1
     if device.type != "cpu" or torch.get_num_threads() == 1 or not load or load[0] <= cores:
         return ""
@@ -383,7 +392,7 @@ def _busy(device: torch.device) -> str:
 
 
 def _file_name(settings: Settings, side: int) -> str:
-    """One file for each configuration, written anew when it is measured again."""
+    """Return the name of the file: one for each configuration, overwritten by a new measurement."""
     words = [
         settings.model,
         settings.mode,
@@ -397,7 +406,7 @@ def _file_name(settings: Settings, side: int) -> str:
 
 
 def _finding(content: dict[str, Any]) -> str:
-    """What was found, in one or two sentences."""
+    """Return the result in one or two sentences."""
     skipping, masked = content["contestants"]["skipping"], content["contestants"]["masked"]
     branches = content["branches"]
     time, flops = skipping["time_over_dense"], skipping["flops_over_dense"] or 1.0
@@ -407,16 +416,16 @@ def _finding(content: dict[str, Any]) -> str:
     )
     if branches["skipped"] < branches["found"]:
         found += (
-            f" Of {branches['found']} branches {branches['skipped']} are skipped, the others "
+            f" Of {branches['found']} branches, {branches['skipped']} are skipped and the others "
             f"masked; print(plan) says why."
         )
     if time > 1 - NOISE and flops < 1 - NOISE:
         found += (
-            " It does not pay here: the branches are too small for what taking and adding rows "
-            "costs. Try a larger --batch"
+            " Skipping does not pay here: computing these branches costs less than taking and "
+            "adding rows. Try a larger --batch"
             + (", or --mode batch." if content["config"]["mode"] == "row" else ".")
         )
     ms = content["contestants"]["dense"]["ms"]
     if ms["high"] - ms["low"] > 0.1 * ms["median"]:
-        found += " The times vary a lot: other work on the machine makes them worth little."
+        found += " The times vary a lot, so that they are not reliable: is the machine busy?"
     return found

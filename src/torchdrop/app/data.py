@@ -1,7 +1,7 @@
 """Labelled images by name, and the splits and batches that training takes from them.
 
-Images are held in memory as bytes. A folder is therefore read once, whole, before anything is
-trained: an image that cannot be read is found at the start.
+All images are held in memory, as bytes. A folder is therefore read completely before anything is
+trained, so that an image that cannot be read is found at the start.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ DEFAULT_TEST_SIZE = 1000
 """The number of test images of digits and mnist5k, which have no test split of their own."""
 
 FOLDER_TEST_SHARE = 0.2
-"""The same for a folder that is split, as a share of its images."""
+"""The share of test images of a folder that is split."""
 
 FOLDER_IMAGE_SIZE = 32
-"""The side that a folder's images are brought to unless another one is given."""
+"""The default height and width that the images of a folder are resized to."""
 
 SPLIT_SEED = 0
-"""The test images of a source that is split are the same for all seeds."""
+"""The seed that draws the test images of a source that is split: the same for all runs."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,19 @@ class Images:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Images:
-        """The images at ``index``."""
+        """Return the images at ``index``."""
         return Images(self.pixels[index], self.labels[index])
 
 
 @dataclass(frozen=True)
 class Data:
-    """What one seed trains and is tested on.
+    """The images that the runs of one seed are trained, validated and tested on.
 
     Attributes:
-        train, val, test: Three sets without a common image; ``val`` may be None.
+        train, val, test: Three sets that have no image in common; ``val`` may be None.
         classes: The number of classes.
-        mean, std: Of each channel of ``train``, of shape (C, 1, 1), in units of the pixels.
+        mean, std: The mean and the standard deviation of each channel of ``train``, of shape
+            (C, 1, 1), in units of the pixels.
     """
 
     train: Images
@@ -72,18 +73,18 @@ class Data:
 
     @property
     def channels(self) -> int:
-        """The channels of an image."""
+        """The number of channels of an image."""
         return self.train.pixels.shape[1]
 
     def normalised(self, pixels: Tensor, channels: int) -> Tensor:
-        """Pixels as the network sees them: mean 0, variance 1, gray repeated to ``channels``."""
+        """Return pixels with mean 0 and variance 1, gray images repeated to ``channels``."""
         x = (pixels.float() - self.mean) / self.std
         return x if x.shape[1] == channels else x.expand(-1, channels, -1, -1)
 
 
 @dataclass(frozen=True)
 class Source:
-    """All images of a name: a pool to draw training images from, and the test images."""
+    """All images of a data set: a pool to draw training images from, and the test images."""
 
     name: str
     pool: Images
@@ -91,11 +92,11 @@ class Source:
     classes: int
 
     def draw(self, seed: int, train_size: int | None = None, val_size: int = 0) -> Data:
-        """The data of one seed: training and validation images drawn by it, classes in proportion.
+        """Draw the training and validation images of one seed, all classes in proportion.
 
         Args:
-            seed: Which of all possible draws.
-            train_size: The number of training images; all that are left by default.
+            seed: The seed of the draw.
+            train_size: The number of training images; by default all but the validation images.
             val_size: The number of validation images.
 
         Raises:
@@ -126,9 +127,19 @@ class Source:
 
 
 def stratified(labels: Tensor, size: int, generator: torch.Generator, what: str = "size") -> Tensor:
-    """``size`` random indices with each class in proportion, and at least once.
+    """Return ``size`` random indices, with the classes in proportion and each at least once.
 
-    Places that proportion leaves over go to the classes with the largest remainders.
+    The share of a class is rounded down; the remaining places go to the classes with the largest
+    remainders. This is not scikit-learn's StratifiedShuffleSplit, which raises where a class has a
+    single image, and where all images are taken or fewer are left over than there are classes, and
+    which may leave out a class. Its draws would also differ from those of recorded results, so that
+    a resumed comparison would mix two training sets of one seed.
+
+    Args:
+        labels: The class of each image.
+        size: The number of indices.
+        generator: The source of randomness.
+        what: The name of the size, for the error.
 
     Raises:
         UserError: ``size`` is smaller than the number of classes or larger than the set.
@@ -144,7 +155,7 @@ def stratified(labels: Tensor, size: int, generator: torch.Generator, what: str 
     share = torch.maximum(quota.floor().long(), present.long())
     while int(share.sum()) != size:
         step = 1 if int(share.sum()) < size else -1
-        # The class that is furthest from its quota in that direction and can still move.
+        # Move the class that is furthest from its quota, among those that can still move.
         gap = step * (quota - share)
         movable = share < counts if step > 0 else share > 1
         share[gap.masked_fill(~movable, -torch.inf).argmax()] += step
@@ -154,14 +165,14 @@ def stratified(labels: Tensor, size: int, generator: torch.Generator, what: str 
 
 
 class Batches:
-    """The batches of one seed, epoch by epoch: an iterable that Lightning takes as a loader.
+    """The batches of one seed, epoch by epoch: an iterable that Lightning accepts as a loader.
 
-    The order and the augmentation of an epoch come from generators of their own, seeded by
-    the run's seed and the epoch. Dropping draws from torch's global generator, so every method
-    sees the same images in the same order.
+    The order and the augmentation of an epoch are drawn from a generator that is seeded by the seed
+    of the run and the epoch. Methods draw from torch's global generator instead, so that every
+    method is trained on the same images in the same order.
 
-    A last batch of a single image joins the one before it, since BatchNorm may not take it. With
-    several ranks each batch is dealt out evenly; images that do not deal are left out.
+    A last batch of a single image is added to the batch before it, since BatchNorm may reject it.
+    With several ranks, each rank takes an equal part of every batch; the remainder is left out.
     """
 
     def __init__(
@@ -186,11 +197,11 @@ class Batches:
 
     @property
     def sampler(self) -> Batches:
-        """Where Lightning looks for :meth:`set_epoch`."""
+        """The object whose :meth:`set_epoch` Lightning calls: this one."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches come next."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def _bounds(self) -> list[tuple[int, int]]:
@@ -209,7 +220,7 @@ class Batches:
         for start, stop in self._bounds():
             index = order[start:stop]
             batch = self.data.train.take(index)
-            # Augmented before it is dealt out, so that ranks draw alike.
+            # The whole batch is augmented on every rank, so that all ranks draw the same numbers.
             pixels = _augmented(batch.pixels, self.augment, self.data.mean, generator)
             x = self.data.normalised(pixels, self.channels)
             even = len(index) // self.ranks * self.ranks
@@ -218,7 +229,7 @@ class Batches:
 
 
 def _augmented(pixels: Tensor, how: str, fill: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to 4 pixels, and mirror half of them; what shifts in is the mean."""
+    """Return the images shifted by up to 4 pixels, half of them mirrored with ``"flip-shift"``."""
     if how == "none":
         return pixels
     n, _, height, width = pixels.shape
@@ -245,16 +256,16 @@ def open_source(
     """Read the images called ``name``.
 
     Args:
-        name: ``digits``, ``mnist5k``, ``folder:PATH`` or ``torchvision:NAME``. A folder holds
-            ``train`` and ``test`` with one folder a class in each, or the classes directly: a
-            fifth of the images of each class is then the test set.
-        image_size: Bring all images to this side.
+        name: A name in one of the forms of :data:`DATA_NAMES`. A folder holds one folder of images
+            for each class, and a fifth of the images is then the test set; or it holds two
+            folders ``train`` and ``test`` with the folders of the classes in each.
+        image_size: The height and width that all images are resized to.
         test_size: The number of test images.
-        data_dir: Where torchvision's data sets are, or are downloaded to.
-        download: Whether torchvision may download.
+        data_dir: The directory of torchvision's data sets.
+        download: Whether torchvision may download the data set.
 
     Raises:
-        UserError: There is no such data, or it cannot be read.
+        UserError: There is no data set of that name, or it cannot be read.
     """
     kind, _, rest = name.partition(":")
     if name == "digits":
@@ -343,7 +354,7 @@ def _folder(path: Path, size: int, test_size: int | None) -> tuple[Images, Image
 
 
 def _decoded(path: Path, size: int) -> tuple[Images, list[str]]:
-    """All images of a folder of class folders, cropped to squares of one size."""
+    """Return all images below a folder, cropped to squares of one size, and their class names."""
     from PIL import Image, ImageOps
     from torchvision.datasets.folder import IMG_EXTENSIONS
     from torchvision.transforms.functional import pil_to_tensor
@@ -387,7 +398,8 @@ def _torchvision(name: str, root: Path, download: bool) -> tuple[Images, Images,
     takes = inspect.signature(kind).parameters
     if "download" not in takes or not {"train", "split"} & set(takes):
         raise UserError(
-            f"torchvision's {name} has no train and test split of labelled images to load"
+            f"torchvision's {name} has no train and test split of labelled images; "
+            f"choose another data set"
         )
 
     def part(train: bool) -> Images:
@@ -398,10 +410,10 @@ def _torchvision(name: str, root: Path, download: bool) -> tuple[Images, Images,
             return _stacked(kind(root=str(root), download=download, **which), name)
         except UserError:
             raise
-        except Exception as error:  # each data set has its own way to say that it is not there
+        except Exception as error:  # data sets raise different errors where their files are missing
             raise UserError(
                 f"cannot load torchvision's {name} from {str(root)!r} ({one_line(error)}); "
-                f"give its --data-dir, or --download to fetch it"
+                f"give the --data-dir that holds it, or --download to fetch it"
             ) from error
 
     pool, test = part(True), part(False)
@@ -416,7 +428,10 @@ def _stacked(dataset: Any, name: str) -> Images:
     for image, label in dataset:
         pixels.append(as_tensor(image))
         if not isinstance(label, int):
-            raise UserError(f"torchvision's {name} has labels that are no classes")
+            raise UserError(
+                f"torchvision's {name} has labels of type {type(label).__name__}, which are not "
+                f"class numbers; choose a classification data set"
+            )
         labels.append(label)
     if len({tuple(image.shape) for image in pixels}) != 1:
         raise UserError(f"torchvision's {name} has images of several sizes; export it to a folder")

@@ -1,4 +1,4 @@
-"""What each method costs and shifts: time, FLOPs and bytes of a step; variance at BatchNorms."""
+"""Measure a method: time, FLOPs and bytes of a training step, and its variance shift."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ __all__ = ["Cost", "Subject", "count_step", "largest_shift", "time_steps"]
 
 WARM_UP = 1
 STEPS_A_ROUND = 2
-"""Steps timed together: what whole-batch dropping leaves out varies from step to step."""
+"""Steps that are timed together, since the cost of a step varies where whole batches drop."""
 
 SHIFT_BATCHES = 2
 SHIFT_REPEATS = 4
-"""Training passes of each of these batches. More of them take longer than they tell: a second or
-two a method, of a whole run of five minutes. Whole-batch dropping is then the mean of 8 draws."""
+"""Training passes over each of these batches. They take a second or two for each method, in a
+comparison of five minutes. Where whole batches drop, the shift is then the mean of 8 draws."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The mean training step: floating point operations, and bytes kept for backward."""
+    """The mean FLOPs of a training step, and the bytes that it keeps for backward."""
 
     flops: float
     saved_bytes: float
 
 
 class Subject:
-    """A network with a method applied, an optimizer, and batches to take steps on."""
+    """A network with a method applied, with an optimizer and batches for training steps."""
 
     def __init__(
         self, model: nn.Module, applied: Applied, batches: Batches, recipe: Recipe, device: str
@@ -55,11 +55,11 @@ class Subject:
         self.batches = batches
         self.optimizer = make_optimizer(model, recipe)
         for group in self.optimizer.param_groups:
-            # The cost of a step does not depend on it, and no network diverges while it is timed.
+            # Small, so that no network diverges while it is timed; the cost does not depend on it.
             group["lr"] = 1e-4
 
     def steps(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``count`` full batches, as often as it takes."""
+        """Return ``count`` batches: the full batches of an epoch, repeated if there are fewer."""
         full = [batch for batch in self.batches if len(batch[1]) >= self.batches.batch_size]
         found = full or list(self.batches)[:1]
         return [
@@ -68,11 +68,11 @@ class Subject:
         ]
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         return loss_of(self.model, *self.applied.batch(images, labels))
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """A whole training step."""
+        """Take a training step: forward, backward and optimizer."""
         loss = self.forward(images, labels)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class Subject:
 
 
 def count_step(subject: Subject, steps: int, seed: int) -> Cost:
-    """FLOPs and bytes of a step: the mean over ``steps`` of them, all drawn from ``seed``."""
+    """Return the mean FLOPs and bytes over ``steps`` training steps, with draws from ``seed``."""
     torch.manual_seed(seed)
     flops, saved = [], []
     for images, labels in subject.steps(steps):
@@ -96,11 +96,11 @@ def count_step(subject: Subject, steps: int, seed: int) -> Cost:
 
 
 def time_steps(subjects: dict[str, Subject], rounds: int, seed: int) -> dict[str, float]:
-    """The milliseconds of a training step of each subject, measured side by side.
+    """Return the milliseconds of a training step of each subject, measured side by side.
 
-    In each round every subject takes a few steps on the same batches, one subject after the other
-    and another one first each round, so that whatever else the machine does meets all of them. The
-    figure is the median over rounds of the mean step.
+    In each round every subject takes a few steps on the same batches, and each round begins with
+    another subject, so that other load on the machine affects all of them alike. The figure is the
+    median over rounds of the mean step.
     """
     torch.manual_seed(seed)
 
@@ -120,7 +120,7 @@ def time_steps(subjects: dict[str, Subject], rounds: int, seed: int) -> dict[str
 
 
 class _AsTrained(nn.Module):
-    """A network with a method that changes the batch, as a network that does so itself."""
+    """A network that applies the change of the batch itself, for methods that change the batch."""
 
     def __init__(self, model: nn.Module, applied: Applied) -> None:
         super().__init__()
@@ -129,18 +129,19 @@ class _AsTrained(nn.Module):
 
     def forward(self, images: Any) -> Tensor:
         if isinstance(images, fx.Proxy):
-            # what is done to a batch keeps count on an object that is no module
-            raise TypeError("the batch of a method cannot be traced")
+            # torch.fx would record the method's counts, which are not kept in a module.
+            raise TypeError("the change of a batch cannot be traced by torch.fx")
         if self.training:
             images, _ = self.applied.batch(images, torch.zeros(len(images), device=images.device))
         return self.model(images)  # type: ignore[no-any-return]
 
 
 def largest_shift(subject: Subject) -> float | None:
-    """The ratio of variances, training / evaluation, at the BatchNorm where it is furthest from 1.
+    """Return the variance shift at the BatchNorm where it is furthest from 1.
 
-    On a few training batches, as the method has them in training. None for a network without
-    BatchNorm, or where it cannot be measured.
+    The shift is the ratio of the variance of the input in training, with the method at work, to
+    that in evaluation, over a few training batches. None for a network without BatchNorm, or where
+    the shift cannot be measured.
     """
     if not any(isinstance(module, BatchNormBase) for module in subject.model.modules()):
         return None
@@ -151,7 +152,7 @@ def largest_shift(subject: Subject) -> float | None:
             _AsTrained(subject.model, subject.applied), batches, repeats=SHIFT_REPEATS
         )
     except (RuntimeError, ValueError, TypeError):
-        # An empty or a single-row subsample, say. The runs that are finished count more.
+        # For example a subsample without rows. A missing shift must not end the comparison.
         return None
     known = [layer for layer in found.batch_norms if not math.isnan(layer.ratio)]
     return max(known, key=lambda layer: layer.shift).ratio if known else None

@@ -1,4 +1,4 @@
-"""One training run: a network, a method, a seed. Lightning's Trainer and a callback of ours."""
+"""One training run of a network, a method and a seed, by Lightning's Trainer and a callback."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ __all__ = ["History", "Run", "Scores", "check_devices", "evaluate", "make_optimi
 
 EVALUATION_BATCH = 500
 SHOW_SECONDS = 0.5
+"""The time between two updates of the progress bar."""
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 CURVE_POINTS = 10
-"""About so many times during a run the test error is taken, for the curves only."""
+"""Roughly how often the test error is measured during a run, for the curves only."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How a network does on a set of images: error as a fraction, mean negative log-likelihood."""
+    """The scores of a network on images: error as a fraction, mean negative log-likelihood."""
 
     error: float
     nll: float
@@ -50,10 +51,11 @@ class Scores:
 
 @dataclass
 class History:
-    """What a run leaves behind, epoch by epoch. Plain lists, for checkpoints and for JSON.
+    """The figures of a run, epoch by epoch, as plain lists for checkpoints and JSON.
 
-    ``test_epoch`` and ``test_error`` are points of a curve; the epoch is the number of epochs
-    done. ``observed`` has the delivered drop rate of each epoch, or nothing.
+    ``test_epoch`` (the number of epochs done) and ``test_error`` are the points of a curve.
+    ``observed`` holds the drop rate that each epoch delivered; it is empty for methods that drop
+    nothing.
     """
 
     train_loss: list[float] = field(default_factory=list)
@@ -66,24 +68,24 @@ class History:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one run needs.
+    """The arguments of one training run.
 
     Attributes:
-        label: What the progress bar shows.
+        label: The text of the progress bar.
         model: The network, with the method applied.
-        channels: The input channels of the network.
-        applied: The method at work on it.
+        channels: The number of input channels of the network.
+        applied: The method at work on the network.
         data: The images.
-        recipe: How to train.
-        seed: Decides the order of the data and what is dropped.
-        folder: Where checkpoints and what the workers hand back are kept.
-        devices: How many.
-        accelerator: Lightning's name for the kind of device.
-        precision: Lightning's name for it.
-        done: Epochs of all runs that are done, for the time left.
-        total: Epochs of all runs.
-        checkpoint_seconds: How often a checkpoint is written.
-        show: Whether to draw the progress bar.
+        recipe: The training hyperparameters.
+        seed: The seed of the order of the data and of the method's draws.
+        folder: The directory of checkpoints, and of the outcome that the training process writes.
+        devices: The number of devices.
+        accelerator: The kind of device, as Lightning names it.
+        precision: The precision, as Lightning names it.
+        done: The epochs of the runs before this one, for the time left.
+        total: The epochs of all runs.
+        checkpoint_seconds: The time between two checkpoints.
+        show: Whether to show the progress bar.
     """
 
     label: str
@@ -104,17 +106,17 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint to go on from after an interruption."""
+        """The checkpoint that an interrupted run continues from."""
         return self.folder / "last.ckpt"
 
     @property
     def outcome(self) -> Path:
-        """The history and the best weights, handed from the process that trained."""
+        """The file with the history and the selected weights, written by the training process."""
         return self.folder / "outcome.pt"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with Nesterov momentum, no dampening, and weight decay on every parameter."""
+    """Return SGD with Nesterov momentum, no dampening, and weight decay on every parameter."""
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.learning_rate(0),
@@ -127,7 +129,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, data: Data, channels: int) -> Scores:
-    """Error and negative log-likelihood in eval mode; the mode is put back as it was."""
+    """Return the scores in eval mode; afterwards every module has its former mode again."""
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -145,7 +147,7 @@ def evaluate(model: nn.Module, images: Images, data: Data, channels: int) -> Sco
 
 
 class Task(lightning.LightningModule):
-    """The training step of every method."""
+    """The training step, which is the same for every method."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -155,7 +157,7 @@ class Task(lightning.LightningModule):
         self.run = run
 
     def train_dataloader(self) -> Batches:
-        """The batches of this rank."""
+        """Return the batches of this rank."""
         return Batches(
             self.run.data,
             batch_size=self.recipe.batch_size,
@@ -167,20 +169,21 @@ class Task(lightning.LightningModule):
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The loss of a batch, as the method changes it."""
+        """Return the loss of a batch, after the method has changed the batch."""
         images, labels = self.applied.batch(*batch)
         return loss_of(self.model, images, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer; its learning rate is set at the start of each epoch."""
+        """Return the optimizer; its learning rate is set at the start of each epoch."""
         return make_optimizer(self.model, self.recipe)
 
 
 class Observer(lightning.Callback):
-    """Sets the learning rate, keeps the history, shows progress, writes checkpoints.
+    """Set learning rates, record the history, show progress and write checkpoints.
 
-    Each epoch seeds the global generator itself, from the run's seed and its own number. A run
-    that goes on from a checkpoint therefore draws what an uninterrupted one would have drawn.
+    The global generator is seeded at the start of each epoch, from the seed of the run and the
+    number of the epoch. A run that continues from a checkpoint therefore draws the same numbers as
+    a run that was not interrupted.
     """
 
     def __init__(self, run: Run) -> None:
@@ -194,20 +197,20 @@ class Observer(lightning.Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in Lightning's checkpoint."""
+        """The key of this callback's state in Lightning's checkpoint."""
         return "torchdrop"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, for Lightning's checkpoint."""
+        """Return the history and the best weights, for Lightning's checkpoint."""
         return {"history": dict(vars(self.history)), "best_weights": self.best_weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The history back from Lightning's checkpoint."""
+        """Restore the history and the best weights from Lightning's checkpoint."""
         self.history = History(**state["history"])
         self.best_weights = state["best_weights"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Quieten a spawned worker, which knows nothing of its parent's settings."""
+        """Silence Lightning in a spawned worker, which does not inherit filters and log levels."""
         self.__dict__.update(state)
         _ignore_known_warnings()
         for name in _LOGGERS:
@@ -251,7 +254,7 @@ class Observer(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, task: lightning.LightningModule, error: BaseException
     ) -> None:
-        """Take the progress bar away before anything is printed."""
+        """Remove the progress bar before an error is printed."""
         self._stop()
 
     def on_train_epoch_start(
@@ -273,7 +276,7 @@ class Observer(lightning.Callback):
         batch: Any,
         index: int,
     ) -> None:
-        """Remember the loss; show it now and then, since reading it waits for the device."""
+        """Record the loss; show it now and then only, since reading it waits for the device."""
         self._losses.append(outputs["loss"].detach())
         if self._progress is not None and time.monotonic() - self._shown_at > SHOW_SECONDS:
             share = (index + 1) / trainer.num_training_batches
@@ -282,9 +285,9 @@ class Observer(lightning.Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, task: lightning.LightningModule
     ) -> None:
-        """Write the history, evaluate where it is due, save a checkpoint."""
+        """Record the epoch, evaluate the network and save a checkpoint, where these are due."""
         run, history = self.run, self.history
-        # Every rank has its own part of the batches: what is recorded is the mean over ranks.
+        # Every rank has its own part of the batches, so that the mean over ranks is recorded.
         loss = _over_ranks(trainer, float(torch.stack(self._losses).mean()))
         observed = run.applied.observed()
         if observed is not None:
@@ -294,14 +297,14 @@ class Observer(lightning.Callback):
         if trainer.is_global_zero:
             self._evaluate(done)
         self._show(done, loss)
-        # Clocks differ: the ranks have to agree before they save together.
+        # Clocks differ between ranks, and all have to save at the same epoch.
         due = time.monotonic() - self._saved_at >= run.checkpoint_seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._saved_at = time.monotonic()
             new = run.checkpoint.with_suffix(".new")
             trainer.save_checkpoint(new)
             if trainer.is_global_zero:
-                os.replace(new, run.checkpoint)  # whole, or the one before
+                os.replace(new, run.checkpoint)  # in one step: a kill leaves the old or the new one
 
     def _evaluate(self, done: int) -> None:
         run, history = self.run, self.history
@@ -319,7 +322,7 @@ class Observer(lightning.Callback):
             history.test_error.append(scores.error)
 
     def on_fit_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        """Hand the outcome over: with several devices this is another process."""
+        """Write the outcome to a file, since with several devices this is a process of its own."""
         self._stop()
         if trainer.is_global_zero:
             weights = self.best_weights or _weights(self.run.model)
@@ -329,11 +332,12 @@ class Observer(lightning.Callback):
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's state on the host."""
+    """Return a copy of a network's state, on the CPU."""
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
 
 
 def _over_ranks(trainer: lightning.Trainer, value: float) -> float:
+    """Return the mean of a value over ranks."""
     if trainer.world_size == 1:
         return value
     tensor = torch.tensor(value, device=trainer.strategy.root_device)
@@ -341,20 +345,20 @@ def _over_ranks(trainer: lightning.Trainer, value: float) -> float:
 
 
 def _ignore_known_warnings() -> None:
-    """Say nothing of what the user of the command line can do nothing about."""
-    # The batches come from memory: there are no workers to add.
+    """Ignore warnings that the user of the command line cannot act on."""
+    # The batches come from memory, so that loader workers would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # Small data has fewer steps in an epoch than Lightning would log, and nothing is logged.
+    # An epoch of few steps is shorter than Lightning's interval of logging; nothing is logged.
     warnings.filterwarnings("ignore", message="The number of training batches")
-    # --accelerator cpu on a machine with a GPU was the user's choice.
+    # The user chose --accelerator cpu on a machine with a GPU.
     warnings.filterwarnings("ignore", message="GPU available but not used")
-    # Lightning 2.6 on torch 2.14, inside its own loader.
+    # Raised inside Lightning 2.6 on torch 2.14.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning without what does not concern the user of the command line."""
+    """Silence warnings and log messages of Lightning that do not concern the user."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -374,7 +378,7 @@ def _trainer(
     return lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
-        # Spawned workers, since a relaunched script would compare everything once more.
+        # Spawned workers; relaunching the script would start the whole comparison in each.
         strategy="ddp_spawn" if devices > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_epochs=epochs,
@@ -388,7 +392,7 @@ def _trainer(
 
 
 def check_devices(devices: int, accelerator: str, precision: str) -> None:
-    """Ask Lightning whether it can train with these.
+    """Check that Lightning can train with these arguments.
 
     Raises:
         UserError: It cannot.
@@ -407,16 +411,17 @@ def train(run: Run, resume: bool = False) -> History:
     """Train the network of ``run`` in place, to the epoch that its recipe selects.
 
     Args:
-        run: What to train.
-        resume: Go on from what the run left in its folder: its outcome, else its checkpoint.
+        run: The arguments of the run.
+        resume: Whether to continue from the files in the folder of the run: its outcome if it was
+            trained to the end, else its last checkpoint.
 
     Returns:
-        The run's history. The network holds the weights of the selected epoch. The folder still
-        holds the outcome, for as long as nobody has put it elsewhere.
+        The history. The network then holds the weights of the selected epoch. The outcome stays in
+        the folder; the caller removes it once the figures are saved.
 
     Raises:
-        UserError: The folder cannot be written to, or what it holds cannot be gone on with.
-        KeyboardInterrupt: The user stopped it. The last checkpoint remains.
+        UserError: The folder cannot be written to, or its files cannot be read.
+        KeyboardInterrupt: The user stopped it. The last checkpoint stays in the folder.
     """
     if not (resume and run.outcome.exists()):
         _fit(run, run.checkpoint if resume and run.checkpoint.exists() else None)
@@ -436,7 +441,7 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
         )
         task = Task(run)
         if checkpoint is not None:
-            # Lightning's own errors would not name the file.
+            # Loaded here as well, since Lightning's errors do not name the file.
             try:
                 task.load_state_dict(_load(checkpoint)["state_dict"])
             except (KeyError, RuntimeError) as error:
@@ -447,7 +452,7 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
             run.outcome.unlink(missing_ok=True)
             trainer.fit(task, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
-            # Lightning turns an interrupt into an exit, and ignores further ones from then on.
+            # Lightning turns Ctrl-C into an exit, and ignores SIGINT from then on.
             if trainer.state.status == TrainerStatus.INTERRUPTED:
                 raise KeyboardInterrupt from error
             raise
@@ -463,10 +468,10 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
 
 
 def _load(path: Path) -> Any:
-    """What a file of a run holds: tensors and plain values, no code.
+    """Load a file of a run, which may hold tensors and plain values, but no code.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -478,10 +483,10 @@ def _unusable(path: Path, error: Exception) -> UserError:
     reason = one_line(error).partition(". ")[0]
     return UserError(
         f"cannot go on from {str(path)!r} ({reason}); remove it and this run is trained "
-        f"again, what is finished is kept"
+        f"again, finished runs are kept"
     )
 
 
 def mean_observed(history: History) -> float | None:
-    """The drop rate that a run delivered: the mean over its epochs, which are equally long."""
+    """Return the drop rate that a run delivered: the mean over its epochs, all equally long."""
     return fmean(history.observed) if history.observed else None
