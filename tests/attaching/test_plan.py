@@ -64,12 +64,16 @@ def test_a_plan_of_what_was_removed_does_not_pretend() -> None:
     state = old.state_dict()
     torchdrop.remove_stochastic_depth(model[1])
     for call in (lambda: old.set_p(0.1), lambda: old.load_state_dict(state)):
-        with pytest.raises(ValueError, match="was removed from the model, from all blocks or from some"):
+        with pytest.raises(
+            ValueError, match="was removed from the model, from all blocks or from some"
+        ):
             call()
     torchdrop.get_plan(model).set_p([0.1, 0.2])
     torchdrop.remove_stochastic_depth(model)
     new = torchdrop.add_stochastic_depth(model, 0.5)
-    with pytest.raises(ValueError, match=r"torchdrop.get_plan\(model\) returns the plan of what is"):
+    with pytest.raises(
+        ValueError, match=r"torchdrop.get_plan\(model\) returns the plan of what is"
+    ):
         old.set_p(0.1)
     new.set_p(0.1)
     assert new.blocks[-1].p == 0.1
@@ -96,6 +100,31 @@ def test_the_table_shows_blocks_branches_rates_and_shares() -> None:
     assert "expected FLOPs of a forward pass in training:" in text
     shares = [b.share for r in plan.blocks for b in r.branches]
     assert 0.9 < sum(s for s in shares if s is not None) < 1.0
+
+
+class Counting(nn.Module):
+    """Sets an attribute in its forward, so that it can only be dropped as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize(("compute", "expected"), [("skip", "50.0%"), ("mask", "100.0%")])
+def test_what_is_masked_saves_no_operations(compute: str, expected: str) -> None:
+    model = nn.Sequential(Counting(), Counting())
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", compute=compute, example_inputs=torch.randn(4, 6)
+    )
+    assert [(b.share, b.action) for r in plan.blocks for b in r.branches] == [
+        (0.5, "layer" if compute == "skip" else "mask")
+    ] * 2
+    assert f"expected FLOPs of a forward pass in training: {expected} of dense" in repr(plan)
 
 
 def _training_step(model: nn.Module, x: torch.Tensor) -> Any:
@@ -281,7 +310,9 @@ class Masked(nn.Module):
 def test_the_plan_says_that_other_rates_rest() -> None:
     model = nn.Sequential(Masked(0.05), Masked(0.1))
     plan = torchdrop.add_stochastic_depth(model, 0.2)
-    assert "own drop path layers (rates up to 0.1) are inactive, p replaces their rates" in str(plan)
+    assert "own drop path layers (rates up to 0.1) are inactive, p replaces their rates" in str(
+        plan
+    )
     plan.set_p(None)
     assert "rests" not in str(plan)
     assert "rests" not in str(torchdrop.add_stochastic_depth(net(2), 0.2))

@@ -239,3 +239,32 @@ def test_a_number_is_compared_along_the_dimension_of_the_batch(kind, action, sca
         step = block(expected) - expected
         expected = expected + (step if scale == "train" else 0.5 * step)
     torch.testing.assert_close(model.eval()(x), expected.transpose(0, 1), rtol=0, atol=1e-10)
+
+
+class SizedByATable(Base):
+    """Takes the number of heads from a table that has nothing to do with the batch."""
+
+    def forward(self, x, table):
+        heads = int(table.new_ones(table.shape[0] * 2).numel() / 2)
+        return x + self.fc(x).relu().unflatten(-1, (heads, -1)).flatten(-2)
+
+
+class WithATable(nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.blocks = nn.ModuleList([SizedByATable(), SizedByATable()])
+        self.register_buffer("table", torch.zeros(rows, 3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, self.table)
+        return x
+
+
+def test_only_the_batch_is_doubled_to_learn_what_depends_on_it():
+    model, x = WithATable(4), torch.randn(6, 8, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model.double(), 0.5, example_inputs=x)
+    assert [block.action for block in plan.blocks] == ["skip", "skip"]
+    # a table of as many rows as the batch might be one of its tensors
+    plan = torchdrop.add_stochastic_depth(WithATable(2), 0.5, example_inputs=torch.randn(2, 8))
+    assert [block.action for block in plan.blocks] != ["skip", "skip"]
