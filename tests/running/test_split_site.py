@@ -437,6 +437,27 @@ def test_one_kept_row_and_batch_norm() -> None:
     assert not torch.equal(out[rows], x[rows].relu())
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize(("side", "computed"), [(1, 2), (8, 2), (9, 1), (16, 1)])
+def test_a_second_row_is_computed_only_on_small_maps(side: int, computed: int) -> None:
+    """BatchNorm of a single row needs some positions, of which a branch may leave out some."""
+    model = nn.Sequential(Normed(), Normed())
+    plan = torchdrop.add_stochastic_depth(model, 0.75, schedule="uniform")
+    rows: list[int] = []
+    model[0].f.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model(torch.randn(4, 2, side, side))
+    assert len(plan.last_kept()["0"]) == 1
+    assert rows == [computed]
+
+
 # --- gradients, recompute, counts ------------------------------------------------------------
 
 
