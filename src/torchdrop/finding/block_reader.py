@@ -1,4 +1,4 @@
-"""READ all blocks of a model, each in the call that an example gives, if there is one."""
+"""Read the forwards of all blocks of a model, with the arguments of an example if there is one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 
 def candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The modules that could be blocks: composite, with a forward of their own."""
+    """Yield the modules that may be blocks: composite ones with a forward of their own."""
     for name, module in model.named_modules():
         # a branch holds parameters
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             continue
         if type(module).forward in {p.forward for p in CONTAINERS}:
             continue
-        # Torch's own layers are leaves, with children (attention) or without, also where someone
-        # gave them one (an observer); its encoder and decoder layers are not.
+        # The layers of torch are not blocks, not even those with children (attention) or with an
+        # observer as a child. The encoder and decoder layers of torch are.
         origin = type(module).__module__
         of_torch = origin.startswith(("torch.nn.modules.", "torch.ao.nn."))
         if isinstance(module, nn.MultiheadAttention) or (
@@ -44,7 +44,16 @@ def candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 class BlockReader:
-    """Reads the blocks of one model, each in the call that an example gives, if there is one."""
+    """Reads the forwards of all blocks of one model.
+
+    Args:
+        model: The model.
+        example: The arguments that each block is called with; None if there is no example.
+        batch_dim: Which dimension of the residual tensors is the batch; None: to be found out.
+
+    Attributes:
+        on_data: The paths of the blocks that branch on data.
+    """
 
     def __init__(self, model: nn.Module, example: Example | None, batch_dim: int | None) -> None:
         self._model = model
@@ -52,12 +61,15 @@ class BlockReader:
         self._example = example
         self._batch_dim = batch_dim
         self._children = ModuleProperties()
-        self._joining: dict[nn.Module, bool] = {}
+        self._adds_two_inputs: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
         self.on_data: set[str] = set()
 
     def read_all(self) -> tuple[dict[str, ResidualSums], dict[str, str]]:
-        """The residual additions of every forward; and what cannot be read, and why."""
+        """Return the residual additions of every forward, and why other forwards cannot be read.
+
+        Both are by the path of the module.
+        """
         finders: dict[str, ResidualSums] = {}
         unreadable: dict[str, str] = {}
         for name, module in candidates(self._model):
@@ -69,7 +81,7 @@ class BlockReader:
                     self.on_data.add(name)
         for name in [n for n, f in finders.items() if f.owner in self._inlined]:
             del finders[name]  # its additions belong to the block that calls it
-        for name, given in self._given_more(finders).items():
+        for name, given in self._with_more_arguments(finders).items():
             with contextlib.suppress(UntraceableError):
                 block = trace_block(
                     finders[name].owner, arguments=given, batch_dim=self._batch_dim or 0
@@ -79,10 +91,11 @@ class BlockReader:
                     finders[name] = other
         return finders, unreadable
 
-    def _given_more(self, finders: dict[str, ResidualSums]) -> dict[str, dict[str, Any]]:
-        """The arguments of children that were read without a tensor that their parent gives them.
+    def _with_more_arguments(self, finders: dict[str, ResidualSums]) -> dict[str, dict[str, Any]]:
+        """Return arguments for children that get more tensors from their parent than assumed.
 
-        What a block adds may depend on it: ``x if shortcut is None else shortcut``.
+        Without an example, a parameter with a default of None is taken to be None. What a block
+        adds may depend on it: ``x if shortcut is None else shortcut``.
         """
         found: dict[str, dict[str, Any]] = {}
         for parent in finders.values():
@@ -108,67 +121,87 @@ class BlockReader:
         return found
 
     def _read(self, module: nn.Module, inlined: Iterable[nn.Module] = ()) -> BlockGraph:
+        """Return the graph of ``module``, which the forwards of ``inlined`` are a part of."""
         name = self._names[module]
         if self._example is None or name not in self._example.first.calls:
             if not inlined:
                 return self._children.read(module)
-            return trace_block(
-                module, batch_dim=self._batch_dim or 0, inlined=set(inlined)
-            )
+            return trace_block(module, batch_dim=self._batch_dim or 0, inlined=set(inlined))
         return trace_block(
             module,
             arguments=self._example.first.calls[name],
-            batch_dim=self._dimension(name),
+            batch_dim=self._batch_dim_of_arguments(name),
             inlined=set(inlined),
             outputs=self._example.first.items,
         )
 
-    def _dimension(self, name: str) -> int:
-        """On which dimension a block gets the batch, as far as two batch sizes tell; else 0."""
+    def _batch_dim_of_arguments(self, name: str) -> int:
+        """Return on which dimension the arguments of a block carry the batch; 0 if not known."""
         if self._batch_dim is not None or self._example is None:
             return self._batch_dim or 0
         shapes = self._example.argument_shapes(name).values()
         return next((dims[0] for pair in shapes if len(dims := differing_dims(*pair)) == 1), 0)
 
     def _find(self, name: str, module: nn.Module) -> ResidualSums:
-        """The residual additions of ``module``, also where a child adds skip and branch for it."""
+        """Return the residual additions of ``module``.
+
+        A child that adds shortcut and branch for its parent is inlined, and so is a child of which
+        only a part is used outside the branch.
+        """
         plain = self._finder(name, self._read(module))
-        joining = {
+        plain, inlined = self._with_adding_children(name, module, plain)
+        plain, inlined = self._with_leaking_children(name, module, plain, inlined)
+        self._inlined |= inlined
+        return plain
+
+    def _with_adding_children(
+        self, name: str, module: nn.Module, plain: ResidualSums
+    ) -> tuple[ResidualSums, set[nn.Module]]:
+        """Inline the children in which residual additions of ``module`` turn out to be."""
+        adding = {
             child
             for node in plain.nodes
             if node.op == "call_module"
-            and self._joins(child := module.get_submodule(str(node.target)))
+            and self._adds_inputs(child := module.get_submodule(str(node.target)))
         }
-        while joining:
+        while adding:
             try:
-                deeper = self._finder(name, self._read(module, joining))
+                deeper = self._finder(name, self._read(module, adding))
             except UntraceableError:
-                joining = set()
-                break
+                return plain, set()
             used = {
                 module.get_submodule(entry.split.add.meta["inlined"])
                 for entry in deeper.entries
                 if "inlined" in entry.split.add.meta
             }
-            if used == joining:
-                plain = deeper
-                break
-            joining = used
-        # A child of which a part is used outside the branch too (a bias that is handed on, besides
-        # the attention that it is for): only that part has to be computed for every row.
+            if used == adding:
+                return deeper, adding
+            adding = used
+        return plain, set()
+
+    def _with_leaking_children(
+        self, name: str, module: nn.Module, plain: ResidualSums, inlined: set[nn.Module]
+    ) -> tuple[ResidualSums, set[nn.Module]]:
+        """Inline the children that return more than the branch needs, if fewer are masked then.
+
+        An attention may return a bias for the following layers besides its output. If it is
+        inlined, only the bias has to be computed for all rows.
+        """
         leaking = {
             module.get_submodule(str(entry.leak.target)) for entry in plain.entries if entry.leak
         }
-        if leaking:
-            try:
-                deeper = self._finder(name, self._read(module, joining | leaking))
-            except UntraceableError:
-                deeper = plain
-            masked = [[e.action for e in f.entries].count("mask") for f in (deeper, plain)]
-            if len(deeper.entries) == len(plain.entries) and masked[0] < masked[1]:
-                plain, joining = deeper, joining | leaking
-        self._inlined |= joining
-        return plain
+        if not leaking:
+            return plain, inlined
+        try:
+            deeper = self._finder(name, self._read(module, inlined | leaking))
+        except UntraceableError:
+            return plain, inlined
+        masked, masked_before = (
+            [entry.action for entry in finder.entries].count("mask") for finder in (deeper, plain)
+        )
+        if len(deeper.entries) == len(plain.entries) and masked < masked_before:
+            return deeper, inlined | leaking
+        return plain, inlined
 
     def _finder(self, name: str, block: BlockGraph) -> ResidualSums:
         if self._example is None or name not in self._example.first.calls:
@@ -177,17 +210,17 @@ class BlockReader:
         arguments = cache(partial(self._example.argument_shapes, name))
         return ResidualSums(block, self._children, shapes, arguments, self._batch_dim)
 
-    def _joins(self, module: nn.Module) -> bool:
-        """Whether ``module`` adds two of its own inputs, one of them as it comes, and returns that.
+    def _adds_inputs(self, module: nn.Module) -> bool:
+        """Whether ``module`` adds a branch of one input to another input, and returns the sum.
 
-        The residual of its parent then lies in both: post-norm blocks are written so.
+        The residual addition of its parent is then inside it: post-norm blocks are written so.
         """
-        if module not in self._joining:
-            self._joining[module] = False
-            self._joining[module] = self._does_join(module)
-        return self._joining[module]
+        if module not in self._adds_two_inputs:
+            self._adds_two_inputs[module] = False  # in case the module contains itself
+            self._adds_two_inputs[module] = self._does_add_inputs(module)
+        return self._adds_two_inputs[module]
 
-    def _does_join(self, module: nn.Module) -> bool:
+    def _does_add_inputs(self, module: nn.Module) -> bool:
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             return False
         try:
@@ -197,18 +230,18 @@ class BlockReader:
         finder = ResidualSums(block, self._children, batch_dim=self._batch_dim)
         inputs = {n for n in finder.nodes if n.op == "placeholder"}
         for node in finder.nodes:
-            both = summands(node)
-            if both is None:
+            operands = summands(node)
+            if operands is None:
                 continue
-            sides = [finder.nodes_in(finder.ancestors[side]) for side in both[:2]]
-            for skip, branch in (sides, sides[::-1]):
-                after = {
-                    n
-                    for n in finder.nodes
-                    if finder.ancestors[n] >> finder.order[node] & 1
-                    and n.op != "output"
-                    and not is_shape_node(n)
-                }
+            left, right = (finder.nodes_in(finder.ancestors[n]) for n in operands[:2])
+            after = {
+                n
+                for n in finder.nodes
+                if finder.ancestors[n] >> finder.order[node] & 1
+                and n.op != "output"
+                and not is_shape_node(n)
+            }
+            for skip, branch in ((left, right), (right, left)):
                 if (
                     skip & inputs
                     and branch & inputs

@@ -1,11 +1,11 @@
-"""WATCH: what the blocks of a model are really called with, in a forward pass of an example."""
+"""Record what the blocks of a model are called with in a forward pass of an example."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,10 +32,10 @@ __all__ = [
 # The arguments by name of one real call of each block, by the block's path.
 Calls = dict[str, dict[str, Any]]
 
-# Of each argument that is a tensor the shape, in both batch sizes.
+# The shapes of each argument that is a tensor, for both batch sizes, by its path.
 ArgumentShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
-# How many ways to make the batch of an example larger are tried.
+# How many assumptions about the batch dimensions of an example are tried.
 _GUESSES = 24
 
 
@@ -48,7 +48,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_once(model: nn.Module, example_inputs: Any) -> None:
-    """One forward pass that leaves no trace: no gradients, no statistics, no random numbers."""
+    """Run one forward pass in evaluation, without gradients, and leave the model as it was."""
     with _evaluating(model):
         if isinstance(example_inputs, Mapping):
             model(**example_inputs)
@@ -60,16 +60,16 @@ def run_once(model: nn.Module, example_inputs: Any) -> None:
 
 @dataclass
 class Recording:
-    """What one forward pass of a model told about its modules, each at its first call.
+    """The arguments and outputs of the modules in one forward pass, each at its first call.
 
     Attributes:
         calls: The arguments, by name, of every composite module, by its path.
-        returned: The shapes of the tensors that it returned, by their place ("" for a tensor, "0"
-            for the first of a tuple), by its path.
-        forms: What it returned, with None for each tensor, by its path.
-        items: For modules that return a tuple, what each item was: None; the place of the argument
-            (a number, or a name) that it was; a :class:`PlainValue` where it was a
-            number or a list of them; or ``...`` for anything else.
+        returned: The shapes of the tensors that it returned ("" for a single tensor, "0" for the
+            first of a tuple), by its path.
+        forms: Its output with None in place of tensors, by its path.
+        items: For modules that return a tuple, what each item was: None; the position or the name
+            of an argument, if it was that argument; a :class:`PlainValue`, if it was a number or a
+            list of numbers; ``...`` for anything else.
         times: How often each module was called.
     """
 
@@ -81,45 +81,23 @@ class Recording:
 
 
 def record(model: nn.Module, example_inputs: Any) -> Recording:
-    """Run ``model`` once, in evaluation, and note what its modules are called with and return.
+    """Run ``model`` once in evaluation, and record the arguments and outputs of its modules.
 
     Raises:
-        ValueError: It cannot be called like that.
+        ValueError: The model cannot be called with ``example_inputs``.
     """
     found = Recording({}, {}, {}, {}, Counter())
     names = {module: name for name, module in reversed(list(model.named_modules()))}
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.times[module] += 1
-        if found.times[module] > 1 or next(module.children(), None) is None:
-            return
-        try:
-            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        except (TypeError, ValueError):
-            return
-        bound.apply_defaults()
-        found.calls[names[module]] = dict(list(bound.arguments.items())[1:])
-
-    def returned(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if isinstance(output, tuple | list) and module not in found.items:
-            given = [*enumerate(args), *kwargs.items()]
-            found.items[module] = [
-                None if item is None else next((k for k, v in given if v is item), _fixed(item))
-                for item in output
-            ]
-        name = names[module]
-        if name in found.calls and name not in found.returned:
-            tensors = flatten_arguments({"": output})[1]
-            found.forms[name] = flatten_arguments({"": output}, lambda path, value: None)[0][""]
-            found.returned[name] = {k.lstrip("."): tuple(v.shape) for k, v in tensors.items()}
-
-    handles = [m.register_forward_pre_hook(called, with_kwargs=True) for m in names]
-    handles += [m.register_forward_hook(returned, with_kwargs=True) for m in names]
+    handles = [
+        *(
+            m.register_forward_pre_hook(_argument_recorder(found, names), with_kwargs=True)
+            for m in names
+        ),
+        *(m.register_forward_hook(_output_recorder(found, names), with_kwargs=True) for m in names),
+    ]
     try:
         run_once(model, example_inputs)
-    except Exception as error:  # whatever the user's model raises
+    except Exception as error:  # the user's model may raise anything
         raise ValueError(
             f"this {type(model).__name__} cannot be called with example_inputs, "
             f"{_described(example_inputs)}: {type(error).__name__}: {error}. example_inputs is "
@@ -132,14 +110,52 @@ def record(model: nn.Module, example_inputs: Any) -> Recording:
     return found
 
 
-def _fixed(item: Any) -> Any:
-    """``item`` where it is a plain value, not to be told from another of the same size."""
+def _argument_recorder(found: Recording, names: Mapping[nn.Module, str]) -> Callable[..., None]:
+    """Return a forward pre-hook that records the arguments of composite modules in ``found``."""
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.times[module] += 1
+        if found.times[module] > 1 or next(module.children(), None) is None:
+            return
+        try:
+            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        except (TypeError, ValueError):
+            return
+        bound.apply_defaults()
+        found.calls[names[module]] = dict(list(bound.arguments.items())[1:])
+
+    return called
+
+
+def _output_recorder(found: Recording, names: Mapping[nn.Module, str]) -> Callable[..., None]:
+    """Return a forward hook that records the outputs of modules in ``found``."""
+
+    def returned(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if isinstance(output, tuple | list) and module not in found.items:
+            given = [*enumerate(args), *kwargs.items()]
+            found.items[module] = [
+                None if item is None else next((k for k, v in given if v is item), _if_plain(item))
+                for item in output
+            ]
+        name = names[module]
+        if name in found.calls and name not in found.returned:
+            tensors = flatten_arguments({"": output})[1]
+            found.forms[name] = flatten_arguments({"": output}, lambda path, value: None)[0][""]
+            found.returned[name] = {k.lstrip("."): tuple(v.shape) for k, v in tensors.items()}
+
+    return returned
+
+
+def _if_plain(item: Any) -> Any:
+    """Return a :class:`PlainValue` if ``item`` is made of numbers and strings, else ``...``."""
     plain = item if isinstance(item, tuple | list) else [item]
     return PlainValue(item) if all(type(i) in (bool, int, float, str) for i in plain) else ...
 
 
 def _described(example_inputs: Any) -> str:
-    """The shapes of an example, for an error message."""
+    """Describe an example by its shapes, for an error message."""
     if isinstance(example_inputs, Mapping):
         return ", ".join(f"{k}={_described(v)}" for k, v in example_inputs.items()) or "none"
     if isinstance(example_inputs, tuple | list):
@@ -149,15 +165,23 @@ def _described(example_inputs: Any) -> str:
     return f"a {type(example_inputs).__name__}"
 
 
-def _rows(value: Tensor, dim: int) -> int | None:
+def _size(value: Tensor, dim: int) -> int | None:
     return value.shape[dim] if value.dim() > dim else None
 
 
 class Example:
-    """What the blocks of a model are called with, for an example input and for a larger batch.
+    """The arguments of the blocks of a model, for an example input and for a larger batch.
 
-    Two batch sizes tell which tensors carry the batch, and on which dimension. A single one does
-    not: a sequence may be as long as the batch is large.
+    From two batch sizes follows which tensors carry the batch, and on which dimension. One batch
+    size is not enough: a sequence may be as long as the batch is large.
+
+    Args:
+        model: The model.
+        example_inputs: What it is called with.
+        batch_dim: Which dimension of the inputs is the batch; None: most likely the first.
+
+    Attributes:
+        first: The recording with ``example_inputs``.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
@@ -168,21 +192,21 @@ class Example:
 
     @cached_property
     def larger(self) -> Recording | None:
-        """The same with a batch twice as large; None where the model does not take one."""
+        """The recording with a batch twice as large; None if the model does not take one."""
         for dims in self._guesses():
             try:
                 return record(self._model, self._twice(dims))
-            except Exception:  # the user's model, with an input it was not made for
+            except Exception:  # the model may raise anything if the assumption is wrong
                 continue
         return None
 
     def expect(self, batch_dim: int) -> None:
-        """Look for the batch on dimension ``batch_dim`` of the inputs first."""
+        """Assume that the inputs carry the batch on dimension ``batch_dim``, before others."""
         self._batch_dim = batch_dim
         self.__dict__.pop("larger", None)
 
     def _guesses(self) -> Iterator[list[int | None]]:
-        """On which dimension each input may carry the batch, the likeliest first."""
+        """Yield assumptions about the batch dimension of each input, the likeliest first."""
         tensors = list(flatten_arguments({"": self._given()})[1].values())
         if not tensors:
             return
@@ -191,25 +215,26 @@ class Example:
         for dim in dict.fromkeys((self._batch_dim, 0, 1)):
             if first.dim() <= dim:
                 continue
-            # Those that have as many rows as the first one; it alone; or any mixture: a mask of
-            # (batch, time) beside tokens of (time, batch, features).
+            # Every input of the same size on that dimension carries the batch; or only the first
+            # input; or each input on a dimension of its own, such as a mask of shape (batch, time)
+            # with tokens of shape (time, batch, features).
             batch = first.shape[dim]
             fits = [
                 [
-                    *(d for d in dict.fromkeys((dim, 0, 1)) if _rows(t, d) == batch),
+                    *(d for d in dict.fromkeys((dim, 0, 1)) if _size(t, d) == batch),
                     # (batch * heads, time, time)
                     *(
                         d
                         for d in (0,)
-                        if (_rows(t, d) or 1) > batch > 1 and t.shape[d] % batch == 0
+                        if (_size(t, d) or 1) > batch > 1 and t.shape[d] % batch == 0
                     ),
                     None,
                 ]
                 for t in others
             ]
-            alike = [dim if _rows(t, dim) == batch else None for t in others]
+            same_dim = [dim if _size(t, dim) == batch else None for t in others]
             mixtures = ([dim, *rest] for rest in itertools.product(*fits))
-            for guess in ([dim, *alike], [dim, *[None] * len(others)], *mixtures):
+            for guess in ([dim, *same_dim], [dim, *[None] * len(others)], *mixtures):
                 if guess not in seen:
                     seen.append(guess)
                     yield guess
@@ -223,6 +248,7 @@ class Example:
         return list(given) if isinstance(given, tuple | list) else given
 
     def _twice(self, dims: Sequence[int | None]) -> Any:
+        """Return the inputs with a batch twice as large, which is on ``dims`` of the tensors."""
         remaining = iter(dims)
 
         def twice(path: str, value: Tensor) -> Tensor:
@@ -232,7 +258,7 @@ class Example:
         return flatten_arguments({"": self._given()}, twice)[0][""]
 
     def argument_shapes(self, name: str) -> ArgumentShapes:
-        """The shapes of the tensors that the block ``name`` is called with, in both batch sizes."""
+        """Return the shapes of the arguments of the block ``name``, for both batch sizes."""
         if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return {}
         both = self.first.calls[name], self.larger.calls[name]
@@ -240,7 +266,10 @@ class Example:
         return {path: (one[path].shape, two[path].shape) for path in one if path in two}
 
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
-        """The shape of every tensor in the graph of the block ``name``, for both batch sizes."""
+        """Return the shapes of all tensors in the graph of a block, for both batch sizes.
+
+        None if the block was not called, or not as it was when ``block`` was read.
+        """
         if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return None
         both = []
@@ -256,18 +285,18 @@ class Example:
             try:
                 with _evaluating(block.module):
                     recorder.run(*tensors.values())
-            except Exception:  # a hook of the user's, say, on which the first forward depends
+            except Exception:  # for example if the forward depends on a hook of the user's
                 return None
             both.append(recorder)
         return both[0], both[1]
 
 
 class Shapes(fx.Interpreter):
-    """The tensors of a graph in one call: their shapes, and those on whose order rows depend.
+    """Runs a graph and records the shapes of all tensors in it.
 
     Attributes:
-        shapes: The shape of the value of each node.
-        values: The values themselves of the placeholders.
+        shapes: The shape of the tensor of each node.
+        values: The tensors of the placeholders.
     """
 
     def __init__(self, block: BlockGraph) -> None:
@@ -276,7 +305,7 @@ class Shapes(fx.Interpreter):
         self.values: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Note what ``n`` is."""
+        """Run the node ``n`` and record the shape of its value."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)

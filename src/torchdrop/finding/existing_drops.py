@@ -1,8 +1,9 @@
-"""What a model drops already: masking layers, loops that leave out layers, drops in a forward.
+"""Find what a model drops by itself: masking layers, loops that skip layers, random masks.
 
-Layers are known by name, so that a vendored copy of the class counts as well. A forward may also
-multiply a branch by random numbers itself, one for each row or one for the batch: ``x +
-drop_path(f(x), p, training)``, or what such a function does. Its rate would add to ours.
+Masking layers are recognised by their class name, so that copies of the class in other packages
+count as well. A forward may also multiply a branch by random numbers, one for each sample or one
+for the whole batch, as ``x + drop_path(f(x), p, training)`` does. Such a rate would add to that of
+torchdrop.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def is_mask(module: nn.Module) -> bool:
 
 
 def mask_rate(module: nn.Module) -> float | None:
-    """The drop probability of a masking layer; None where it has none that can be read."""
+    """Return the drop probability of a masking layer; None if it has none that can be read."""
     return _rate_in(module, MASK_RATE_ATTRIBUTES)
 
 
@@ -49,14 +50,19 @@ def _rate_in(module: nn.Module, attributes: Iterable[str]) -> float | None:
     for attribute in attributes:
         value = getattr(module, attribute, None)
         if value is None and hasattr(module, attribute):
-            return 0.0  # timm and transformers take None for 0
+            return 0.0  # None means 0 in timm and transformers
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     return None
 
 
 def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
-    """Who holds the rate at which ``module`` leaves out whole layers in its loop, and the rate."""
+    """Return where ``module`` keeps the rate at which it skips whole layers, and the rate.
+
+    Returns:
+        The object whose attribute ``layerdrop`` the forward of ``module`` reads (the module or its
+        ``config``), and the value. None if it skips no layers.
+    """
     for holder, name in ((module, "self"), (getattr(module, "config", None), "self.config")):
         rate = getattr(holder, "layerdrop", None)
         if not isinstance(rate, float) or not 0.0 < rate <= 1.0:
@@ -70,13 +76,17 @@ def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
     return None
 
 
-
 def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
-    """What drops rows on the way from ``skip`` to ``branch``, if anything does.
+    """Return the operation in the forward that drops whole samples of the branch, if there is one.
 
-    It is a call of torchdrop's own function, or the random numbers that others multiply by.
+    It is a call of ``torchdrop.functional.drop_path``, or an operation that draws random numbers,
+    one for each sample or one for the batch, by which the branch is multiplied. Random numbers of
+    any other shape are noise or dropout and do not count.
 
-    Numbers of any other shape (noise, dropout) are something else.
+    Args:
+        graph: The forward.
+        branch: The operand that can be dropped.
+        skip: The operand on the shortcut.
     """
     inside = (ancestors(branch) | {branch}) - ancestors(skip) - {skip}
     node: fx.Node
@@ -88,7 +98,7 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
         if not operation_of(node).mask_factor:
             continue
         for factor in node.all_input_nodes:
-            drawn = _drawn_by_row(factor, inside)
+            drawn = _drawn_for_each_sample(factor, inside)
             if drawn is not None:
                 return drawn
     return None
@@ -98,8 +108,8 @@ def _rate(node: fx.Node) -> Any:
     return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
 
 
-def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
-    """The node that draws what ``factor`` is made of, if that is one number for each row."""
+def _drawn_for_each_sample(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
+    """Return the node that draws the numbers in ``factor``, if there is one for each sample."""
     random = None
     pending, seen = [factor], set()
     while pending:
@@ -108,24 +118,25 @@ def _drawn_by_row(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
             continue
         seen.add(node)
         if node.op in ("placeholder", "call_module"):
-            return None  # an activation is in it
+            return None  # it is computed from an activation
         entry = operation_of(node)
         random = node if random is None and entry.draws_mask else random
         if entry.sizes is not None:
             if not _is_row_shape(_sizes(node.args[entry.sizes :], node)):
                 return None
-            continue  # its other inputs give their dtype and device only
+            continue  # its other inputs only determine the dtype and the device
         pending.extend(node.all_input_nodes)
     return random
 
 
 def _sizes(args: Iterable[Any], node: fx.Node) -> Any:
+    """Return the sizes of the tensor that ``node`` makes, given one by one or as one argument."""
     given = list(args) or [node.kwargs.get("size", ())]
     return given[0] if len(given) == 1 else given
 
 
 def _is_row_shape(sizes: Any) -> bool:
-    """Whether all sizes are 1, but for the first, which may be anything."""
+    """Whether all sizes are 1, except for the first, which may be anything."""
     if isinstance(sizes, fx.Node) and sizes.target is operator.add:
         first, rest = sizes.args
         return _is_row_shape(first) and _are_ones(rest)

@@ -1,4 +1,4 @@
-"""JUDGE: whether the parts of a branch are linear, and what they write into."""
+"""Decide whether modules and operations are linear, and into which tensors they write."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ __all__ = ["ModuleProperties", "depends_on_input", "is_curved"]
 
 
 def is_curved(name: str) -> bool:
-    """Whether ``name`` is that of an activation or another function of torch that is not linear."""
+    """Whether ``name`` is the name of a function of torch that is not linear (an activation)."""
     known = hasattr(nn.functional, name) or (hasattr(torch, name) and hasattr(Tensor, name))
     entry = named(name)
     return known and not name.startswith("_") and not (entry.linear or entry.product)
 
 
 def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
-    """Whether ``node`` is computed from an activation: not a parameter, not a mere shape."""
+    """Whether ``node`` is computed from an argument of the forward, not only from parameters.
+
+    Args:
+        node: The node.
+        memo: What is known already, by node; it is extended.
+    """
     if node not in memo:
         if node.op == "placeholder":
             memo[node] = True
@@ -43,7 +48,7 @@ def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
 
 
 class ModuleProperties:
-    """What is known about the modules of a model as parts of a branch; each is read once."""
+    """Whether modules are linear and write into their input, worked out once for each module."""
 
     def __init__(self) -> None:
         self._graphs: dict[nn.Module, BlockGraph | UntraceableError] = {}
@@ -51,7 +56,7 @@ class ModuleProperties:
         self._writing: dict[nn.Module, bool] = {}
 
     def read(self, module: nn.Module) -> BlockGraph:
-        """The graph of ``module`` as its signature alone gives it."""
+        """Return the graph of ``module``, read without an example of a call."""
         if module not in self._graphs:
             try:
                 self._graphs[module] = trace_block(module)
@@ -65,15 +70,15 @@ class ModuleProperties:
     def linear(self, module: nn.Module) -> bool:
         """Whether ``module`` is linear (affine; norms, pools and dropout count as such)."""
         if module not in self._linear:
-            self._linear[module] = True  # a module that contains itself
+            self._linear[module] = True  # in case the module contains itself
             self._linear[module] = self._is_linear(module)
         return self._linear[module]
 
     def _is_linear(self, module: nn.Module) -> bool:
         if is_mask(module) or type(module).__module__.startswith("torch.ao.quantization"):
-            return True  # an observer, or what rounds as quantised numbers would be
+            return True  # it observes or rounds values for quantisation
         if type(module).__name__.endswith("Norm") and next(module.children(), None) is None:
-            return True  # norms that models write themselves
+            return True  # a norm of the model's own
         if _has_forward_of(module, (nn.Sequential,)):
             return all(self.linear(child) for child in module.children())
         linear_layers = layers_with("linear", "product")
@@ -84,10 +89,10 @@ class ModuleProperties:
         try:
             nodes = self.read(module).graph.nodes
         except UntraceableError:
-            # a convolution that pads by the size of its input, say: its class has to be believed,
-            # but for fused ones (ConvBnReLU2d), which subclass the convolution
-            believed = isinstance(module, linear_layers) and "ReLU" not in type(module).__name__
-            return believed and all(map(self.linear, module.children()))
+            # For example a convolution that pads by the size of its input. Its class decides,
+            # except that fused layers (ConvBnReLU2d) subclass the convolution.
+            by_class = isinstance(module, linear_layers) and "ReLU" not in type(module).__name__
+            return by_class and all(map(self.linear, module.children()))
         return self.linear_nodes(nodes, module)
 
     def linear_nodes(self, nodes: Iterable[fx.Node], owner: nn.Module) -> bool:
@@ -104,15 +109,15 @@ class ModuleProperties:
         if entry.product:
             factors = [i for i in node.all_input_nodes if depends_on_input(i, memo)]
             return len(factors) <= 1 and not (
-                # a square: one activation, taken twice
+                # a square: the same activation twice
                 sum(a in factors for a in node.args if isinstance(a, fx.Node)) > 1
             )
-        if entry.pools:  # over a dimension; the larger one of two activations is not linear
+        if entry.pools:  # a maximum over a dimension; the maximum of two tensors is not linear
             return len(node.all_input_nodes) == 1
         return entry.linear
 
     def writes_input(self, module: nn.Module) -> bool:
-        """Whether ``module`` writes into an argument, as far as its forward can be read."""
+        """Whether ``module`` writes into an argument; False if its forward cannot be read."""
         if module not in self._writing:
             self._writing[module] = False
             self._writing[module] = self._does_write(module)
@@ -136,7 +141,12 @@ class ModuleProperties:
         return any(node is not None and node.op == "placeholder" for node in written)
 
     def written(self, node: fx.Node, owner: nn.Module) -> fx.Node | None:
-        """The node into whose memory ``node``, a part of the forward of ``owner``, writes."""
+        """Return the node into whose memory ``node`` writes; None if it writes into none.
+
+        Args:
+            node: A node of the forward of ``owner``.
+            owner: The module that has the forward.
+        """
         if not node.args or not self._writes(node, owner):
             return None
         return self.storage(node.args[0], owner)
@@ -147,7 +157,7 @@ class ModuleProperties:
         return writes_first_argument(node)
 
     def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
-        """The node whose memory ``node`` may share, through views and in-place operations."""
+        """Return the node whose memory ``node`` may share, by views and in-place operations."""
         while isinstance(node, fx.Node):
             is_view = operation_of(node).view or self._writes(node, owner)
             if node.op == "call_module":
@@ -160,7 +170,7 @@ class ModuleProperties:
 
 
 def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether ``module`` is of one of ``kinds`` and runs its forward: a subclass may add to it."""
+    """Whether ``module`` is one of ``kinds`` and has not overridden the forward."""
     mine = type(module).forward
     return isinstance(module, kinds) and any(
         mine is base.__dict__.get("forward") for base in _forwards(kinds)
@@ -169,5 +179,5 @@ def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bo
 
 @cache
 def _forwards(kinds: tuple[type[nn.Module], ...]) -> list[type[nn.Module]]:
-    """The classes of torch that define the forwards of ``kinds``."""
+    """Return the classes of torch that define the forwards of ``kinds``."""
     return list({base for kind in kinds for base in kind.__mro__ if "forward" in base.__dict__})

@@ -1,4 +1,4 @@
-"""What is known of one residual block and of its branches."""
+"""The description of a residual block and its branches, as ``find_residuals`` returns it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Branch:
     """One residual branch of a block.
 
     Attributes:
-        name: The block's name; where a block has several branches, with the largest child of the
-            branch behind a colon ("encoder.layers.encoder_layer_0:mlp").
+        name: The name of the block. If the block has several branches, followed by a colon and the
+            largest child of the branch ("encoder.layers.encoder_layer_0:mlp").
         shortcut: ``"identity"`` or ``"projection"``.
-        action: ``"skip"``: only the kept rows are computed. ``"layer"``: the same, but of the
-            block as a whole, ``x + keep * (block(x) - x)``, since its branches cannot be told
-            apart. ``"mask"``: all rows are computed, for the reason given in ``reason``.
-        reason: Why the action is what it is; empty where it is plainly ``"skip"``.
-        p: The drop probability. Before anything is attached: the rate of the masking layers that
-            the branch already has, 0 without any.
+        action: ``"skip"``: only the kept rows are computed. ``"layer"``: the same for the block as
+            a whole, ``x + keep * (block(x) - x)``, because its branches cannot be separated.
+            ``"mask"``: all rows are computed, for the reason given in ``reason``.
+        reason: Why the action was chosen; empty for a plain ``"skip"``.
+        p: The drop probability. Before stochastic depth is added: the rate of the masking layers
+            that the branch already has, 0 without any.
         children: The paths, from the model, of the modules that the branch calls.
         masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch, and of
-            a module around it that leaves out whole layers itself (``layerdrop``).
-        share: The branch's share of the FLOPs of a forward pass; None where it was not measured,
-            which takes ``example_inputs``.
+            a module around it that skips whole layers by itself (``layerdrop``).
+        share: The branch's share of the FLOPs of a forward pass; None without ``example_inputs``,
+            since it is measured on them.
         source: Where the branch stands in the forward that was read. For torchdrop itself; it may
             change with any version.
     """
@@ -50,14 +50,14 @@ class Branch:
 
 @dataclass(eq=False, repr=False)
 class Residual:
-    """One block: a unit of depth, with one or several branches that share a drop probability.
+    """One block, with one or several branches that share a drop probability.
 
     Attributes:
         name: The path of the block from the model.
         module: The block.
         branches: Its branches in the order in which they are added.
-        default: Whether ``add_stochastic_depth`` takes the block without being asked; a lone,
-            inner or linear one only if ``select`` says so.
+        default: Whether ``add_stochastic_depth`` takes the block if ``select`` is not given. A
+            lone, inner or linear residual is taken only if ``select`` chooses it.
         why_not: Why ``default`` is False.
         owner: The path of the module whose forward adds the branches: the block itself, or a module
             around it that calls the block in a loop.
@@ -80,14 +80,14 @@ class Residual:
 
     @property
     def shortcut(self) -> str:
-        """``"identity"``, or ``"projection"`` where the shortcut of any branch is one."""
+        """``"projection"`` if the shortcut of any branch is a projection, else ``"identity"``."""
         return (
             "projection" if any(b.shortcut == "projection" for b in self.branches) else "identity"
         )
 
     @property
     def action(self) -> str:
-        """What is done with the branches; several different actions are joined by a slash."""
+        """The actions of the branches; different ones are joined by a slash."""
         return "/".join(dict.fromkeys(b.action for b in self.branches))
 
     @property
@@ -97,7 +97,7 @@ class Residual:
 
     @property
     def p(self) -> float:
-        """The drop probability; the largest where branches were given different ones."""
+        """The drop probability; the largest one if the branches have different ones."""
         return max(b.p for b in self.branches)
 
 
@@ -124,12 +124,12 @@ class WholeBlock:
     """A block that is dropped as a whole.
 
     Attributes:
-        x: Which of its arguments the block adds to, as :func:`flatten_arguments` names it.
-        dim: The dimension of that which carries the batch.
-        row_layouts: How each of its tensors carries the batch, by that name.
-        sum_item: Which item of its output is the sum: "" for a tensor, "0" for the first
-            item of a tuple.
-        returns: What it returns, without tensors.
+        x: The argument that is the input of the residual, as ``flatten_arguments`` names it.
+        dim: The dimension of ``x`` that carries the batch.
+        row_layouts: How each argument that is a tensor carries the batch, by its name.
+        sum_item: Which item of the output is the sum: "" if the output is a tensor, "0" for the
+            first item of a tuple.
+        returns: The output, with None in place of tensors.
     """
 
     x: str

@@ -1,4 +1,4 @@
-"""What the source code of a class tells, where its forward cannot be read."""
+"""Look for additions in the source code of a class whose forward cannot be traced."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import textwrap
 from torch import nn
 
 from torchdrop.finding.linearity import ModuleProperties, is_curved
-from torchdrop.tracing.operations import names_of_additions
+from torchdrop.tracing.operations import layers_with, names_of_additions
 
 __all__ = ["may_loop_over_branches", "source_has_addition"]
 
 
 def source_has_addition(module: nn.Module) -> bool:
-    """Whether a method of ``module``'s class adds anything, as far as its source tells."""
+    """Whether a method of ``module``'s class adds anything; True if its source is not available."""
     methods = _methods(module)
     if methods is None:
         return True
@@ -28,21 +28,23 @@ def source_has_addition(module: nn.Module) -> bool:
     }
     additions = names_of_additions()
     for node in methods:
+        # ``x + y`` and ``x += y``
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
             operand = node.right if isinstance(node, ast.BinOp) else node.value
-            number = isinstance(operand, ast.Constant)  # i + 1, calls += 1
+            number = isinstance(operand, ast.Constant)  # not ``i + 1`` or ``calls += 1``
             if not number and not (isinstance(operand, ast.Name) and operand.id in counts):
                 return True
         if isinstance(node, ast.Attribute) and node.attr in additions:
             return True
-    return False
+    return any(isinstance(child, layers_with("inlined")) for child in module.modules())
 
 
 def may_loop_over_branches(module: nn.Module) -> bool:
     """Whether ``module`` may add branches in a loop over a list of its children.
 
-    A branch is not linear. So one of these children is not, or another child of one argument, or a
-    function that the class calls: the convolutions of a feature pyramid make no branches.
+    A branch is not linear. So at least one of these is not linear: a child in the list, another
+    child that takes one argument, a function that the class calls. The convolutions of a feature
+    pyramid, for example, are no branches.
     """
     lists = [c for c in module.children() if isinstance(c, nn.ModuleList | nn.ModuleDict)]
     if not lists:
@@ -66,7 +68,10 @@ def _takes_one(module: nn.Module) -> bool:
 
 
 def _methods(module: nn.Module) -> list[ast.AST] | None:
-    """All that the methods of ``module``'s class consist of, inherited ones too; None if hidden."""
+    """Return the syntax nodes of all methods of ``module``'s class, inherited ones included.
+
+    None if the source is not available.
+    """
     methods: dict[str, list[ast.FunctionDef]] = {}
     for kind in type(module).__mro__:
         if kind.__module__.startswith(("torch.nn.modules.", "builtins")):
@@ -74,7 +79,7 @@ def _methods(module: nn.Module) -> list[ast.AST] | None:
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         except (OSError, TypeError, SyntaxError, ValueError):
-            return None  # no source to read: it may do anything
+            return None
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef):
                 above = methods.setdefault(method.name, [])

@@ -1,4 +1,4 @@
-"""Which residual sums form a stack of blocks, and are taken by default."""
+"""Choose the residual sums that form a stack of blocks; these are taken by default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["choose", "module_of", "uses_of"]
 
 
 def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Module]:
-    """How often each module is called, as far as its parents tell: layers may be shared."""
+    """Return how often each module is called in one forward pass, as far as can be read."""
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for finder in finders:
         calls = Counter(
@@ -29,27 +29,33 @@ def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Mod
 
 
 def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[ResidualSum, str]:
-    """For each residual addition why it is not taken by default, or an empty text.
+    """Return for each residual addition why it is not taken by default; empty if it is taken.
 
-    A residual stack repeats: as modules of one class, as modules of several classes in one place
-    ("layer1.0" and "layer2.0"), or one after the other in one forward. A lone addition is something
-    else, unless its block stands in a list and its class is there more than once: of blocks that
-    stride, those that do not are residual. Where additions of one forward are nested, the outermost
-    that repeat are taken.
+    The blocks of a residual stack are repeated: as modules of one class, as modules of different
+    classes at similar paths ("layer1.0" and "layer2.0"), or one after the other in one forward. An
+    addition that is not repeated is left out, with one exception: it is taken if its block is in a
+    list and other blocks of the same class exist. In a list of blocks of which most stride, those
+    that do not stride are the residual ones. If additions of one forward are nested, the outermost
+    ones that are repeated are taken.
+
+    Args:
+        finders: The residual additions of each forward, by the path of its module.
+        uses: How often each module is called.
     """
     why_not = {entry: entry.why_not for finder in finders.values() for entry in finder.entries}
-    families: dict[ResidualSum, list[object]] = {}
-    alone: set[ResidualSum] = set()
+    # An addition is repeated if another one has a key in common with it.
+    keys: dict[ResidualSum, list[object]] = {}
+    may_be_single: set[ResidualSum] = set()
     kinds = Counter(type(finder.owner) for finder in finders.values())
     for name, finder in finders.items():
         for entry in finder.entries:
             module, element = module_of(finder, entry)
-            families[entry] = [(name, type(module)) if element else type(module)]
-            place = re.sub(r"\d+", "#", name)
-            if element is None and "#" in place:
-                families[entry].append(place)
+            keys[entry] = [(name, type(module)) if element else type(module)]
+            path_pattern = re.sub(r"\d+", "#", name)
+            if element is None and "#" in path_pattern:
+                keys[entry].append(path_pattern)
                 if kinds[type(finder.owner)] > 1 and entry.shortcut == "identity":
-                    alone.add(entry)
+                    may_be_single.add(entry)
     while True:
         outermost = {
             entry: finder
@@ -62,13 +68,13 @@ def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[R
                 if not why_not[other]
             )
         }
-        sizes: Counter[object] = Counter()
+        repeats: Counter[object] = Counter()
         for entry, finder in outermost.items():
-            sizes.update(dict.fromkeys(families[entry], uses[finder.owner]))
+            repeats.update(dict.fromkeys(keys[entry], uses[finder.owner]))
         lone = [
             entry
             for entry in outermost
-            if entry not in alone and all(sizes[f] < 2 for f in families[entry])
+            if entry not in may_be_single and all(repeats[key] < 2 for key in keys[entry])
         ]
         for entry in lone:
             module, _ = module_of(outermost[entry], entry)
@@ -82,6 +88,6 @@ def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[R
 
 
 def module_of(finder: ResidualSums, entry: ResidualSum) -> tuple[nn.Module, str | None]:
-    """The module that an addition belongs to: the element of a loop, or the block itself."""
+    """Return the module that an addition belongs to, and its path if it is an element of a list."""
     element = finder.elements[entry]
     return (finder.owner.get_submodule(element) if element else finder.owner), element

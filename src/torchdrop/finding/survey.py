@@ -1,13 +1,13 @@
-"""FIND: the residual branches of a model. Reads, never changes anything.
+"""Find the residual branches of a model. The model is read and not changed.
 
-A residual is an addition ``skip + branch`` in a block's own forward. The *branch* is what the one
-side depends on and the other does not, holds parameters and is not linear; the *skip* is the
-other side: the identity, or a linear projection (1x1 convolution, norm, pooling, zero padding).
+A residual is an addition ``shortcut + branch`` in the forward of a block. The *branch* is what one
+operand depends on and the other does not; it has parameters and is not linear. The other operand
+is the *shortcut*: the identity, or a linear projection (1x1 convolution, norm, pooling, zeros).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,13 @@ __all__ = [
 
 @dataclass
 class Survey:
-    """What a look at a whole model gave.
+    """The residual blocks of a model.
 
     Attributes:
         residuals: Every residual block, also those that are not taken by default.
-        unreadable: Blocks whose forward could not be read, with the reason.
+        unreadable: Why the forwards of other blocks could not be read, by their paths.
         seen: How many forwards were read.
-        additions: How many additions of two activations they hold.
+        additions: How many additions of two tensors these contain.
     """
 
     residuals: list[Residual]
@@ -58,15 +58,15 @@ def survey(
     """Read every block of ``model`` and list its residuals, in the order of the model's depth.
 
     Args:
-        model: The model; it is left as it is.
-        example: What each block is really called with.
-        batch_dim: Which dimension of the residual tensors is the batch. None: each block's own,
-            as far as the example and its layers tell.
+        model: The model; it is not changed.
+        example: The arguments that each block is called with.
+        batch_dim: Which dimension of the residual tensors is the batch. None: for each block the
+            dimension that follows from the example, else from its layers.
     """
     reader = BlockReader(model, example, batch_dim)
     finders, unreadable = reader.read_all()
     if example is not None and any(finder.contradicted for finder in finders.values()):
-        # what grew was not the batch: layers of torch say that they have it on dimension 1
+        # The dimension that grew was not the batch: according to layers of torch it is on 1.
         example.expect(1)
         again, unreadable = reader.read_all()
         if example.larger:
@@ -77,14 +77,14 @@ def survey(
     taken = choose(finders, uses)
     found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
     if example is not None:
-        # What branches on data might do something else on the kept rows than on all of them.
-        rest = {name: why for name, why in unreadable.items() if name not in reader.on_data}
-        found += whole_layers(model, example, found, rest, uses, batch_dim)
+        # A block that branches on data may take another path on the kept rows than on all rows.
+        candidates = {name: why for name, why in unreadable.items() if name not in reader.on_data}
+        found += whole_layers(model, example, found, candidates, uses, batch_dim)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         found.sort(key=lambda residual: order.get(residual.owner, 0))
-    _settle_masks(model, found)
+    _assign_masks(model, found)
     _mark_inner(found)
-    found = _joined(model, found)
+    found = _with_inner_parts_joined(model, found)
     additions = sum(summands(node) is not None for f in finders.values() for node in f.nodes)
     return Survey(found, unreadable, len(finders), additions)
 
@@ -92,7 +92,7 @@ def survey(
 def _residuals_of(
     name: str, finder: ResidualSums, why_not: dict[ResidualSum, str]
 ) -> list[Residual]:
-    """The blocks of one forward: itself, or the elements of the ModuleList that it loops over."""
+    """Return the blocks in one forward: its module, or the elements of a list in a loop."""
     owner = finder.owner
     blocks: dict[tuple[str, str], list[ResidualSum]] = {}
     for entry in finder.entries:
@@ -126,6 +126,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _branch_names(block: str, splits: list[Split], owner: nn.Module) -> list[str]:
+    """Name branches after their block and, if it has several, after their largest child."""
     if len(splits) == 1:
         return [block]
     names: list[str] = []
@@ -139,62 +140,66 @@ def _branch_names(block: str, splits: list[Split], owner: nn.Module) -> list[str
     return names
 
 
-def _settle_masks(model: nn.Module, residuals: list[Residual]) -> None:
-    """Give each masking layer to the innermost branch around it."""
+def _assign_masks(model: nn.Module, residuals: list[Residual]) -> None:
+    """Set the masks of each branch, and the drop probability that results from them.
+
+    A masking layer belongs to the innermost branch around it.
+    """
     owners = {r.owner for r in residuals}
-    for residual in residuals:
-        for branch in residual.branches:
-            masks: list[str] = []
-            for child in branch.children:
-                for path, module in model.get_submodule(child).named_modules(prefix=child):
-                    if not is_mask(module):
-                        continue
-                    within = path.split(".")
-                    between = {
-                        ".".join(within[:i]) for i in range(len(child.split(".")), len(within))
-                    }
-                    if not between & owners:
-                        masks.append(path)
-            rates = [mask_rate(model.get_submodule(m)) or 0.0 for m in masks]
-            atoms = branch.source.owner.split(".")
-            for above in [".".join(atoms[:i]) for i in range(len(atoms))]:
-                loop = drops_layers(model.get_submodule(above))
-                if loop is not None:
-                    masks.append(above)
-                    rates.append(loop[1])
-            branch.masks = tuple(masks)
-            # several masks on one branch: it survives only if each lets it
-            kept = 1.0
-            for rate in rates:
-                kept *= 1.0 - rate
-            branch.p = rates[0] if len(rates) == 1 else 1.0 - kept
+    for branch in (b for r in residuals for b in r.branches):
+        masks = [path for child in branch.children for path in _masks_in(model, child, owners)]
+        rates = [mask_rate(model.get_submodule(path)) or 0.0 for path in masks]
+        atoms = branch.source.owner.split(".")
+        for around in [".".join(atoms[:i]) for i in range(len(atoms))]:
+            loop = drops_layers(model.get_submodule(around))
+            if loop is not None:
+                masks.append(around)
+                rates.append(loop[1])
+        branch.masks = tuple(masks)
+        # with several masks on it, a branch is kept only if each of them keeps it
+        kept = 1.0
+        for rate in rates:
+            kept *= 1.0 - rate
+        branch.p = rates[0] if len(rates) == 1 else 1.0 - kept
+
+
+def _masks_in(model: nn.Module, child: str, owners: set[str]) -> Iterator[str]:
+    """Yield the paths of the masking layers in ``child`` that belong to no inner branch."""
+    depth = len(child.split("."))
+    for path, module in model.get_submodule(child).named_modules(prefix=child):
+        if not is_mask(module):
+            continue
+        atoms = path.split(".")
+        if not {".".join(atoms[:i]) for i in range(depth, len(atoms))} & owners:
+            yield path
 
 
 def _mark_inner(residuals: list[Residual]) -> None:
-    """Of nested residuals the outermost is taken."""
+    """Of nested residuals, leave all but the outermost out by default."""
     outer = {c for r in residuals if r.default for b in r.branches for c in b.children}
     for residual in residuals:
         atoms = residual.owner.split(".")
-        above = {".".join(atoms[:i]) for i in range(1, len(atoms) + 1)}
+        around = {".".join(atoms[:i]) for i in range(1, len(atoms) + 1)}
         own = {c for b in residual.branches for c in b.children}
-        if residual.default and above & outer - own:
+        if residual.default and around & outer - own:
             residual.default = False
             residual.why_not = "inside the branch of another residual"
 
 
-def _joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
-    """Make one block of a block and the parts of it that hold residuals on its own path.
+def _with_inner_parts_joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
+    """Join each block with those of its children that hold residuals on the path of its shortcut.
 
-    An encoder layer whose attention adds its input itself, and whose feed-forward part the layer
-    adds, is one unit of depth with two branches. Elements of a container are units of their own.
+    In an encoder layer the attention may add its input itself, while the layer adds the output of
+    the feed-forward part. Both are branches of the layer. The elements of a container are blocks of
+    their own.
     """
     taken = {r.name: r for r in residuals if r.default and r.name == r.owner}
     joined: list[Residual] = []
     for residual in residuals:
-        above, _, child = residual.name.rpartition(".")
-        parent = taken.get(above)
-        apart = isinstance(model.get_submodule(above), CONTAINERS)
-        if parent is None or apart or residual.name not in taken:
+        parent_name, _, child = residual.name.rpartition(".")
+        parent = taken.get(parent_name)
+        in_container = isinstance(model.get_submodule(parent_name), CONTAINERS)
+        if parent is None or in_container or residual.name not in taken:
             joined.append(residual)
             continue
         if len(residual.branches) == 1:
@@ -203,11 +208,11 @@ def _joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
     for residual in joined:
         names = [branch.name for branch in residual.branches]
         if residual.name in names and len(names) > 1:
-            # it was the only one before
-            alone = residual.branches[names.index(residual.name)]
-            size = {c: _size(model.get_submodule(c)) for c in alone.children}
+            # named when it was the only branch of its block
+            branch = residual.branches[names.index(residual.name)]
+            size = {c: _size(model.get_submodule(c)) for c in branch.children}
             largest = max(size, key=size.__getitem__).removeprefix(f"{residual.name}.")
-            alone.name = f"{residual.name}:{largest.partition('.')[0]}"
+            branch.name = f"{residual.name}:{largest.partition('.')[0]}"
     return joined
 
 
@@ -217,17 +222,21 @@ def find_residuals(
     *,
     select: Callable[[Residual], bool] | None = None,
 ) -> list[Residual]:
-    """The residual blocks of ``model``, first to last. Reads, never changes.
+    """Return the residual blocks of ``model`` in the order of depth. The model is not changed.
 
     Args:
         model: Any module.
-        example_inputs: A tensor, a tuple, or a dict of keyword arguments, for models whose blocks
-            cannot be traced from their signature alone.
-        select: Which of *all* residuals, lone, inner and linear ones too. By default those with
-            ``Residual.default``.
+        example_inputs: What the model is called with: a tensor, a tuple, or a dict of keyword
+            arguments. Needed for models whose blocks cannot be traced from their signature alone.
+        select: A function of a ``Residual`` that returns whether it is included. It is asked about
+            all residuals, also lone, inner and linear ones. None: those with ``Residual.default``.
 
     Returns:
-        One entry a block; ``len(r.branches)`` of them may be more (attention and MLP).
+        One entry for each block. A block may have several branches, such as attention and MLP.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``select`` is not callable.
+        ValueError: The model cannot be called with ``example_inputs``.
     """
     check_model(model)
     if select is not None and not callable(select):

@@ -1,4 +1,4 @@
-"""Blocks that cannot be split into skip and branch, and can be dropped as a whole."""
+"""Find blocks that can be dropped as a whole, though their forward cannot be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ def whole_layers(
     uses: Counter[nn.Module],
     batch_dim: int | None,
 ) -> list[Residual]:
-    """The blocks of a stack that could not be read, each as one branch."""
+    """Return the blocks of a stack whose forward cannot be read, each as one branch.
+
+    Args:
+        model: The model.
+        example: What its blocks are called with, for two batch sizes.
+        found: The residuals that were read.
+        unreadable: Why forwards cannot be read, by the paths of their modules.
+        uses: How often each module is called.
+        batch_dim: Which dimension of the residual tensors is the batch; None: any.
+    """
     if example.larger is None:
         return []
     layers: list[Residual] = []
@@ -33,10 +42,10 @@ def whole_layers(
         module = model.get_submodule(name)
         taken = [r for r in [*found, *layers] if r.default]
         branches = [child for r in taken for b in r.branches for child in b.children]
-        apart = not any(f"{r.name}.".startswith(f"{name}.") for r in taken) and not any(
+        separate = not any(f"{r.name}.".startswith(f"{name}.") for r in taken) and not any(
             f"{name}.".startswith(f"{child}.") for child in branches
         )
-        candidate = apart and _in_stack(model, name, uses)
+        candidate = separate and _in_stack(model, name, uses)
         layer = _whole_block(name, example, batch_dim) if candidate else None
         if layer is None or not source_has_addition(module):
             continue
@@ -63,7 +72,7 @@ def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
 
 
 def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlock | None:
-    """How a block can be dropped as a whole; None where it does not map a tensor to its like."""
+    """Return how a block is dropped as a whole; None if its output is not like its input."""
     first, larger = example.first, example.larger
     if larger is None or name not in first.returned or name not in larger.returned:
         return None
@@ -81,12 +90,14 @@ def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlo
     if returned.get(sum_item) != few or larger.returned[name].get(sum_item) != many:
         return None
     if set(returned) != {sum_item}:
-        return None  # it returns more that carries the batch, or that others need
+        return None  # it returns further tensors, which would be needed for all rows
     row_layouts: RowLayouts = {}
     for path in both[0]:
         pair = [tensors[path] for tensors in both]
-        cut = row_layout(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
-        if cut is None or (cut[1] > 1 and not same_rows(pair[0], pair[1], cut[0])):
+        layout = row_layout(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
+        if layout is None:
             return None
-        row_layouts[path] = cut if cut[1] else None
+        if layout.entries > 1 and not same_rows(pair[0], pair[1], layout.dim):
+            return None
+        row_layouts[path] = layout if layout.entries else None
     return WholeBlock(x, dim, row_layouts, sum_item, first.forms[name])
