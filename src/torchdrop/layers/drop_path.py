@@ -296,8 +296,8 @@ def drop_path_add(
         return skip + branch
     mask = _draw_mask(branch, rate, mode, dim, generator)
     keep = divisor_of_kept(rate)
-    alike = skip.dtype == branch.dtype and skip.stride() == branch.stride()
-    if alike and type(skip) in (Tensor, torch.nn.Parameter) and _in_runs(branch, mask, dim):
+    same_layout = skip.dtype == branch.dtype and skip.stride() == branch.stride()
+    if same_layout and type(skip) in (Tensor, torch.nn.Parameter) and _in_runs(branch, mask, dim):
         return _AddRuns.apply(skip, branch, mask, keep, dim)  # type: ignore[no-any-return]
     return skip + _keep(branch, mask, keep, dim)
 

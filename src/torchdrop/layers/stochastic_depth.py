@@ -258,8 +258,8 @@ class StochasticDepth(LayerWithRate):
         if not self.training:
             return self._expectation(x, args, kwargs)
         refuse_graph_capture(x)
-        alike = self.mode == "batch" and self.sync_ranks is not False
-        if find_collective([self.module], type(self.module).__name__, same_on_all_ranks=alike):
+        together = self.mode == "batch" and self.sync_ranks is not False
+        if find_collective([self.module], type(self.module).__name__, same_on_all_ranks=together):
             out = self._mask_rows(x, args, kwargs)
         elif self.mode == "row":
             out = self._drop_rows(x, args, kwargs)
