@@ -1,4 +1,4 @@
-"""What a legal argument is: the checks that all functions and layers share."""
+"""The checks of arguments that all functions and layers share."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MODES = ("row", "batch")
 
 
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:
-    """Refuse what is none of the ``choices``.
+    """Raise unless ``value`` is one of ``choices``.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: It is not one of them.
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
@@ -35,30 +35,30 @@ def check_choice(value: object, choices: Sequence[str], name: str) -> None:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module.
+    """Raise unless ``model`` is an nn.Module.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, but got a {type(model).__name__}")
 
 
 def check_flag(value: object, name: str) -> None:
-    """Refuse what is neither True nor False.
+    """Raise unless ``value`` is True or False.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is neither.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} has to be True or False, but got {value!r}")
 
 
 def check_generator(generator: object) -> None:
-    """Refuse what no numbers can be drawn from.
+    """Raise unless ``generator`` is a torch.Generator or None.
 
     Raises:
-        TypeError: It is neither None nor a torch.Generator.
+        TypeError: It is neither.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
@@ -67,13 +67,13 @@ def check_generator(generator: object) -> None:
 
 
 def check_whole(value: object, name: str, least: int = 0) -> int:
-    """Return an integer that is ``least`` or more.
+    """Return ``value`` if it is an integer that is ``least`` or more.
 
     Raises:
-        TypeError: It is no integer.
-        ValueError: It is below ``least``.
+        TypeError: ``value`` is not an integer.
+        ValueError: ``value`` is below ``least``.
     """
-    # A symbolic size is one too: for a compiler, not for isinstance.
+    # A symbolic size (SymInt) is an integer to a compiler, but not to isinstance.
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} has to be an integer, but got {value!r}")
     if value < least:
@@ -82,20 +82,20 @@ def check_whole(value: object, name: str, least: int = 0) -> int:
 
 
 def check_mode(mode: object) -> None:
-    """Refuse a ``mode`` that is neither "batch" nor "row".
+    """Raise unless ``mode`` is "batch" or "row".
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is neither.
     """
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode!r}")
 
 
 def check_input(x: object, name: str = "input") -> None:
-    """Refuse what no drop can act on.
+    """Raise unless ``x`` is a floating-point tensor with at least one dimension.
 
     Raises:
-        TypeError: ``x`` is no tensor, or its dtype is not a floating-point one.
+        TypeError: ``x`` is not a tensor, or its dtype is not a floating-point one.
         ValueError: ``x`` has no dimension.
     """
     if not isinstance(x, Tensor):
@@ -107,11 +107,11 @@ def check_input(x: object, name: str = "input") -> None:
 
 
 def check_dim(dim: object, ndim: int | None = None, name: str = "batch_dim") -> int:
-    """Return the dimension, counted from the front where ``ndim`` is known.
+    """Return ``dim``, counted from the front if ``ndim`` is given.
 
     Raises:
-        TypeError: ``dim`` is no integer.
-        ValueError: A tensor of ``ndim`` dimensions has no such dimension.
+        TypeError: ``dim`` is not an integer.
+        ValueError: A tensor of ``ndim`` dimensions does not have this dimension.
     """
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(

@@ -264,7 +264,7 @@ def test_what_is_no_module_and_what_is_attached_already() -> None:
             torchdrop.add_stochastic_depth(again, 0.3)
     assert torchdrop.get_plan(model).blocks[-1].p == 0.2
     torchdrop.remove_stochastic_depth(model)
-    with pytest.raises(ValueError, match="no stochastic depth on this Sequential"):
+    with pytest.raises(ValueError, match="this Sequential has no stochastic depth"):
         torchdrop.remove_stochastic_depth(model)
     with pytest.raises(ValueError, match=r"no stochastic depth.*add_stochastic_depth\(model, p\)"):
         torchdrop.get_plan(model)
@@ -277,7 +277,7 @@ def test_wrapped_models_are_refused_with_the_order_to_use() -> None:
     class Scripted(torch.jit.ScriptModule):
         pass
 
-    with pytest.raises(ValueError, match="TorchScript already; add stochastic depth to the"):
+    with pytest.raises(ValueError, match="already TorchScript; add stochastic depth to the"):
         torchdrop.add_stochastic_depth(Scripted(), 0.2)
     with pytest.raises(ValueError, match=r"torch\.compile already.*compile afterwards"):
         torchdrop.add_stochastic_depth(torch.compile(net()), 0.2)  # type: ignore[arg-type]

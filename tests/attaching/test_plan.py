@@ -242,8 +242,14 @@ def test_a_copy_made_in_a_pause_is_not_paused(copier: Any) -> None:
     expected = model(x)
     with torchdrop.paused(model):
         assert not torch.equal(model(x), expected)
-        assert_same(copier(model)(x), expected)
+        twin = copier(model)
+        assert_same(twin(x), expected)
     assert_same(model(x), expected)
+    # nor does it count the pause: a rate that is set acts
+    plan = torchdrop.get_plan(twin)
+    assert "paused" not in repr(plan)
+    plan.set_p([0.0, 1.0])
+    assert_same(twin(x), model[0].forward.module.__class__.forward(model[0], x))
 
 
 def test_removing_in_a_pause() -> None:

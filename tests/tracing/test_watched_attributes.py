@@ -156,7 +156,7 @@ def test_what_is_gone_is_noticed() -> None:
     model, _ = pair()
     torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
     del model[0].config
-    with pytest.raises(RuntimeError, match=r"0 was read with an attribute that is gone"):
+    with pytest.raises(RuntimeError, match=r"0 was read with an attribute that it no longer has"):
         model(torch.randn(4, W))
 
 

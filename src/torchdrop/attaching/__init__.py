@@ -1,1 +1,1 @@
-"""Put stochastic depth on a model and take it off again. The one package that changes a model."""
+"""Add stochastic depth to a model and remove it. The only package that changes a model."""

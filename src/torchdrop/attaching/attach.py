@@ -1,7 +1,7 @@
-"""CHANGE: stochastic depth on a model that exists. The one file that changes a model.
+"""Add stochastic depth to an existing model, and remove it. No other file changes a model.
 
-What is attached to a block is an object in the ``forward`` slot of that very instance: class,
-parameters, buffers, hooks and state_dict keys stay as they are.
+A block is changed by an object in the ``forward`` slot of its instance; its class, parameters,
+buffers, hooks and state_dict keys stay as they are.
 """
 
 from __future__ import annotations
@@ -54,56 +54,64 @@ def add_stochastic_depth(
     example_inputs: Any = None,
     batch_dim: int | None = None,
 ) -> Plan:
-    """Drop the residual branches of ``model`` while it trains, and compute only what is kept.
+    """Drop residual branches of ``model`` in training, and compute only the rows that are kept.
 
     A block ``out = s(x) + f(x)`` becomes, in training, ``out = s(x) + b / (1 - p) * f(x)`` with
-    ``P(b = 0) = p``, a ``b`` for every row of the batch or one for the whole batch, and ``f`` is
-    run on the rows with b = 1 only. In evaluation the block's own forward runs, untouched.
+    ``P(b = 0) = p`` and one ``b`` for each row of the batch, or one for the whole batch. ``f`` is
+    run only on the rows with b = 1. In evaluation the block's own forward runs, unchanged.
 
-    The model is changed in place, by an object in the ``forward`` slot of each block: classes,
-    parameters, buffers, hooks and state_dict keys stay the very same, an optimizer made before
-    goes on working, and :func:`remove_stochastic_depth` gives the model back as it was.
+    The model is changed in place, by an object in the ``forward`` slot of each block. Classes,
+    parameters, buffers, hooks and state_dict keys stay the same objects, an optimizer that was
+    created before remains valid, and :func:`remove_stochastic_depth` restores the model.
 
     Args:
-        model: Any module with a residual stack. Wrap it in DDP or FSDP afterwards.
-        p: The drop probability, in [0, 1]; .2 if not given. A float, for the deepest block; a
-            sequence, one float a block; a mapping from block (or branch) names, whose other blocks
-            get 0; or None, to take over the rates of the DropPath / StochasticDepth layers that the
-            model has. The branches of one block share its rate.
-        schedule: How a single ``p`` spreads over the blocks l = 1..L: ``"linear"`` (the paper's
-            ``p*l/L``), ``"linear_from_zero"`` (timm's ``p*(l-1)/(L-1)``) or ``"uniform"``.
-        mode: ``"row"``: every sample drops branches of its own. ``"batch"``: the whole batch
-            drops together, as in the paper.
-        sampling: How rows are chosen: ``"exact"``, a uniformly random subset of B*(1-p) rows,
-            rounded at random so that the mean is exact; ``"independent"``, one Bernoulli draw a
-            row, as timm and torchvision do; ``"window"``, exact, cyclic runs of rows, for shuffled
-            batches.
-        scale: ``"train"``: kept branches are divided by 1-p in training. ``"eval"``: the paper's
-            rule, branches are multiplied by 1-p in evaluation.
-        select: Called with every :class:`Residual`, those too that are not taken by default
-            (``r.default`` is False: lone, inner, linear); True takes it.
-        compute: ``"skip"`` or ``"mask"`` for all branches, or ``"auto"``: skip wherever it is
-            possible, and the plan says where it is not; except that in row mode a branch without
-            matrices and without BatchNorm is masked on tensors so small that this is faster. Which
-            rows are dropped is the same either way.
-        sync_ranks: Batch mode in a process group: whether all ranks decide alike, else a step is as
-            slow as the rank that keeps most. None or True: they do, after one broadcast in the
-            first training forward, which every rank of the default group has to run. False:
-            each for itself, as in row mode.
-        zero_grad: Parameters of a branch that no row used get a gradient of zeros, as with a mask,
-            which DDP and FSDP need. False leaves None.
-        example_inputs: A tensor, a tuple, or a dict of keyword arguments: for models whose blocks
-            cannot be traced from their signature, and for the FLOPs in the plan's table.
-        batch_dim: Which dimension of the residual tensors is the batch. None: 0, unless for some
-            blocks two batch sizes of ``example_inputs`` show another one, or the attention or
-            recurrent layers of a block say ``batch_first=False``, which is 1.
+        model: Any module with residual blocks. Wrap it in DDP or FSDP afterwards.
+        p: The drop probability, in [0, 1]; default .2. A float is the rate of the deepest block,
+            see ``schedule``. A sequence holds one rate for each block. A mapping maps names of
+            blocks or branches to rates; the other blocks get 0. None uses the rates of the
+            DropPath / StochasticDepth layers in the model. All branches of a block have the same
+            rate, unless a mapping names a branch.
+        schedule: The rule by which a single ``p`` is spread over the blocks l = 1..L: the name of a
+            rule in :mod:`torchdrop.schedules`. The default, ``"linear"``, is that of the paper,
+            ``p*l/L``.
+        mode: ``"row"``: branches are dropped for each sample separately. ``"batch"``: they are
+            dropped for the whole batch, as in the paper.
+        sampling: How the kept rows of a batch of B rows are drawn in row mode. ``"exact"``: a
+            uniformly random subset of B*(1-p) rows, a number that is rounded at random so that its
+            mean is exact. ``"independent"``: one Bernoulli draw for each row, as in timm and
+            torchvision. ``"window"``: as ``"exact"``, but a cyclic run of neighbouring rows, for
+            batches that are shuffled.
+        scale: ``"train"``: kept branches are divided by 1-p in training. ``"eval"``: branches are
+            multiplied by 1-p in evaluation, as in the paper.
+        select: A function that is called with every :class:`Residual` of the model, and returns
+            whether to drop its branches. It also sees residuals that are not taken by default
+            (``r.default`` is False: lone, inner and linear ones).
+        compute: ``"skip"``: only kept rows are computed. ``"mask"``: all rows are computed, and the
+            dropped ones are set to zero. ``"auto"``: skip wherever it is possible; the plan gives
+            the reason where it is not. In row mode, ``"auto"`` also masks branches without weight
+            matrices and without BatchNorm on tensors so small that this is faster. The choice does
+            not affect which rows are dropped.
+        sync_ranks: Whether all ranks of a process group make the same decisions in batch mode;
+            otherwise each step takes as long as on the rank that keeps the most branches. None or
+            True: they do, after one broadcast in the first forward pass in training, which every
+            rank of the default group has to run. False: each rank decides for itself, as in row
+            mode.
+        zero_grad: Whether parameters of a branch that no row used get a gradient of zeros, as with
+            a mask. DDP and FSDP need it. If False, their gradient stays None.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of
+            keyword arguments. Needed if blocks cannot be traced from their signature alone, and for
+            the FLOPs in the table of the plan.
+        batch_dim: The dimension of the residual tensors that is the batch. None: dimension 0,
+            unless forward passes of ``example_inputs`` in two batch sizes show that it is another
+            one in some blocks, or attention or recurrent layers of a block have
+            ``batch_first=False``, which means 1.
 
     Returns:
-        The plan: print it to see what is dropped where.
+        The plan. Print it to see which branches are dropped, and at which rates.
 
     Raises:
-        ValueError, TypeError: The model has no residual branches, has stochastic depth already,
-            is wrapped, or an argument is out of range. The model is then as it was.
+        ValueError, TypeError: The model has no residual branches, already has stochastic depth, or
+            is wrapped; or an argument is out of range. The model is not changed then.
 
     References:
         Huang et al., Deep Networks with Stochastic Depth, 2016, arXiv:1603.09382,
@@ -138,7 +146,8 @@ def add_stochastic_depth(
     plan = Plan(model, sites)
     masks = {path for branch in branches for path in branch.facts.masks}
     try:
-        # All has been checked and generated: what can come in between is a user who interrupts.
+        # Everything was checked and generated before. Only an interrupt (KeyboardInterrupt) or
+        # the user's own code, in the example forward pass, can raise here.
         for site in sites:
             put_in_slot(site.module, site)
         for path in masks:
@@ -154,26 +163,31 @@ def add_stochastic_depth(
 
 
 def has_stochastic_depth(model: nn.Module) -> bool:
-    """Whether :func:`add_stochastic_depth` was called on ``model`` or on a part of it."""
+    """Whether :func:`add_stochastic_depth` was called on ``model`` or on a part of it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
     check_model(model)
     return any(occupant_of(module) is not None for module in model.modules())
 
 
 def remove_stochastic_depth(model: nn.Module) -> nn.Module:
-    """Take stochastic depth off again; ``model`` is exactly as it was before it was added.
+    """Remove stochastic depth, so that ``model`` is exactly as it was before it was added.
 
-    Masking layers that had been taken over act again.
+    The model's own masking layers are active again.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: There is none on ``model``.
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` has no stochastic depth.
     """
     if not has_stochastic_depth(model):
         raise ValueError(
-            f"there is no stochastic depth on this {type(model).__name__}; "
-            f"has_stochastic_depth(model) tells"
+            f"this {type(model).__name__} has no stochastic depth; "
+            f"check with torchdrop.has_stochastic_depth(model)"
         )
     for module in model.modules():
         if occupant_of(module) is not None:

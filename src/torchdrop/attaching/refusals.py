@@ -1,4 +1,4 @@
-"""Every reason not to add stochastic depth to a model, checked before anything changes."""
+"""The checks of ``add_stochastic_depth``, all of which are made before the model is changed."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ __all__ = [
 ]
 
 SCALES = ("train", "eval")
-
-
 COMPUTES = ("auto", "skip", "mask")
 
-
-# What can be done about a block that cannot be read. Around its branch alone StochasticDepth would
-# add a second skip.
+# The advice for a block that cannot be read. It says "the whole block", because a StochasticDepth
+# around the branch alone would add a second skip.
 _BY_HAND = (
     "wrap the whole block in torchdrop.StochasticDepth, "
-    "or put a torchdrop.DropPath behind its branch"
+    "or append a torchdrop.DropPath to its branch"
 )
 
 
@@ -55,10 +52,10 @@ def check_settings(
     batch_dim: object,
     select: object,
 ) -> Settings:
-    """The settings that all branches share, from the arguments of ``add_stochastic_depth``.
+    """Check arguments of ``add_stochastic_depth``; return the settings that all branches share.
 
     Raises:
-        TypeError, ValueError: What is wrong with an argument.
+        TypeError, ValueError: An argument is not legal.
     """
     check_choice(schedule, tuple(schedules.DEPTH_RULES), "schedule")
     check_choice(mode, MODES, "mode")
@@ -85,23 +82,23 @@ def check_settings(
 
 
 def check_attachable(model: nn.Module) -> None:
-    """Raise where stochastic depth would come too late: the model is wrapped, or has it already.
+    """Raise if the model already has stochastic depth, or was wrapped before it was added.
 
     Raises:
-        ValueError: What is in the way, and what to do first.
+        ValueError: A part of the model is wrapped, compiled or sharded, or has stochastic depth.
     """
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "the model"
         if occupant_of(module) is not None:
             raise ValueError(
-                f"{where} has stochastic depth already; change its rates with "
+                f"{where} already has stochastic depth; change its rates with "
                 f"torchdrop.get_plan(model).set_p(...), or call "
                 f"torchdrop.remove_stochastic_depth(model) first"
             )
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"{where} is TorchScript already; add stochastic depth to the Python model first"
+                f"{where} is already TorchScript; add stochastic depth to the Python model first"
             )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
             raise ValueError(
@@ -110,18 +107,25 @@ def check_attachable(model: nn.Module) -> None:
             )
         if is_sharded(module):
             raise ValueError(
-                f"{where} went through fully_shard already; add stochastic depth first "
-                f"and shard afterwards"
+                f"{where} is already sharded by fully_shard; add stochastic depth first and "
+                f"shard afterwards"
             )
         if kind == "OptimizedModule":
             raise ValueError(
-                f"{where} went through torch.compile already; add stochastic depth to the model "
-                f"itself and compile afterwards"
+                f"{where} is already compiled by torch.compile; add stochastic depth to the "
+                f"original model and compile afterwards"
             )
 
 
 def nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool) -> str:
-    """The message of the error for a model in which no residual is taken."""
+    """Return the error message for a model in which no residual is taken.
+
+    Args:
+        model: The model.
+        found: What was found in it.
+        selected: Whether ``select`` was given.
+        example: Whether ``example_inputs`` were given.
+    """
     name = type(model).__name__
     if selected:
         return (
@@ -131,21 +135,22 @@ def nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool
     unread = found.unreadable and not example
     hint = "; give example_inputs, so that it is read as it is called" if unread else ""
     text = (
-        f"no residual branches found in this {name}{hint}. Looked for additions skip + "
-        f"branch, whose branch has parameters and an activation, and whose skip is the identity "
-        f"or a linear projection, in blocks that repeat. Saw {_count(found.seen, 'forward')} "
-        f"with {_count(found.additions, 'addition')}"
+        f"no residual branches found in this {name}{hint}. torchdrop looks for additions skip + "
+        f"branch in blocks that repeat; the branch has to contain parameters and an activation, "
+        f"and the skip has to be the identity or a linear projection. It has read "
+        f"{_count(found.seen, 'forward')} with {_count(found.additions, 'addition')}"
     )
     if found.residuals:
         listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
-        text += f"; left out {', '.join(listed)}: take them with select=lambda r: True"
+        text += f"; not taken: {', '.join(listed)}; take them with select=lambda r: True"
     if found.unreadable:
         path, reason = next(iter(found.unreadable.items()))
-        text += f"; {len(found.unreadable)} could not be read, the first {path or name!r}, {reason}"
-        text += f": {_BY_HAND}" if example else ""
+        text += f"; {len(found.unreadable)} could not be read, the first one {path or name!r}: "
+        text += reason
+        text += f"; {_BY_HAND}" if example else ""
     if not found.residuals and not found.unreadable:
         text += (
-            ". Such a network has nothing that can be dropped whole; wrap a part of it in "
+            ". Such a network has no branches to drop; wrap a part of it in "
             "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"
         )
     return text
@@ -156,7 +161,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
-    """Raise where a block that may hold a residual could not be read."""
+    """Raise if a block that may add residual branches could not be read."""
     taken = [r for r in found.residuals if r.default]
     children = [child for r in taken for b in r.branches for child in b.children]
     for path, reason in found.unreadable.items():
@@ -169,14 +174,14 @@ def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
         if apart and source_has_addition(module) and (alike > 1 or may_loop_over_branches(module)):
             way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
             raise ValueError(
-                f"the forward of {path!r} ({type(module).__name__}) contains an addition but "
+                f"the forward of {path!r} ({type(module).__name__}) contains an addition, but "
                 f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or "
                 f"{_BY_HAND}"
             )
 
 
 def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
-    """Raise where a branch is inside a :class:`StochasticDepth`, or has one inside."""
+    """Raise if a branch is inside a :class:`StochasticDepth`, or contains one."""
     branches = [branch for residual in chosen for branch in residual.branches]
     for path, module in model.named_modules():
         if not isinstance(module, StochasticDepth) or module.p == 0.0:
@@ -192,27 +197,31 @@ def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
 
 
 def check_batch_dims(chosen: Sequence[Residual]) -> None:
-    """Raise where it is not sure on which dimension a block carries the batch."""
-    says: dict[str, int] = {}
-    silent = []
+    """Raise if it is not certain which dimension of the blocks is the batch.
+
+    Layers with ``batch_first=False`` say that it is dimension 1 of their block.
+    """
+    layers: dict[str, int] = {}  # the dimension that a layer says, by its path
+    silent = []  # branches about which nothing is known
     for residual in chosen:
         for branch in residual.branches:
-            if branch.source.split is None:
+            split = branch.source.split
+            if split is None:
                 continue
-            for path, dim in branch.source.split.batch_first_votes.items():
-                says.setdefault(f"{branch.source.owner}.{path}".lstrip("."), dim)
-            if branch.source.split.dim is None and not branch.source.split.batch_first_votes:
+            for path, dim in split.batch_first_votes.items():
+                layers.setdefault(f"{branch.source.owner}.{path}".lstrip("."), dim)
+            if split.dim is None and not split.batch_first_votes:
                 silent.append(branch.name)
-    first = {dim: path for path, dim in reversed(says.items())}
+    first = {dim: path for path, dim in reversed(layers.items())}
     if len(first) == 2:
         raise ValueError(
-            f"{first[0]!r} has batch_first=True and {first[1]!r} has batch_first=False: all blocks "
-            f"have to carry the batch on one dimension; give that as batch_dim=, or give "
-            f"example_inputs, with which two batch sizes tell it for each block"
+            f"{first[0]!r} has batch_first=True and {first[1]!r} has batch_first=False, but the "
+            f"batch has to be on the same dimension in all blocks; give that dimension as "
+            f"batch_dim=, or give example_inputs, from which it is measured for each block"
         )
     if 1 in first and silent:
         raise ValueError(
-            f"{first[1]!r} has batch_first=False, so its block carries the batch on dimension 1; "
-            f"of {silent[0]!r} nothing tells the dimension: give batch_dim=, or example_inputs, "
-            f"with which two batch sizes tell it"
+            f"{first[1]!r} has batch_first=False, so the batch is on dimension 1 of its block, but "
+            f"the batch dimension of {silent[0]!r} is not known; give batch_dim=, or "
+            f"example_inputs, from which it is measured"
         )

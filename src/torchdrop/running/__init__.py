@@ -1,1 +1,1 @@
-"""What stands in the forward slot of a block, and runs it on the rows that are kept."""
+"""The objects in the ``forward`` slots of blocks, and the generated forwards they run."""

@@ -1,4 +1,4 @@
-"""A generated forward: its source, the functions of its branches, the calls that it stands for."""
+"""A generated forward: its source, the functions of its branches, and the calls it is valid for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ __all__ = ["MismatchError", "Program", "Source", "call_signature"]
 
 
 class Source:
-    """A generated function: its text and what its names stand for. Immutable, pickles, shared."""
+    """A generated function: its text, and the values of the global names in it.
+
+    Immutable, so copies of a model share it; it can be pickled.
+    """
 
     def __init__(self, label: str, text: str, names: dict[str, Any]) -> None:
         self.label = label
@@ -32,7 +35,7 @@ class Source:
 
     def _compile(self) -> Callable[..., Any]:
         filename = f"<torchdrop {self.label}>"
-        # so that a traceback through generated code shows its lines
+        # lets tracebacks show the lines of the generated code
         linecache.cache[filename] = (len(self.text), None, self.text.splitlines(True), filename)
         scope = dict(self.names)
         exec(compile(self.text, filename, "exec"), scope)
@@ -54,22 +57,23 @@ class Source:
 
 @dataclass(eq=False)
 class Program:
-    """A deferred forward, the functions of its branches, and the calls that it stands for.
+    """A generated forward, the functions of its branches, and the calls it is valid for.
 
     Attributes:
         forward: ``forward(self, site, *tensors)``.
-        branches: By number, ``forward(self, site, *inputs)`` of each branch that can be skipped.
-        row_layouts: For each of them, the dimension on which each input is cut by rows (None: it is
-            not); None where that was not measured.
-        spent: Those whose skip is the sum of another branch, which nothing else uses: its memory is
-            free for the sum.
-        tensors: The arguments that vary, as :func:`flatten_arguments` names them.
-        constants: The other arguments, which the forward holds fixed.
-        attributes: The attributes of the block that it holds fixed.
-        decisions: ``decisions(*tensors)``: what the block branches on before its graph begins.
-        decided: What the answers have to be.
-        seen: The kinds of calls (shapes, dtypes) that it is known to stand for; None where it
-            stands for all.
+        branches: By number, ``forward(self, site, *inputs)`` of each branch that is skipped.
+        row_layouts: For each of these branches, how each input carries the rows of the batch (None:
+            the input has no rows); None if that was not measured.
+        reuses_skip: The branches whose skip is the sum with another branch and is used for nothing
+            else, so that its memory may be reused for the sum.
+        tensors: The names of the tensor arguments, as by :func:`flatten_arguments`.
+        constants: The other arguments. The forward is valid for these values only.
+        attributes: The attributes of the block that were read. The forward is valid for these
+            values only.
+        decisions: ``decisions(*tensors)``: the conditions on which the block branches.
+        decided: The answers for which the forward is valid.
+        seen: The kinds of calls (shapes, dtypes) for which the forward was read; None if it is
+            valid for all.
     """
 
     forward: Source
@@ -84,8 +88,8 @@ class Program:
     seen: set[Any] | None = None
 
     def __post_init__(self) -> None:
-        # By whom they are held, since to go to a child takes the most time. Of one name an
-        # attrgetter gives no tuple, so that is there twice.
+        # Grouped by the module that holds the attributes, because looking up a child takes the most
+        # time. The first name is read twice, because attrgetter returns a tuple only for several.
         holders: dict[str, list[str]] = {}
         for path in self.attributes:
             holder, _, name = path.rpartition(".")
@@ -102,10 +106,10 @@ class Program:
     def bind(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any]:
-        """The tensors of a call in the order of the forward.
+        """Return the tensors of a call, in the order in which the forward takes them.
 
         Raises:
-            MismatchError: What the forward holds fixed is different in this call.
+            MismatchError: The forward is not valid for the other arguments of this call.
         """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -119,15 +123,17 @@ class Program:
         return list(tensors.values())
 
     def check_attributes(self, module: nn.Module) -> None:
-        """Raise :class:`MismatchError` where an attribute of the block is no longer what it was."""
-        if torch.compiler.is_compiling():  # it knows no attrgetter but one made within the graph
+        """Raise :class:`MismatchError` if an attribute of the block has changed."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # dynamo cannot trace an attrgetter made outside the graph
             self._check_one_by_one(module)
             return
         for holder, read, known in self._reads:
             try:
                 now = read(module if holder is None else holder(module))
             except AttributeError as error:
-                raise MismatchError("an attribute that is gone", str(error)) from None
+                raise MismatchError("an attribute that it no longer has", str(error)) from None
             if not all(map(is_, known, now)) and not all(map(same, known, now)):
                 self._check_one_by_one(module)
 
@@ -138,18 +144,16 @@ class Program:
                 raise MismatchError(f"self.{path} = {known!r}", f"self.{path} = {now!r}")
 
     def check_decisions(self, tensors: Sequence[Any]) -> None:
-        """Raise :class:`MismatchError` where the block would branch otherwise on ``tensors``."""
+        """Raise :class:`MismatchError` if the block would take other branches with ``tensors``."""
         if self.decisions is not None:
             now = [bool(answer) for answer in self.decisions.function(None, *tensors)]
             if now != self.decided:
-                raise MismatchError(
-                    "tensors of one kind of shape, dtype and device", "those of another"
-                )
+                raise MismatchError("one kind of shapes, dtypes and devices", "another kind")
         if self.seen is not None and call_signature(tensors) not in self.seen:
-            raise MismatchError("tensors of some shapes and dtypes", "those of others")
+            raise MismatchError("some shapes and dtypes", "others")
 
     def is_like(self, other: Program) -> bool:
-        """Whether both are the same forward, apart from the calls that they are known to fit."""
+        """Whether both are the same forward. The kinds of calls seen may differ."""
         return (
             self.forward.text == other.forward.text
             and {k: s.text for k, s in self.branches.items()}
@@ -162,7 +166,7 @@ class Program:
 
 
 def call_signature(tensors: Iterable[Any]) -> Any:
-    """What a forward can ask about a call without looking into its tensors."""
+    """Return everything that a forward can ask about a call except the values of its tensors."""
     return (
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
@@ -171,17 +175,22 @@ def call_signature(tensors: Iterable[Any]) -> Any:
 
 
 class MismatchError(Exception):
-    """A call is not one of those that a program stands for: what it holds fixed, what was found."""
+    """A program is not valid for a call.
 
-    # Not attributes that are set in an __init__, which dynamo cannot trace and would complain of,
-    # instead of showing what is then said.
+    Args:
+        known: The value for which the program is valid, for the error message.
+        given: The value in the call.
+    """
+
+    # Properties, because dynamo cannot trace the __init__ of an exception: it would raise an error
+    # about that instead of the one that is made of these two.
 
     @property
     def known(self) -> str:
-        """What the program holds fixed."""
+        """The value for which the program is valid."""
         return str(self.args[0])
 
     @property
     def given(self) -> str:
-        """What was found instead."""
+        """The value in the call."""
         return str(self.args[1])
