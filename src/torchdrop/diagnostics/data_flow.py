@@ -1,0 +1,373 @@
+"""Follow the outputs of dropouts through the forwards of a model to the BatchNorms they reach."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from torchdrop.finding.example_calls import Calls
+from torchdrop.finding.existing_drops import is_mask, layer_rate
+from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.internals import BatchNormBase
+from torchdrop.running.forward_slot import MaskBypass, occupant_of
+from torchdrop.running.split_site import SplitSite
+from torchdrop.tracing.block_graph import BlockGraph, trace_block
+from torchdrop.tracing.call_arguments import A_TENSOR
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.operations import callee, layers_with, operation_of
+from torchdrop.tracing.untraceable import UntraceableError
+
+__all__ = ["AN_INPUT", "DataFlow", "Dropout"]
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer that drops or shakes, by its class or its name."""
+    if isinstance(module, layers_with("drops")) or is_mask(module):
+        return True
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0.0
+    if type(module).__module__.startswith("torchdrop.layers."):
+        return layer_rate(module) is not None
+    name = type(module).__name__.lower()
+    bare = next(module.parameters(), None) is None and next(module.children(), None) is None
+    return bare and ("drop" in name or "shake" in name)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One layer, or one call of a function, that drops.
+
+    Attributes:
+        path: As in ``OrderFinding.dropout``.
+        kind: As in ``OrderFinding.kind``.
+        rate: As in ``OrderFinding.rate``.
+        node: The name of the node, if it is a call of a function: a forward may call it twice.
+    """
+
+    path: str
+    kind: str
+    rate: float | None
+    node: str = ""
+
+
+# The dropouts whose outputs a value depends on; for each of them how many operations ago it was,
+# and whether the dependence is only assumed.
+_Flow = dict[Dropout, tuple[int, bool]]
+
+
+def _merge(flows: Iterable[_Flow]) -> _Flow:
+    """Return the dropouts of all ``flows``, each with its shortest distance that was read."""
+    merged: _Flow = {}
+    for flow in flows:
+        for source, (distance, assumed) in flow.items():
+            known = merged.get(source)
+            if known is None or (assumed, distance) < (known[1], known[0]):
+                merged[source] = distance, assumed
+    return merged
+
+
+def _leaves(value: Any) -> Iterator[_Flow]:
+    """Yield the flows of a value: one, or those of the items of a container."""
+    if isinstance(value, _Value):
+        if value.parts is None:
+            yield value.flow
+        else:
+            for part in value.parts.values():
+                yield from _leaves(part)
+
+
+class _Value:
+    """A value in a forward, represented by the dropouts that it depends on.
+
+    Args:
+        flow: The dropouts, if the value is not a container.
+        parts: The items of a container, by index or key.
+    """
+
+    def __init__(self, flow: _Flow, parts: dict[Any, Any] | None = None) -> None:
+        self.flow = flow
+        self.parts = parts
+
+    def merged(self) -> _Flow:
+        return _merge(_leaves(self))
+
+    def part(self, key: Any) -> _Value:
+        if self.parts is not None and isinstance(key, int | str):
+            if isinstance(key, int) and key < 0:
+                key += len(self.parts)
+            found = self.parts.get(key)
+            return found if isinstance(found, _Value) else _Value(self.merged())
+        return _Value(self.merged())
+
+
+def _value_of(argument: Any, env: Mapping[fx.Node, _Value]) -> _Value:
+    """Return the value of an argument of a node."""
+    if isinstance(argument, fx.Node):
+        return env[argument]
+    if isinstance(argument, tuple | list):
+        return _Value({}, {i: _value_of(item, env) for i, item in enumerate(argument)})
+    if isinstance(argument, dict):
+        return _Value({}, {key: _value_of(item, env) for key, item in argument.items()})
+    if isinstance(argument, slice):
+        parts = (argument.start, argument.stop, argument.step)
+        return _value_of(parts, env)
+    return _Value({})
+
+
+def _as_given(argument: Any) -> Any:
+    """Return an argument of a node in the form in which :func:`trace_block` takes it."""
+    if isinstance(argument, fx.Node):
+        return A_TENSOR
+    if type(argument) in (tuple, list):
+        return type(argument)(_as_given(item) for item in argument)
+    if isinstance(argument, tuple | list):  # fx has immutable subclasses of both
+        kind = list if isinstance(argument, list) else tuple
+        return kind(_as_given(item) for item in argument)
+    if isinstance(argument, dict):
+        return {key: _as_given(item) for key, item in argument.items()}
+    return argument
+
+
+# An argument of the model: a tensor that depends on no dropout, and its form for trace_block.
+AN_INPUT = (_Value({}), A_TENSOR)
+
+
+class DataFlow:
+    """Follows the outputs of all dropouts of a model to the BatchNorms that they reach.
+
+    Args:
+        model: The model.
+        recorded: The arguments that its blocks are called with, by path; may be empty.
+
+    Attributes:
+        dropouts: The dropouts in the order of the forward pass.
+        reached: The BatchNorms that each dropout reaches: for the path of each of them the distance
+            and whether it is assumed.
+        unreadable: Why forwards could not be read, by the paths of the modules.
+    """
+
+    def __init__(self, model: nn.Module, recorded: Calls) -> None:
+        self.paths = {m: path for path, m in reversed(list(model.named_modules()))}
+        self.recorded = recorded
+        self.unreadable: dict[str, str] = {}
+        self.reached: dict[Dropout, dict[str, tuple[int, bool]]] = {}
+        self.dropouts: dict[Dropout, None] = {}
+        self._being_read: list[nn.Module] = []
+
+    def start(self, path: str, kind: str, rate: float | None, node: str = "") -> _Flow:
+        """Return the flow that begins at a dropout."""
+        source = Dropout(path, kind, rate, node)
+        self.dropouts.setdefault(source)
+        return {source: (0, False)}
+
+    def reach(self, path: str, flow: _Flow) -> None:
+        """Record that the BatchNorm at ``path`` takes a value that depends on ``flow``."""
+        for source, (distance, assumed) in flow.items():
+            found = self.reached.setdefault(source, {})
+            known = found.get(path)
+            if known is None or (assumed, distance + 1) < (known[1], known[0]):
+                found[path] = distance + 1, assumed
+
+    def module(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Value:
+        """Return the output of ``module``.
+
+        Args:
+            module: The module.
+            args: Its positional arguments: of each the value, and its form for ``trace_block``.
+            kwargs: Its keyword arguments, likewise.
+        """
+        path = self.paths[module]
+        taken = _merge(v.merged() for v, _ in [*args, *kwargs.values()])
+        if isinstance(module, BatchNormBase):
+            self.reach(path, taken)
+            return _Value({})
+        if isinstance(occupant_of(module), MaskBypass):
+            return _Value(taken)
+        if _drops(module):
+            return self.dropping(module, path, taken)
+        if _is_operation(module):
+            return _Value(_after_one_operation(taken))
+        return self.forward(module, path, taken, args, kwargs)
+
+    def dropping(self, module: nn.Module, path: str, taken: _Flow) -> _Value:
+        """Return the output of a layer that drops; a module in it is followed as well."""
+        inner = [self.child(child, taken) for child in _children(module)]
+        flow = _merge([_after_one_operation(taken), *inner])
+        rate = layer_rate(module)
+        if rate == 0.0:
+            return _Value(flow)
+        return _Value(_merge([flow, self.start(path, type(module).__name__, rate)]))
+
+    def child(self, module: nn.Module, taken: _Flow) -> _Flow:
+        """Return the flow out of a module of which the call is not in a graph."""
+        return self.module(module, [(_Value(taken), A_TENSOR)], {}).merged()
+
+    def forward(
+        self,
+        module: nn.Module,
+        path: str,
+        taken: _Flow,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> _Value:
+        """Return the output of a module by following its own forward."""
+        if module in self._being_read:
+            return _Value(taken)
+        self._being_read.append(module)
+        try:
+            try:
+                block, inputs = self.read(module, path, args, kwargs)
+                adds = _attached_adds(module, block)
+            except UntraceableError as error:
+                return self.opaque(module, path, taken, str(error))
+            return self.graph(block, path, inputs, adds)
+        finally:
+            self._being_read.pop()
+
+    def read(
+        self, module: nn.Module, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[BlockGraph, dict[str, _Value]]:
+        """Return the graph of a module for this call, and the values of its arguments by name."""
+        signature = inspect.signature(type(module).forward.__get__(module))
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            # the arguments are not known, for example inside a forward that could not be read
+            if path in self.recorded:
+                merged = _Value(_merge(v.merged() for v, _ in [*args, *kwargs.values()]))
+                given = self.recorded[path]
+                return trace_block(module, arguments=given), dict.fromkeys(given, merged)
+            raise UntraceableError(f"its arguments are not known: {error}") from None
+        values: dict[str, _Value] = {}
+        given = {}
+        for name, pair in bound.arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                values[name] = _Value({}, dict(enumerate(v for v, _ in pair)))
+                given[name] = tuple(g for _, g in pair)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                values[name] = _Value({}, {k: v for k, (v, _) in pair.items()})
+                given[name] = {k: g for k, (_, g) in pair.items()}
+            else:
+                values[name], given[name] = pair
+        if path in self.recorded:
+            return trace_block(module, arguments=self.recorded[path]), values
+        bound.arguments = given
+        bound.apply_defaults()
+        return trace_block(module, arguments=bound.arguments), values
+
+    def opaque(self, module: nn.Module, path: str, taken: _Flow, why: str) -> _Value:
+        """Return the output of a module whose forward cannot be read.
+
+        Its children are followed one by one. Each is assumed to get the input of the module, and
+        the output of the module is assumed to depend on all of them.
+        """
+        self.unreadable.setdefault(path, why)
+        flows = [{source: (distance, True) for source, (distance, _) in taken.items()}]
+        for child in _children(module):
+            out = self.child(child, flows[0])
+            flows.append({source: (distance, True) for source, (distance, _) in out.items()})
+        return _Value(_after_one_operation(_merge(flows)))
+
+    def graph(
+        self,
+        block: BlockGraph,
+        path: str,
+        inputs: Mapping[str, _Value],
+        adds: Mapping[fx.Node, tuple[str, float]],
+    ) -> _Value:
+        """Follow the values of one forward, node by node, and return its output.
+
+        Args:
+            block: The graph of the forward.
+            path: The path of the module.
+            inputs: The values of its arguments, by name.
+            adds: The additions at which stochastic depth drops, with the branch and the rate.
+        """
+        env: dict[fx.Node, _Value] = {}
+        places = iter(block.tensors)
+        result = _Value({})
+        for node in block.graph.nodes:
+            if node.op == "placeholder":
+                name, *keys = next(places).split(".")
+                value = inputs.get(name, _Value({}))
+                for key in keys:
+                    value = value.part(int(key) if key.isdecimal() else key)
+                env[node] = value
+            elif node.op == "output":
+                result = _value_of(node.args[0], env)
+            else:
+                env[node] = self.node(block.module, path, node, env)
+                if node in adds:
+                    name, rate = adds[node]
+                    drop = self.start(name, "stochastic depth", rate)
+                    env[node] = _Value(_merge([env[node].merged(), drop]))
+        return result
+
+    def node(
+        self, owner: nn.Module, path: str, node: fx.Node, env: Mapping[fx.Node, _Value]
+    ) -> _Value:
+        """Return the value of one node of the forward of ``owner``."""
+        if node.op == "get_attr" or is_shape_node(node):
+            return _Value({})
+        if node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            args = [(_value_of(a, env), _as_given(a)) for a in node.args]
+            kwargs = {k: (_value_of(a, env), _as_given(a)) for k, a in node.kwargs.items()}
+            return self.module(module, args, kwargs)
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return env[node.args[0]].part(node.args[1])
+        flow = _merge(env[source].merged() for source in node.all_input_nodes)
+        name, entry = callee(node), operation_of(node)
+        label = f"{path}.{name}()" if path else f"{name}()"
+        if entry.batch_norm:
+            self.reach(label, flow)
+            return _Value({})
+        flow = _after_one_operation(flow)
+        if entry.drops is not None:
+            rate = entry.drops.rate(node)
+            if rate != 0.0:
+                flow = _merge([flow, self.start(label, f"{name}()", rate, node.name)])
+        return _Value(flow)
+
+
+def _after_one_operation(flow: _Flow) -> _Flow:
+    return {source: (distance + 1, assumed) for source, (distance, assumed) in flow.items()}
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children; in place of a ModuleList or ModuleDict its elements."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _children(child)
+        elif not isinstance(child, nn.ParameterList | nn.ParameterDict):
+            yield child
+
+
+def _is_operation(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of torch that does not consist of other layers."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return type(module).__module__.startswith("torch.nn.") and not any(
+        True for _ in module.children()
+    )
+
+
+def _attached_adds(module: nn.Module, block: BlockGraph) -> dict[fx.Node, tuple[str, float]]:
+    """Return the additions at which stochastic depth drops, each with its branch and rate."""
+    site = occupant_of(module)
+    if not isinstance(site, SplitSite):
+        return {}
+    entries = read_residual_sums(block)
+    if len(entries) <= max(site.orders):
+        raise UntraceableError("it does not add the same branches in every call")
+    return {
+        entries[order].split.add: (branch.facts.name, branch.rate.p)
+        for order, branch in zip(site.orders, site.branches, strict=True)
+        if branch.rate.p > 0.0
+    }
