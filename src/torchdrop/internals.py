@@ -243,7 +243,8 @@ def count_references(tensors: tuple[Tensor, ...]) -> tuple[int, int, int] | None
 
 def _count(tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
     first: Any = tensors[0]
-    memory = _storage_use_count(first.untyped_storage()._cdata)
+    storage = first.untyped_storage()
+    memory = _storage_use_count(storage._cdata) + sys.getrefcount(storage)
     return sys.getrefcount(first), _tensor_use_count(first), memory
 
 
@@ -285,7 +286,7 @@ def _counts_references() -> bool:
 # The attributes under which an autograd node saves its own output (ReLU, sigmoid, softmax, an
 # autograd function in Python). Only the class is asked: to read one from the node would unpack the
 # saved tensor, which in a checkpointed region starts the recomputation.
-_SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "_saved_out", "saved_tensors")
+_SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "saved_tensors")
 
 
 def saved_by_producer(tensor: Tensor) -> bool:
@@ -301,10 +302,10 @@ def saved_by_producer(tensor: Tensor) -> bool:
 def may_be_saved_by_producer(tensor: Tensor) -> bool:
     """Whether the operation that made ``tensor`` may save it for backward, by whatever name.
 
-    Uses the names ``_saved_result``, ``_saved_result0``, ``_saved_output``, ``_saved_out`` and
-    ``saved_tensors`` of the classes of autograd nodes. A tensor that is saved must not be written
-    into. Without one of the names PyTorch's backward pass raises an error where it was; without the
-    first a warning is given once as well.
+    Uses the names ``_saved_result``, ``_saved_result0``, ``_saved_output`` and ``saved_tensors`` of
+    the classes of autograd nodes. A tensor that is saved must not be written into. If a name is
+    missing, PyTorch's backward pass raises an error about such a write; for the first name a
+    warning is given once as well.
     """
     _check_saved_names()
     return any(hasattr(type(tensor.grad_fn), name) for name in _SAVED_OUTPUT)

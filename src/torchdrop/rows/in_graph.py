@@ -211,5 +211,6 @@ def run_uncompiled(*modules: str) -> None:
             inside = vars(value).values() if isinstance(value, type) else [value]
             for member in inside:
                 function = getattr(member, "__func__", member)  # of a static or class method
+                function = getattr(function, "__wrapped__", function)  # of a cached function
                 if isinstance(function, FunctionType) and function.__module__ == name:
                     leave_frame_uncompiled(function.__code__)

@@ -59,7 +59,7 @@ class ShapeFacts:
     ) -> None:
         self._owner = owner
         self._mode = fake_tensor_mode()
-        self._values: dict[fx.Node, Any] = {}
+        self._value_of: dict[fx.Node, Any] = {}
         batch: int | None = None
         for node, value in known.items():
             shape = list(value.shape)
@@ -67,7 +67,7 @@ class ShapeFacts:
                 batch = shape[larger] if batch is None else batch
                 shape[larger] *= 2 if shape[larger] == batch else 1
             with _unobserved(), self._mode:
-                self._values[node] = torch.empty(
+                self._value_of[node] = torch.empty(
                     shape,
                     dtype=value.dtype,
                     device=getattr(value, "_torchdrop_device", value.device),
@@ -80,8 +80,8 @@ class ShapeFacts:
         Raises:
             LookupError: It depends on data, or cannot be worked out.
         """
-        if node in self._values:
-            return self._values[node]
+        if node in self._value_of:
+            return self._value_of[node]
         if node.op == "placeholder":
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
@@ -93,7 +93,7 @@ class ShapeFacts:
         except Exception as error:  # a model may raise anything with tensors that have no data
             asked = is_data_dependent_error(error)
             raise (NeedsDataError if asked else LookupError)(node) from error
-        self._values[node] = value
+        self._value_of[node] = value
         return value
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
