@@ -241,7 +241,7 @@ def test_the_command_prints_a_table_the_finding_and_the_place(tmp_path, capsys):
         (["--p=nan"], "--p has to be between 0 and 1"),
         (["--p=half"], "See torchdrop --help"),
         (["--mode=rows"], "--mode has to be one of"),
-        (["--schedule=cubic"], "--schedule has to be one of linear"),
+        (["--schedule=cubic"], "--schedule has to be one of 'linear'"),
         (["--device=gpu"], "'gpu' is not a device that torch knows"),
         (["--device=meta"], "this machine has none; choose one of cpu"),
         (["fractalnet"], "See torchdrop --help"),

@@ -41,11 +41,11 @@ import torchvision
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.checks import MODES
+from torchdrop.checks import MODES, check_choice, check_whole
 from torchdrop.cost import FlopCounter, SavedBytes
 from torchdrop.schedules import DEPTH_RULES, check_rate
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, value_errors_for_user
 from .loss import loss_of
 from .models import open_model
 from .results import locked, machine, versions, write_whole
@@ -142,18 +142,14 @@ def bench(settings: Settings, tell: Tell | None = None) -> dict[str, Any]:
 
 
 def _check(settings: Settings) -> None:
-    for name in ("batch", "size", "steps", "threads"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} has to be 1 or more, but got {value}")
-    try:
+    with value_errors_for_user():
+        for name in ("batch", "size", "steps", "threads"):
+            value = getattr(settings, name)
+            if value is not None:
+                check_whole(value, f"--{name}", 1)
         check_rate(settings.p, "--p")
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
-    for name, choices in (("mode", MODES), ("schedule", tuple(DEPTH_RULES))):
-        value = getattr(settings, name)
-        if value not in choices:
-            raise UserError(f"--{name} has to be one of {', '.join(choices)}, but got {value!r}")
+        check_choice(settings.mode, MODES, "--mode")
+        check_choice(settings.schedule, tuple(DEPTH_RULES), "--schedule")
 
 
 def _device(name: str | None) -> torch.device:

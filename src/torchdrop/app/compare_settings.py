@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from torchdrop.checks import check_whole
+
+from .errors import UserError, value_errors_for_user
 from .methods import METHODS, NONE, default_methods, rates
 from .models import Model, open_model
 from .recipe import AUGMENTATIONS, PRESETS, Preset, Recipe, default_recipe, preset
@@ -184,7 +186,7 @@ def _default_threads(settings: Settings, data: str) -> int | None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name, value in (
+    numbers = (
         ("seeds", settings.seeds),
         ("epochs", settings.epochs),
         ("batch-size", settings.batch_size),
@@ -194,11 +196,13 @@ def _check_numbers(settings: Settings) -> None:
         ("cost-steps", settings.cost_steps),
         ("threads", settings.threads),
         ("devices", settings.devices),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} has to be 1 or more, but got {value}")
-    if settings.val_size is not None and settings.val_size < 0:
-        raise UserError(f"--val-size has to be 0 or more, but got {settings.val_size}")
+    )
+    with value_errors_for_user():
+        for name, value in numbers:
+            if value is not None:
+                check_whole(value, f"--{name}", 1)
+        if settings.val_size is not None:
+            check_whole(settings.val_size, "--val-size", 0)
     if settings.learning_rate is not None and not 0 < settings.learning_rate < float("inf"):
         raise UserError(f"--lr has to be a positive number, but got {settings.learning_rate}")
     if settings.augment is not None and settings.augment not in AUGMENTATIONS:

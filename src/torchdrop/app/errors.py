@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError", "one_line"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["UserError", "one_line", "value_errors_for_user"]
 
 
 class UserError(Exception):
@@ -12,3 +15,12 @@ class UserError(Exception):
 def one_line(error: object) -> str:
     """Return the message of an error as a single line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def value_errors_for_user() -> Iterator[None]:
+    """Raise each ValueError of the body as a UserError, with its message as one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(one_line(error)) from error

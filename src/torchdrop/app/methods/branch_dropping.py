@@ -10,7 +10,7 @@ from torch import nn
 
 import torchdrop
 
-from ..errors import UserError, one_line
+from ..errors import value_errors_for_user
 from .registry import Applied, Method, register
 
 
@@ -28,10 +28,8 @@ class PlanApplied(Applied):
 
 
 def _stochastic_depth(model: nn.Module, p: float, **options: Any) -> Applied:
-    try:
+    with value_errors_for_user():
         plan = torchdrop.add_stochastic_depth(model, p, schedule="linear", **options)
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
     return PlanApplied(plan)
 
 
