@@ -417,7 +417,7 @@ def _finding(content: dict[str, Any]) -> str:
         )
     if time > 1 - NOISE and flops < 1 - NOISE:
         found += (
-            " Skipping does not pay here: computing these branches costs less than taking and "
+            " Skipping does not pay here: the work that it saves takes less time than taking and "
             "adding rows. Try a larger --batch"
             + (", or --mode batch." if content["config"]["mode"] == "row" else ".")
         )
