@@ -80,7 +80,7 @@ def state_of(*models: Any) -> dict[str, Any]:
                         tensor.detach().numpy().tobytes(),
                         tensor.grad is None,
                     )
-        state[f"{number} rates"] = [b.p for site in sites_of(model) for b in site.branches]
+        state[f"{number} rates"] = [b.rate.p for site in sites_of(model) for b in site.branches]
     return state
 
 
