@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from small_nets import Block, kept_mask, net
-from torchdrop.running.forward_slot import occupant_of
 from zoo import BARELY, assert_same, without_randomness
 
 models = pytest.importorskip("torchvision.models")
@@ -100,17 +97,29 @@ def test_dropped_rows_are_the_skip_and_kept_rows_the_scaled_sum(mode: str) -> No
         assert_same(out[kept[:, 0] == 0], x[kept[:, 0] == 0])
 
 
-def test_a_dropped_row_may_hold_anything() -> None:
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+def test_a_dropped_row_may_hold_anything(compute: str) -> None:
     model = net(2)
     x = torch.randn(6, 6)
     x[2] = float("inf")
-    for compute in ("auto", "mask"):
-        plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", compute=compute)
-        for _ in range(8):
-            out = model[0](x)
-            if 2 not in plan.last_kept()["0"]:
-                assert not out.isnan().any()
-        torchdrop.remove_stochastic_depth(model)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", compute=compute)
+    times_dropped = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        out = model[0](x)
+        if 2 not in plan.last_kept()["0"]:
+            times_dropped += 1
+            assert not out.isnan().any()
+    assert times_dropped > 1
+
+
+def test_a_kept_row_shows_what_it_holds() -> None:
+    """The twin: in a row that is kept, the same infinity is seen."""
+    model = net(2)
+    x = torch.randn(6, 6)
+    x[2] = float("inf")
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    assert model[0](x)[2].isnan().any()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
@@ -328,65 +337,6 @@ def test_channels_last_stays_channels_last(mode: str, p: float) -> None:
     assert formats == [True] * 6
 
 
-class Promoting(Block):
-    """As ConvNeXt: the skip is bfloat16 under autocast, a float32 scale makes the sum float32."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.norm = nn.BatchNorm1d(width)
-        self.noise = nn.Dropout(0.5)
-        self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.noise(self.b(self.act(self.norm(self.a(x))))) * self.scale
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("compute", ["auto", "mask"])
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_dtype_does_not_depend_on_the_draw_nor_on_an_earlier_run(
-    mode: str, compute: str, autocast: bool
-) -> None:
-    model = net(2, block=Promoting)
-    x = torch.randn(4, 6, dtype=torch.bfloat16)
-    if not autocast:
-        model.to(torch.bfloat16)
-        model[0].scale.data = model[0].scale.data.float()
-    torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode, compute=compute)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = Promoting.forward(model[0], x)
-        assert expected.dtype == torch.float32
-        statistics = model[0].norm.running_var.clone()
-        torch.manual_seed(0)
-        out = model[0](x)  # never ran before, and is dropped
-        after = torch.get_rng_state()
-        torch.manual_seed(0)
-        assert_same(model[0](x), out)
-    assert_same(out, x.float())
-    if compute == "auto":  # a branch that is dropped leaves no trace
-        assert_same(model[0].norm.running_var, statistics)
-        assert torch.equal(torch.get_rng_state(), after)
-
-
-class Setting(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        self.times = 1  # an attribute of its own: it cannot be split
-        return x + self.b(self.act(self.a(x)))
-
-
-def test_a_block_that_is_dropped_whole_trains_pauses_and_is_removed() -> None:
-    model, x = net(2, block=Setting), torch.randn(4, 6)
-    plan = torchdrop.add_stochastic_depth(model, [0.5, 1.0], example_inputs=x)
-    assert [r.action for r in plan.blocks] == ["layer", "layer"]
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert not any(p.grad.any() for p in model[1].parameters() if p.grad is not None)
-    with torchdrop.paused(model):
-        assert_same(model(x), Setting.forward(model[1], Setting.forward(model[0], x)))
-    assert len(plan.last_kept()["0"]) == 2
-    torchdrop.remove_stochastic_depth(model)
-
-
 def test_batch_dim_one() -> None:
     model, x = net(2).double(), torch.randn(5, 8, 6, dtype=torch.float64)
     plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", batch_dim=1)
@@ -418,135 +368,6 @@ def test_shapes_are_read_again_on_the_kept_rows() -> None:
     assert model(torch.randn(4, 3, 6)).shape == (4, 3, 6)
 
 
-@pytest.mark.usefixtures("way_to_fork")
-def test_one_kept_row_and_batch_norm() -> None:
-    model = models.resnet18(num_classes=5)
-    plan = torchdrop.add_stochastic_depth(model, 0.9, schedule="uniform")
-    assert "BatchNorm" in plan.blocks[0].reason
-    for _ in range(6):
-        model(torch.randn(4, 3, 32, 32)).sum().backward()
-    # the second row runs along and changes nothing but the statistics
-    block = model.layer4[1]
-    x = torch.randn(4, 512, 1, 1)
-    plan.set_p({"layer4.1": 0.75})
-    out = block(x)
-    rows = plan.last_kept()["layer4.1"]
-    assert len(rows) == 1
-    others = [i for i in range(4) if i != int(rows)]
-    assert_same(out[others], x[others].relu())
-    assert not torch.equal(out[rows], x[rows].relu())
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
-
-
-@pytest.mark.parametrize(("side", "computed"), [(1, 2), (8, 2), (9, 1), (16, 1)])
-def test_a_second_row_is_computed_only_on_small_maps(side: int, computed: int) -> None:
-    """BatchNorm of a single row needs some positions, of which a branch may leave out some."""
-    model = nn.Sequential(Normed(), Normed())
-    plan = torchdrop.add_stochastic_depth(model, 0.75, schedule="uniform")
-    rows: list[int] = []
-    model[0].f.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    model(torch.randn(4, 2, side, side))
-    assert len(plan.last_kept()["0"]) == 1
-    assert rows == [computed]
-
-
-# --- gradients, recompute, counts ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_zero_grad_or_none(mode: str) -> None:
-    model = net(2)
-    torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode)
-    model(torch.randn(4, 6)).sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-    torchdrop.remove_stochastic_depth(model)
-    model.zero_grad()
-    torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode, zero_grad=False)
-    model(torch.randn(4, 6, requires_grad=True)).sum().backward()
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpoint_recomputes_the_same_rows_and_is_not_counted(
-    mode: str, reentrant: bool
-) -> None:
-    model = net(4).double()
-    twin = copy.deepcopy(model)
-    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode=mode)
-    torchdrop.add_stochastic_depth(twin, 0.5, schedule="uniform", mode=mode)
-    x = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    for seed in range(4):
-        torch.manual_seed(seed)
-        y = x
-        for block in model:
-            y = checkpoint(block, y, use_reentrant=reentrant)
-        y.square().sum().backward()
-        torch.manual_seed(seed)
-        twin(x.detach()).square().sum().backward()
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12)
-    assert all(site.counts.rows_seen == 24 for b in model for site in occupant_of(b).branches)
-    assert len(plan.observed()) == 4
-
-
-@pytest.mark.parametrize("sampling", ["exact", "independent", "window"])
-@pytest.mark.parametrize("compute", ["auto", "mask"])
-def test_rows_are_dropped_at_the_rate_asked_for(sampling: str, compute: str) -> None:
-    model = net(2, 1)
-    plan = torchdrop.add_stochastic_depth(
-        model, 0.3, schedule="uniform", sampling=sampling, compute=compute
-    )
-    steps, batch = 1500, 7
-    per_row = torch.zeros(batch)
-    with torch.no_grad():
-        for _ in range(steps):
-            model(torch.zeros(batch, 1))
-            per_row += kept_mask(plan, "1", batch)
-    dropped = plan.observed()["1"] * steps * batch
-    # rows are drawn without replacement: the binomial bound is the widest of the three laws
-    assert stats.binomtest(round(dropped), steps * batch, 0.3).pvalue > 1e-6
-    for kept in per_row:
-        assert stats.binomtest(round(float(kept)), steps, 0.7).pvalue > 1e-6
-
-
-def test_the_rate_test_can_fail() -> None:
-    """Its twin: a plan that takes p for the keep probability."""
-    model = net(2, 1)
-    plan = torchdrop.add_stochastic_depth(model, 1 - 0.3, schedule="uniform")
-    with torch.no_grad():
-        for _ in range(300):
-            model(torch.zeros(7, 1))
-    assert stats.binomtest(round(plan.observed()["1"] * 2100), 2100, 0.3).pvalue < 1e-6
-
-
-def test_blocks_are_independent_and_seeds_fix_everything() -> None:
-    model, x = net(2, 1), torch.zeros(10, 1)
-    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
-
-    def draw(steps: int) -> list[tuple[int, ...]]:
-        rows = []
-        for _ in range(steps):
-            model(x)
-            rows += [tuple(r.tolist()) for r in plan.last_kept().values()]
-        return rows
-
-    torch.manual_seed(1)
-    first = draw(200)
-    torch.manual_seed(1)
-    assert draw(200) == first
-    same = sum(a == b for a, b in zip(first[::2], first[1::2], strict=True))
-    assert same < 10  # 252 subsets: .8 expected
-
-
 # --- who else looks at a block ---------------------------------------------------------------
 
 
@@ -557,33 +378,3 @@ def test_hooks_of_children_fire_and_see_the_kept_rows() -> None:
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
     model(torch.randn(6, 6))
     assert seen == [3]
-
-
-def test_the_signature_of_forward_stays() -> None:
-    import inspect
-
-    class Named(Block):
-        def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
-            return hidden_states + self.b(self.act(self.a(hidden_states))) * scale
-
-    model = net(2, block=Named)
-    before = inspect.signature(model[0].forward)
-    torchdrop.add_stochastic_depth(model, 0.5)
-    assert inspect.signature(model[0].forward) == before
-    assert model[0](hidden_states=torch.randn(2, 6)).shape == (2, 6)
-    # another constant than the one that the block was read with: it is read again
-    torchdrop.get_plan(model).set_p([1.0, 1.0])
-    assert_same(model[0](x := torch.randn(2, 6), 2.0), x)
-    torchdrop.get_plan(model).set_p([BARELY, BARELY])
-    assert_same(model[0](x, 2.0), Named.forward(model[0], x, 2.0))
-
-
-def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
-    model = net(2)
-    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
-    replica = model[0]._replicate_for_data_parallel()
-    replica._modules = {k: copy.deepcopy(m) for k, m in model[0]._modules.items()}
-    nn.init.zeros_(replica.b.weight), nn.init.zeros_(replica.b.bias)
-    x = torch.randn(3, 6)
-    assert_same(replica(x), x)
-    assert not torch.equal(model[0](x), x)

@@ -1,14 +1,21 @@
 """Blocks that cannot be split are dropped as a whole."""
 
+from __future__ import annotations
+
 import copy
 import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from small_nets import Block as PlainBlock
+from small_nets import net
+from zoo import assert_same
+
+models = pytest.importorskip("torchvision.models")
 
 
 class Block(nn.Module):
@@ -386,3 +393,22 @@ def test_evaluation_at_p_one_under_the_papers_rule_has_no_branches():
     model, x, _ = stack(p=1.0, scale="eval")
     nn.init.constant_(model.layers[0].fc.bias, float("inf"))
     assert torch.equal(model.eval()(x), x)
+
+
+class Setting(PlainBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        self.times = 1  # an attribute of its own: it cannot be split
+        return x + self.b(self.act(self.a(x)))
+
+
+def test_a_block_that_is_dropped_whole_trains_pauses_and_is_removed() -> None:
+    model, x = net(2, block=Setting), torch.randn(4, 6)
+    plan = torchdrop.add_stochastic_depth(model, [0.5, 1.0], example_inputs=x)
+    assert [r.action for r in plan.blocks] == ["layer", "layer"]
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in model[1].parameters() if p.grad is not None)
+    with torchdrop.paused(model):
+        assert_same(model(x), Setting.forward(model[1], Setting.forward(model[0], x)))
+    assert len(plan.last_kept()["0"]) == 2
+    torchdrop.remove_stochastic_depth(model)
