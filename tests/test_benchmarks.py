@@ -19,6 +19,7 @@ peers = pytest.importorskip("peers", reason="timm")
 scale = pytest.importorskip("scale")
 accelerator = pytest.importorskip("accelerator")
 compiled = pytest.importorskip("compiled")
+import_time = pytest.importorskip("import_time")
 steps = pytest.importorskip("steps")
 
 SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
@@ -211,6 +212,33 @@ def test_what_bench_writes_is_collected_and_becomes_a_table(monkeypatch, tmp_pat
     assert second.startswith("resnet-8: Skipping takes")
     page = hooks.with_tables("<!-- table: accelerator -->", tmp_path)
     assert "\n| resnet-8, 4 x 32 | row, 0.5 linear | " in page
+
+
+def test_the_time_of_imports_is_written_with_what_torchdrop_adds(monkeypatch, tmp_path, capsys):
+    seconds = iter(range(1, 100))
+
+    def run(code, environment):
+        assert "PYTHONDONTWRITEBYTECODE" not in environment
+        extra = 2.0 if "torchdrop" in code else 0.0
+        return {"wall": 10.0 + extra + next(seconds) % 2, "cpu": 8.0 + extra / 2}
+
+    monkeypatch.setattr(import_time, "run", run)
+    monkeypatch.setattr(import_time, "heavy_modules", list)
+    out = tmp_path / "import_time.json"
+    monkeypatch.setattr(sys, "argv", ["import_time.py", "--runs", "3", "--out", str(out)])
+    import_time.main()
+    found = json.loads(out.read_text())
+    assert found["seconds"]["cpu"]["added"] == {"median": 0.125, "least": 0.125}
+    assert len(found["seconds"]["wall"]["torch"]["all"]) == 3
+    assert found["about"]["command"].endswith("--runs 3")
+    assert str(tmp_path.parent) not in out.read_text()
+    assert "cpu  torchdrop adds        median 12.5%" in capsys.readouterr().out
+
+
+def test_a_program_is_timed_in_a_process_of_its_own():
+    taken = import_time.run("import time; time.sleep(0.3)", {})
+    assert taken["wall"] >= 0.3
+    assert 0.0 < taken["cpu"] < taken["wall"]
 
 
 def test_the_page_of_speed_shows_every_table_and_says_what_is_missing(tmp_path):

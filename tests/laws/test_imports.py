@@ -145,19 +145,35 @@ def test_the_order_can_be_broken(tmp_path, file, source, complaint):
     assert wrong_way(tmp_path) == ([complaint] if complaint else [])
 
 
-def foreign_after(statement):
-    """What an import brings in beyond what `import torch` alone brings in."""
+# Modules that take long to import. torchdrop imports them when they are needed.
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._subclasses.fake_tensor",
+    "torch.fx",
+    "torch.utils.flop_counter",
+    "sympy",
+    "triton",
+)
+
+
+def modules_after(statement):
+    """The modules that a statement imports besides those that `import torch` imports."""
     code = (
-        "import sys, torch; import torch.fx, torch.utils.flop_counter; before = set(sys.modules)\n"
+        "import sys, torch; before = set(sys.modules)\n"
         f"{statement}\n"
-        "new = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
-        "own = {'torch', 'torchdrop'} | set(sys.stdlib_module_names)\n"
-        "print(*sorted(new - own))"
+        "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     return done.stdout.split()
+
+
+def foreign_after(statement):
+    """The top-level packages among them that are neither torch nor part of Python."""
+    own = {"torch", "torchdrop"} | set(sys.stdlib_module_names)
+    return sorted({name.partition(".")[0] for name in modules_after(statement)} - own)
 
 
 def test_import_torchdrop_imports_torch_and_nothing_else():
@@ -172,3 +188,17 @@ def test_the_import_contract_can_be_broken(tmp_path):
         "bad_package",
         "heavy_peer",
     ]
+
+
+def test_import_torchdrop_imports_no_heavy_module():
+    statement = f"sys.path.insert(0, {str(ROOT.parent)!r}); import torchdrop"
+    after = modules_after(statement)
+    assert "torchdrop.cost" in after
+    assert not set(HEAVY) & set(after)
+
+
+def test_the_test_of_heavy_modules_can_fail():
+    statement = (
+        f"sys.path.insert(0, {str(ROOT.parent)!r}); import torchdrop; torchdrop.cost.FlopCounter()"
+    )
+    assert "torch.utils.flop_counter" in set(HEAVY) & set(modules_after(statement))
