@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+
+import torchdrop
 
 W = 6
 
@@ -397,3 +400,26 @@ def two(block: Callable[..., nn.Module], *args: Any) -> Callable[[], nn.Module]:
 def stem(*shortcuts: nn.Module) -> nn.Module:
     """Each strided block on its own input, as the ends of stages are."""
     return nn.Sequential(Conv(None, 4, 1), Conv(shortcuts[0]), nn.Conv2d(8, 4, 1))
+
+
+def against_mask(
+    model: nn.Module, inputs: tuple[Tensor, ...], plan: torchdrop.Plan, batch_dim: int = 0
+) -> None:
+    """What is attached to ``model``, against the same rows as a mask on what is computed whole."""
+    masked = copy.deepcopy(model)
+    torchdrop.remove_stochastic_depth(masked)
+    torchdrop.add_stochastic_depth(
+        masked,
+        0.5,
+        schedule="uniform",
+        compute="mask",
+        batch_dim=batch_dim,
+        example_inputs=inputs,
+    )
+    plan.set_p(torchdrop.get_plan(masked).state_dict()["p"])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        out = model(*inputs)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(out, masked(*inputs), rtol=0, atol=1e-10)
+    assert max(plan.observed().values()) > 0

@@ -2,14 +2,12 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import torchdrop
-from torchdrop.finding.existing_drops import drops_layers
 
 
 class SelfAttention(nn.Module):
@@ -259,126 +257,10 @@ def test_what_is_handed_on_is_computed_and_the_rest_is_skipped(p):
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------
 # Key/value caches
 
 
-class Cache:
-    def __init__(self, length=0):
-        self.length = length
-
-    def get_seq_length(self, layer=0):
-        return self.length
-
-    def update(self, states):
-        self.length += states.shape[1]
-
-
-class CachedLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x, cache=None):
-        if cache is not None:
-            cache.update(x)
-        return x + self.fc(x).relu()
-
-
-class Cached(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(CachedLayer() for _ in range(2))
-
-    def forward(self, x, cache=None, use_cache=True):
-        if use_cache and cache is None:
-            cache = [Cache() for _ in self.layers]
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cache[i] if cache else None)
-        return x
-
-
-def test_an_empty_cache_is_replaced_with_one_warning():
-    model, x = Cached(), torch.randn(4, 3, 4)
-    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
-    with pytest.warns(UserWarning, match=r"creates a key/value cache.*use_cache=False"):
-        model(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x)
-        model.eval()(x)  # evaluation keeps its cache
-    sites = [layer.__dict__["forward"] for layer in model.layers]
-    assert [len(site.train) for site in sites] == [1, 1]
-
-
-def test_a_filled_cache_is_an_error():
-    model, x = Cached(), torch.randn(4, 3, 4)
-    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x)
-    with pytest.raises(
-        ValueError, match=r"layers\.0 is called in training.*not empty.*use_cache=False"
-    ):
-        model(x, [Cache(7), Cache(7)])
-
-
-def test_a_cache_in_evaluation_is_an_error_where_evaluation_is_ours():
-    model, x = Cached(), torch.randn(4, 3, 4)
-    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x, scale="eval")
-    model.eval()
-    assert model(x, use_cache=False).shape == x.shape
-    with pytest.raises(
-        ValueError, match=r"key/value cache, but with scale='eval'.*use_cache=False"
-    ):
-        model(x)
-
-
-# ---------------------------------------------------------------------------------------------
 # Layer drop in a loop
-
-
-class Dropping(nn.Module):
-    def __init__(self, rate=0.25):
-        super().__init__()
-        self.layers = nn.ModuleList(CachedLayer() for _ in range(3))
-        self.layerdrop = rate
-
-    def forward(self, x):
-        for layer in self.layers:
-            if self.training and torch.rand(()) < self.layerdrop:
-                continue
-            x = layer(x)
-        return x
-
-
-def calls(model, x, times=200):
-    count = []
-    handle = model.layers[1].register_forward_hook(lambda *_: count.append(1))
-    torch.manual_seed(0)
-    for _ in range(times):
-        model(x)
-    handle.remove()
-    return len(count)
-
-
-def test_layer_drop_in_a_loop_is_taken_over():
-    model, x = Dropping(), torch.randn(2, 4)
-    assert drops_layers(model) == (model, 0.25)
-    before = calls(model, x)
-    assert before < 200  # the twin: it does drop
-    plan = torchdrop.add_stochastic_depth(model, None)
-    assert [block.p for block in plan.blocks] == [0.25] * 3
-    assert calls(model, x) == 200
-    plan.set_p(0.0)
-    assert calls(model, x) == 200
-    assert model.layerdrop == 0.25
-    torchdrop.remove_stochastic_depth(model)
-    assert calls(model, x) == before
-    assert "forward" not in model.__dict__
-
-
-def test_a_rate_that_nothing_reads_is_no_layer_drop():
-    model = Cached()
-    model.layerdrop = 0.5
-    assert drops_layers(model) is None
 
 
 class Sized(nn.Module):
@@ -491,9 +373,6 @@ def test_the_rest_of_a_tuple_with_a_tensor_in_it_is_computed_for_all_rows():
     torch.testing.assert_close(rest[1], first.norm(x))
     rows = torch.zeros(6, 1, 1, dtype=x.dtype).index_fill_(0, plan.last_kept()["blocks.0"], 2.0)
     torch.testing.assert_close(out, x + rows * first.attention(first.norm(x))[0])
-
-
-# --- what a child returns to a hook alone ---------------------------------------------------------
 
 
 def _mixtral(compute):

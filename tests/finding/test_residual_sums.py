@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -50,13 +49,11 @@ from written_blocks import (
     SharedLayer,
     Shortcut,
     SqueezeExcite,
-    Stack,
     Subtracted,
     W,
     conv,
     flat,
     maps,
-    mlp,
     padded_by_cat,
     shared_block,
     stem,
@@ -64,12 +61,6 @@ from written_blocks import (
     two,
 )
 from zoo import BARELY, assert_same, fingerprint, instance_names
-
-# --- convolutional ---------------------------------------------------------------------------
-
-
-# --- stacks in one forward -------------------------------------------------------------------
-
 
 Make = Callable[[], nn.Module]
 
@@ -167,9 +158,6 @@ def test_found_with_every_identity(name: str) -> None:
     assert instance_names(model) == names
     dense.load_state_dict(model.state_dict())
     assert_same(model(x), dense(x))
-
-
-# --- not found -------------------------------------------------------------------------------
 
 
 class PositionalEmbedding(Base):
@@ -291,203 +279,6 @@ def test_nothing_is_invented(name: str) -> None:
         torchdrop.add_stochastic_depth(model)
 
 
-def test_a_lone_residual_is_listed_with_what_to_do() -> None:
-    model = Stack(mlp(), Plain(), mlp())
-    with pytest.raises(ValueError, match=r"'blocks\.1' \(no other Plain has.*select=lambda r"):
-        torchdrop.add_stochastic_depth(model)
-    plan = torchdrop.add_stochastic_depth(model, select=lambda r: r.name == "blocks.1")
-    assert [r.name for r in plan.blocks] == ["blocks.1"]
-
-
-class Strided(nn.Module):
-    """Adds its input where it neither strides nor widens."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.conv, self.same = conv(width, out), width == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.conv(x)) if self.same else F.relu(self.conv(x))
-
-
-class Pooled(nn.Module):
-    """Its skip is pooled by a maximum over a dimension."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.f = nn.LayerNorm(W), nn.Linear(W, W), mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        pooled = self.up(x).unflatten(1, (2, -1)).max(dim=1).values
-        return pooled + self.f(x).unflatten(1, (2, -1)).amax(1)
-
-
-def test_a_stack_may_be_of_blocks_of_several_classes() -> None:
-    class Other(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.f(x) + x
-
-    model = Stack(Plain(), Other())
-    assert [r.name for r in torchdrop.find_residuals(model)] == ["blocks.0", "blocks.1"]
-
-
-def test_the_one_block_that_does_not_stride_is_a_block() -> None:
-    model = Stack(Strided(4, 6), Strided(6, 8), Strided(8, 8))
-    assert [r.name for r in torchdrop.find_residuals(model)] == ["blocks.2"]
-
-
-def test_a_maximum_over_a_dimension_pools_the_skip() -> None:
-    (first, _) = torchdrop.find_residuals(Stack(Pooled(), Pooled()))
-    assert (first.shortcut, first.action) == ("projection", "skip")
-
-
-# --- several inputs --------------------------------------------------------------------------
-
-
-class Conditioned(nn.Module):
-    """A U-Net's block: a time embedding is added inside the branch."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.time = nn.Linear(W, out)
-        self.norm1, self.norm2 = nn.GroupNorm(2, width), nn.GroupNorm(2, out)
-        self.conv1, self.conv2 = conv(width, out), conv(out, out)
-        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time(F.silu(t))[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(y))) + self.shortcut(x)
-
-
-class UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Sequential(nn.Linear(1, W), nn.SiLU(), nn.Linear(W, W))
-        self.down1, self.down2 = Conditioned(4, 4), Conditioned(4, 8)
-        self.middle = Conditioned(8, 8)
-        self.up = Conditioned(12, 4)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = self.embed(t[:, None])
-        one = self.down1(x, t)
-        low = self.middle(self.down2(F.avg_pool2d(one, 2), t), t=t)
-        return self.up(torch.cat([F.interpolate(low, scale_factor=2.0), one], 1), t)
-
-
-class Attention(nn.Module):
-    """A block with a mask for all samples or one for each, and rotary angles in a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out, self.norm = nn.Linear(W, 3 * W), nn.Linear(W, W), nn.LayerNorm(W)
-        self.f = mlp()
-
-    def forward(self, x: Tensor, mask: Tensor | None, *, angles: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        cos, sin = angles
-        q, k = q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
-        scores = q @ k.transpose(-2, -1)
-        if mask is not None:
-            scores = scores + mask
-        x = x + self.out(scores.softmax(-1) @ v)
-        return x + self.f(x)
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Attention() for _ in range(2))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        steps = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
-        for layer in self.layers:
-            x = layer(x, mask, angles=(steps.cos(), steps.sin()))
-        return x
-
-
-def against_mask(
-    model: nn.Module, inputs: tuple[Tensor, ...], plan: torchdrop.Plan, batch_dim: int = 0
-) -> None:
-    """What is attached to ``model``, against the same rows as a mask on what is computed whole."""
-    masked = copy.deepcopy(model)
-    torchdrop.remove_stochastic_depth(masked)
-    torchdrop.add_stochastic_depth(
-        masked,
-        0.5,
-        schedule="uniform",
-        compute="mask",
-        batch_dim=batch_dim,
-        example_inputs=inputs,
-    )
-    plan.set_p(torchdrop.get_plan(masked).state_dict()["p"])
-    for seed in range(3):
-        torch.manual_seed(seed)
-        out = model(*inputs)
-        torch.manual_seed(seed)
-        torch.testing.assert_close(out, masked(*inputs), rtol=0, atol=1e-10)
-    assert max(plan.observed().values()) > 0
-
-
-@pytest.mark.parametrize("batch", [1, 6])
-def test_a_unet_with_a_time_embedding(batch: int) -> None:
-    inputs = torch.randn(6, 4, 8, 8).double(), torch.rand(6).double()
-    model = UNet().double()
-    plan = torchdrop.add_stochastic_depth(model, 0.5)
-    assert {b.action for r in plan.blocks for b in r.branches} == {"mask"}
-    assert "(t, x), and which of them carry the batch is not known" in repr(plan)
-    torchdrop.remove_stochastic_depth(model)
-    example = tuple(t[:batch] for t in inputs)
-    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
-    assert [r.action for r in plan.blocks] == ["skip"] * 4
-    assert [r.shortcut for r in plan.blocks] == ["identity", "projection", "identity", "projection"]
-    against_mask(model, inputs, plan)
-
-
-@pytest.mark.parametrize("kind", ["none", "shared", "own", "one of a batch"])
-def test_a_size_that_happens_to_match_decides_nothing(kind: str) -> None:
-    batch = tokens = 6
-    x = torch.randn(batch, tokens, W).double()
-    mask = {
-        "none": None,
-        "shared": torch.randn(tokens, tokens).double(),
-        "own": torch.randn(batch, tokens, tokens).double(),
-        "one of a batch": torch.randn(1, tokens, tokens).double(),
-    }[kind]
-    model = Encoder().double()
-    inputs = (x,) if mask is None else (x, mask)
-    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=inputs)
-    assert {b.action for r in plan.blocks for b in r.branches} == {"skip"}
-    against_mask(model, inputs, plan)
-
-
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_the_transformer_layers_of_torch(norm_first: bool, batch_first: bool) -> None:
-    options: dict[str, Any] = {"batch_first": batch_first, "norm_first": norm_first}
-    dim = 0 if batch_first else 1
-    shape = (6, 5, 8) if batch_first else (5, 6, 8)
-    x, memory = torch.randn(shape).double(), torch.randn(shape).double()
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(8, 2, 16, 0.0, **options), 2, enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, 0.0, **options), 2)
-    models: list[tuple[nn.Module, tuple[Tensor, ...], int]] = [
-        (encoder, (x,), 2),
-        (decoder, (x, memory), 3),
-    ]
-    for model, inputs, branches in models:
-        model.double()
-        dense = copy.deepcopy(model)
-        plan = torchdrop.add_stochastic_depth(model, 0.5, batch_dim=dim, example_inputs=inputs)
-        assert [[b.action for b in r.branches] for r in plan.blocks] == [["skip"] * branches] * 2
-        plan.set_p([BARELY, BARELY])
-        assert_same(model(*inputs), dense(*inputs))
-        assert_same(model.eval()(*inputs), dense.eval()(*inputs))
-        against_mask(model.train(), inputs, plan, dim)
-
-
 class DropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -519,3 +310,21 @@ def test_a_drop_path_that_covers_more_than_the_branch_is_left_alone() -> None:
     assert torchdrop.find_residuals(model) == []
     with pytest.raises(ValueError, match="its own drop path covers more than the branch"):
         torchdrop.add_stochastic_depth(model, None)
+
+
+class ReturnsMore(Base):
+    """An attention weight that is returned: the branch is needed by others."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.f(x)
+        return x + y, y
+
+
+def test_a_branch_that_is_used_elsewhere_is_masked_with_the_reason() -> None:
+    model = nn.ModuleDict({"a": ReturnsMore(), "b": ReturnsMore()})
+    plan = torchdrop.add_stochastic_depth(model, [1.0, 1.0])
+    assert all(r.reason == "f is used outside the branch, too" for r in plan.blocks)
+    x = flat()
+    out, y = model["a"](x)
+    assert_same(out, x)
+    assert bool(y.any())

@@ -177,7 +177,9 @@ def test_a_compiled_model_has_to_know_its_sizes():
     model, x = net(Concatenated), torch.randn(6, 4, 5, 5)
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
     torch.compiler.reset()
-    with pytest.raises(RuntimeError, match=r"the number of channels of 0 is .* example_inputs, or call"):
+    with pytest.raises(
+        RuntimeError, match=r"the number of channels of 0 is .* example_inputs, or call"
+    ):
         torch.compile(model.train(), fullgraph=True, backend="eager")(x)
 
 
@@ -213,9 +215,3 @@ def test_what_is_no_padded_sum_is_left_as_it_is(kind):
     blocks = [kind(4) if kind is SkipIsWide else kind(4, 4) for _ in range(2)]
     graph = torchdrop.tracing.block_graph.trace_block(blocks[0]).graph
     assert not [n for n in graph.nodes if n.target is add_padded]
-
-
-def test_the_parts_may_be_empty():
-    left, right = torch.randn(2, 3), torch.randn(2, 3)
-    assert torch.equal(add_padded(left, right, 1), left + right)
-    assert torch.equal(pad_like(left, 5, -1), nn.functional.pad(left, [0, 2]))

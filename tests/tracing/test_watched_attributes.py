@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import torchdrop
 from torchdrop.running.forward_slot import occupant_of
 from torchdrop.tracing.watched_attributes import same
+from written_blocks import Base, Stack, W, flat
 from zoo import BARELY, assert_same, instance_names
-
-W = 6
 
 
 class Inner:
@@ -255,3 +254,85 @@ def test_a_tensor_is_the_same_only_as_itself() -> None:
     x = torch.ones(2)
     assert same(x, x)
     assert not same(x, x.clone())
+
+
+class Told(Base):
+    """Its parent sets H and W before each call, as Swin for detection and PVT do."""
+
+    H: int | None = None
+    W: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.H is not None
+        assert self.W is not None
+        y = self.f(x).view(-1, self.H, self.W, x.shape[-1])
+        return x + y.roll(1, 1).view(x.shape)
+
+
+class Telling(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        x = x.view(batch, height * width, channels)
+        for block in self.blocks:
+            block.H, block.W = height, width
+            x = block(x)
+        return x
+
+
+def test_attributes_that_a_parent_sets_are_read_again() -> None:
+    model = Telling(Told(), Told())
+    dense = copy.deepcopy(model)
+    example = torch.randn(2, 2, 3, W)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
+    plan.set_p([BARELY, BARELY])
+    for height, width in ((2, 3), (3, 2), (6, 1), (1, 1), (2, 3)):
+        x = torch.randn(4, height, width, W)
+        assert_same(model(x), dense(x))
+    plan.set_p([0.5, 0.5])
+    twin = copy.deepcopy(dense)
+    torchdrop.add_stochastic_depth(twin, [0.5, 0.5], example_inputs=example, compute="mask")
+    torch.manual_seed(3)
+    out = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(twin(x), out)
+
+
+def test_too_many_settings_of_a_block_are_an_error_not_a_leak() -> None:
+    class Warming(Base):
+        step = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x) * self.scale
+
+        scale = 1.0
+
+    model = Stack(Warming(), Warming())
+    for block in model.blocks:
+        block.scale = 1.0
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    for step in range(16):
+        for block in model.blocks:
+            block.scale = 1.0 / (step + 1)
+        x = flat()
+        assert_same(model(x), copy.deepcopy(model).eval()(x))
+    block.scale = model.blocks[0].scale = 3.0
+    with pytest.raises(RuntimeError, match=r"blocks\.0 was read with self\.scale = 1\.0.*select="):
+        model(x)
+
+
+class Listed(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [1.0, 2.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * self.sizes[0]
+
+
+def test_a_list_that_is_changed_in_place_is_noticed() -> None:
+    model = Stack(Listed(), Listed())
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    x = flat()
+    model(x)
+    model.blocks[0].sizes[0] = 5.0
+    assert_same(model.blocks[0](x), Listed.forward(model.blocks[0], x))
