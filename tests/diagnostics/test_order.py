@@ -52,6 +52,25 @@ def test_every_layer_that_drops_is_one(layer):
     assert pairs(nn.Sequential(nn.BatchNorm2d(3), layer, nn.Conv2d(3, 3, 1))) == []
 
 
+LAYERS = {
+    "Cutout": lambda layer: layer(1),
+    "DropBlock1d": lambda layer: layer(0.1, 1),
+    "DropBlock2d": lambda layer: layer(0.1, 1),
+    "DropBlock3d": lambda layer: layer(0.1, 1),
+    "PathDrop": lambda layer: layer([nn.Linear(3, 3), nn.Linear(3, 3)], 0.1),
+    "StochasticDepth": lambda layer: layer(nn.Linear(3, 3), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", torchdrop.layers.__all__)
+def test_every_layer_of_torchdrop_is_seen(name):
+    # a layer that takes its rate first needs no entry
+    layer = LAYERS.get(name, lambda layer: layer(0.1))(getattr(torchdrop.layers, name))
+    (finding,) = check_order(nn.Sequential(layer, nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    assert (finding.dropout, finding.kind, finding.batch_norm) == ("0", name, "2")
+    assert finding.rate == (1.0 if name == "Cutout" else 0.1)
+
+
 def test_layers_that_are_off_or_nothing_of_the_kind():
     for layer in (nn.Dropout(0.0), DropPath(0.0), UniformDropout(0.0), nn.ReLU(), nn.Identity()):
         assert pairs(nn.Sequential(layer, nn.BatchNorm1d(3))) == []
@@ -146,23 +165,6 @@ def test_where_and_how_far():
     )
 
 
-def test_the_report():
-    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
-    report = check_order(model)
-    assert len(report) == 1
-    assert report[0] is report.findings[0]
-    assert report[:] == report.findings
-    assert repr(report).splitlines() == [
-        "order in Sequential: 1 dropout before a BatchNorm",
-        "  0 (Dropout, 0.5) stands before 1: in the model's own forward, 1 operation on",
-    ]
-    assert not check_order(nn.Sequential(nn.BatchNorm1d(3)))
-    assert repr(check_order(nn.Sequential(nn.BatchNorm1d(3)))) == (
-        "order in Sequential: no dropout before a BatchNorm"
-    )
-    assert repr(check_order(nn.Linear(2, 2))) == "order in Linear: no BatchNorm"
-
-
 def test_a_stochastic_depth_layer_is_read_inside_as_well():
     module = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 3))
     model = nn.Sequential(StochasticDepth(module, 0.3), nn.BatchNorm1d(3))
@@ -239,22 +241,38 @@ def test_example_inputs_say_how_the_model_is_called():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "count"),
+    ("name", "options", "count", "first"),
     [
-        ("resnet18", {}, 0),
-        ("vgg11_bn", {}, 0),  # its dropouts come after the last BatchNorm
-        ("efficientnet_b0", {}, 9),
-        ("densenet121", {"drop_rate": 0.1}, 58),
+        ("resnet18", {}, 0, None),
+        ("vgg11_bn", {}, 0, None),  # its dropouts come after the last BatchNorm
+        (
+            "efficientnet_b0",
+            {},
+            9,
+            ("features.2.1.stochastic_depth", "features.3.0.block.0.1"),
+        ),
+        (
+            "densenet121",
+            {"drop_rate": 0.1},
+            58,
+            (
+                "features.denseblock1.denselayer1.dropout()",
+                "features.denseblock1.denselayer2.norm1",
+            ),
+        ),
     ],
 )
-def test_models_of_torchvision(name, options, count):
+def test_models_of_torchvision(name, options, count, first):
     with torch.device("meta"):  # read, not run
         model = torchvision.models.get_model(name, weights=None, **options)
     report = check_order(model)
-    assert len(report) == count
     assert not report.unreadable
+    found = pairs(model)
+    assert len(found) == count
+    assert found[:1] == ([] if first is None else [first])
     modules = dict(model.named_modules())
-    assert all(isinstance(modules[f.batch_norm], nn.BatchNorm2d) for f in report)
+    kinds = {type(modules[f.batch_norm]) for f in report}
+    assert kinds == ({nn.BatchNorm2d} if count else set())
 
 
 def test_models_that_are_none():
