@@ -453,7 +453,9 @@ run_uncompiled(
     *(
         f"torchdrop.{name}"
         for name in (
-            "internals",
+            "internals.modules",
+            "internals.surroundings",
+            "internals.tensors",
             "rows.collectives",
             "running.program",
             "running.read_again",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,16 +13,13 @@ import torch
 from torch import nn
 
 from torchdrop import internals
+from torchdrop.internals import missing, modules, surroundings, tensors
 
 
 @pytest.fixture
 def warned_once() -> Iterator[None]:
     """Forget which APIs were missed, before and after a test."""
-    cached = (
-        internals._warn_once,
-        internals._counts_references,
-        internals._check_saved_names,
-    )
+    cached = (missing.warn_once, tensors._counts_references, tensors._check_saved_names)
     for function in cached:
         function.cache_clear()
     yield
@@ -29,34 +27,37 @@ def warned_once() -> Iterator[None]:
         function.cache_clear()
 
 
-def imported_without(owner: Any, name: str) -> None:
-    """Import another copy of internals while ``owner`` has no attribute ``name``."""
-    spec = importlib.util.spec_from_file_location("copy_of_internals", internals.__file__)
+def import_without(user: ModuleType, owner: Any, name: str) -> None:
+    """Import another copy of the module ``user`` while ``owner`` has no attribute ``name``."""
+    spec = importlib.util.spec_from_file_location("another_copy", str(user.__file__))
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(owner, name)
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("user", "owner", "name"),
     [
-        (torch._C, "_are_functorch_transforms_active"),
-        (torch._C, "_current_graph_task_id"),
-        (torch._C._functorch, "is_legacy_batchedtensor"),
-        (torch.utils._python_dispatch, "_disable_current_modes"),
-        (torch.nn.modules.batchnorm, "_BatchNorm"),
+        (surroundings, torch._C, "_are_functorch_transforms_active"),
+        (surroundings, torch._C, "_current_graph_task_id"),
+        (surroundings, torch._C._functorch, "is_legacy_batchedtensor"),
+        (surroundings, torch.utils._python_dispatch, "_disable_current_modes"),
+        (tensors, torch.utils._pytree, "tree_flatten"),
+        (modules, torch.nn.modules.batchnorm, "_BatchNorm"),
     ],
 )
-def test_an_api_without_which_results_are_wrong_fails_the_import(owner: Any, name: str) -> None:
-    with pytest.raises(ImportError, match=rf"private API.*{name}|{name}.*private API"):
-        imported_without(owner, name)
+def test_an_api_without_which_results_are_wrong_fails_the_import(
+    user: ModuleType, owner: Any, name: str
+) -> None:
+    with pytest.raises(ImportError, match=rf"a private API that PyTorch .*{name}"):
+        import_without(user, owner, name)
 
 
-def test_the_copy_of_internals_can_be_imported() -> None:
-    imported_without(torch, "ones")  # which it needs only later
+@pytest.mark.parametrize("user", [surroundings, tensors, modules])
+def test_the_copies_can_be_imported_if_nothing_is_missing(user: ModuleType) -> None:
+    import_without(user, torch, "ones")  # which they need only later
 
 
 @pytest.mark.usefixtures("warned_once")
@@ -64,14 +65,14 @@ def test_the_copy_of_internals_can_be_imported() -> None:
     ("owner", "name", "use", "expected", "message"),
     [
         (
-            internals,
+            tensors,
             "_storage_use_count",
             lambda: internals.count_references((torch.ones(1),)),
             None,
             "_storage_Use_Count.* copies gradients",
         ),
         (
-            internals,
+            tensors,
             "_tensor_use_count",
             lambda: internals.count_references((torch.ones(1),)),
             None,
@@ -82,7 +83,7 @@ def test_the_copy_of_internals_can_be_imported() -> None:
             "_top_saved_tensors_default_hooks",
             internals.innermost_saved_tensor_hooks,
             (False, None),
-            "_top_saved_tensors_default_hooks.* saved for backward besides",
+            "_top_saved_tensors_default_hooks.* saved for backward in addition",
         ),
         (
             torch._C._dynamo.eval_frame,
@@ -109,7 +110,7 @@ def test_an_api_without_which_only_cost_changes_is_warned_of_once(
     expected: Any,
     message: str,
 ) -> None:
-    if owner is internals:
+    if owner is tensors:
         monkeypatch.setattr(owner, name, None)
     else:
         monkeypatch.delattr(owner, name)
@@ -124,8 +125,8 @@ def test_an_api_without_which_only_cost_changes_is_warned_of_once(
 def test_a_count_that_misses_a_reference_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x = (torch.ones(1),)
     assert internals.count_references(x) is not None
-    internals._counts_references.cache_clear()
-    monkeypatch.setattr(internals, "_storage_use_count", lambda data: 1)
+    tensors._counts_references.cache_clear()
+    monkeypatch.setattr(tensors, "_storage_use_count", lambda data: 1)
     with pytest.warns(RuntimeWarning, match="copies gradients"):
         assert internals.count_references(x) is None
 
