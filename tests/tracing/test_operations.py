@@ -185,10 +185,13 @@ ENTRIES = {
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_a_new_form_of_sum_is_one_entry(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = two(kind)(), flat()
-    assert torchdrop.find_residuals(model) == []
     entry = ENTRIES[kind]
+    names = (*entry.names, *entry.in_place)
+    for name in names:  # as if the table did not have it
+        monkeypatch.delitem(operations._BY_NAME, name, raising=False)
+    assert torchdrop.find_residuals(model) == []
     monkeypatch.setattr(operations, "TABLE", (*TABLE, entry))
-    for name in (*entry.names, *entry.in_place):
+    for name in names:
         monkeypatch.setitem(operations._BY_NAME, name, entry)
     dense = copy.deepcopy(model)
     plan = torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
@@ -197,6 +200,18 @@ def test_a_new_form_of_sum_is_one_entry(kind: type[Base], monkeypatch: pytest.Mo
     assert_same(model(x.clone()), dense(x.clone()), tolerance=1e-6)
     plan.set_p([1.0, 1.0])
     assert_same(model(x.clone()), x)
+
+
+class FusedIntoGivenMemory(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.f(x), self.gamma, out=None)
+
+
+def test_a_call_with_other_arguments_is_not_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(operations._BY_NAME, "addcmul", ENTRIES[Fused])
+    graph = trace_block(FusedIntoGivenMemory()).graph
+    assert torch.addcmul in [node.target for node in graph.nodes]
+    assert torch.addcmul not in [node.target for node in trace_block(Fused()).graph.nodes]
 
 
 def test_a_function_of_the_same_name_is_not_that_of_the_table() -> None:

@@ -132,6 +132,15 @@ def _without_values(path: str, value: Any) -> Any:
     return meta_double(value)
 
 
+def _accepts(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether ``function`` has parameters for these arguments: ``out=``, for one, it may lack."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 class Reader(fx.Tracer):
     """Traces one module's own forward; the call of a child module is a single node.
 
@@ -224,7 +233,7 @@ class Reader(fx.Tracer):
             spelled_out = named(target.__name__).spelled_out
         else:
             spelled_out = None
-        if spelled_out is not None:
+        if spelled_out is not None and _accepts(spelled_out, args, kwargs):
             return spelled_out(*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
