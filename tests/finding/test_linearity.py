@@ -37,6 +37,7 @@ class Combined(nn.Module):
         lambda a, b: a.max(b),
         lambda a, b: a * b,
         lambda a, b: a.mul(b),
+        lambda a, b: torch.mul(a, other=b),
         lambda a, b: a * a + b,
     ],
 )

@@ -22,8 +22,19 @@ class DrawnFromNothing(Base):
         return x + self.f(x) * torch.rand(W)
 
 
-def test_random_tensors_are_drawn_in_every_call() -> None:
-    model, x = two(DrawnFromNothing)(), flat()
+FACTORIES = {"rand": torch.rand}
+
+
+class DrawnFromATable(Base):
+    """Takes the factory from where torch.fx does not look for functions that it wraps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * FACTORIES["rand"](W)
+
+
+@pytest.mark.parametrize("kind", [DrawnFromNothing, DrawnFromATable])
+def test_random_tensors_are_drawn_in_every_call(kind: type[nn.Module]) -> None:
+    model, x = two(kind)(), flat()
     dense = copy.deepcopy(model)
     torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], mode="batch", compute="mask")
     outs = []
