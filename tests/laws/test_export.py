@@ -129,5 +129,5 @@ def test_fx_and_feature_extractors_in_evaluation() -> None:
 
 def test_script_is_refused_with_what_to_do() -> None:
     model, _ = attached(_own, "train")
-    with pytest.raises(Exception, match="cannot compile stochastic depth; call"):
+    with pytest.raises(Exception, match="cannot compile a model with stochastic depth; call"):
         torch.jit.script(model)

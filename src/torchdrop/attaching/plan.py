@@ -153,7 +153,7 @@ class Plan:
         """
         self._check_attached()
         if not isinstance(state, Mapping) or "p" not in state or state.get("version") != 1:
-            raise ValueError("expected what Plan.state_dict() returned, of version 1")
+            raise ValueError("state has to be what Plan.state_dict() returned, of version 1")
         names = [branch.facts.name for branch in self._branches]
         if not isinstance(state["p"], Mapping):
             raise TypeError(f"the rates of a plan are a mapping, but got {state['p']!r}")

@@ -1,4 +1,4 @@
-"""What a diagnostic runs a model on: the batches that a user already has."""
+"""Turn the batches that a user already has into calls of a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_sizes_known(model: nn.Module) -> None:
 
 
 def check_batches(batches: object) -> None:
-    """Refuse what is no collection of batches.
+    """Raise unless ``batches`` is an iterable of batches.
 
     Raises:
         TypeError: It is a single tensor, a mapping, a string, or not iterable.
@@ -50,23 +50,23 @@ def check_batches(batches: object) -> None:
 
 
 def calls(model: nn.Module, batches: Iterable[Any]) -> Iterator[Call]:
-    """The arguments of one forward pass for each batch, on the device of ``model``.
+    """Yield the arguments of one forward pass for each batch, on the device of ``model``.
 
-    A tensor is the input; of a tuple or list the first item is, and the rest (labels) is left
-    aside; a dict holds keyword arguments. An input that is itself a tuple holds the positional
-    arguments of a model with several, one that is a dict its keyword arguments: ``((a, b), y)``.
-    ``batches`` is gone through once, so a generator will do.
+    A batch is the input tensor, a dict of keyword arguments, or a tuple or list whose first item is
+    the input (the others, such as labels, are ignored). An input that is a tuple, as in
+    ``((a, b), y)``, holds several positional arguments; one that is a dict holds keyword arguments.
+    ``batches`` is iterated over once, so it may be a generator.
 
     Raises:
-        TypeError: A batch is none of these, or the model does not take such arguments.
-        ValueError: There is no batch.
+        TypeError: A batch is not one of these, or the model does not accept such arguments.
+        ValueError: ``batches`` is empty.
     """
     devices = {p.device for p in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
     number = -1
     try:
         iterator = iter(batches)
-    except TypeError:  # a number of NumPy's looks as if it could be iterated over
+    except TypeError:  # a NumPy scalar has an __iter__ that raises
         raise TypeError(
             f"batches has to be an iterable of batches, but got {type(batches).__name__}"
         ) from None

@@ -1,4 +1,4 @@
-"""Take the statistics of BatchNorm anew, with the network as it is in evaluation."""
+"""Recompute the running statistics of BatchNorm, with the rest of the network in evaluation."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ __all__ = ["recalibrate_batch_norm"]
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> list[str]:
-    """Take the running statistics of every BatchNorm anew, as evaluation will need them.
+    """Recompute the running statistics of every BatchNorm, so that they fit evaluation.
 
-    Dropped activations and branches change the variance of what BatchNorm sees, so the statistics
-    of training do not fit evaluation. Here each layer's statistics become the plain mean, over
-    the batches b = 1..n, of the mean and the unbiased variance of its input::
+    Dropping activations and branches changes the variance of the inputs of BatchNorm, so the
+    statistics of training do not fit evaluation. Here the statistics of each layer become the
+    plain mean, over the batches b = 1..n, of the mean and the unbiased variance of its input::
 
         running_mean = 1/n sum_b mean(x_b),     running_var = 1/n sum_b var(x_b)
 
-    (the update of training with ``momentum=None``, from reset statistics). Only the BatchNorm
-    modules are in training mode meanwhile, all at once, each normalising with the statistics of
-    its batch; everything else is as in evaluation, so that no dropout, no stochastic depth, no
-    other noise is on. Batches count alike whatever their size: leave a short last one out
-    (``drop_last=True``), and use batches as large as in training or larger.
+    (the update of training with ``momentum=None``, starting from reset statistics). For this, all
+    BatchNorm modules are in training mode, each normalising with the statistics of its batch, and
+    everything else is in evaluation mode: no dropout, no stochastic depth, no other noise. Each
+    batch has the same weight whatever its size, so leave out a short last one
+    (``drop_last=True``), and use batches at least as large as in training.
 
-    Changed in place: ``running_mean``, ``running_var`` and ``num_batches_tracked`` (now n) of the
-    layers that the forward pass reached, frozen ones too. Parameters, gradients, ``momentum``,
-    training flags, hooks, other buffers and the global random numbers are as before. If anything
-    raises, the statistics are those of before as well.
+    Changed in place: ``running_mean``, ``running_var`` and ``num_batches_tracked`` (to n) of the
+    layers that the forward pass reaches, including frozen ones. Parameters, gradients,
+    ``momentum``, training flags, hooks, other buffers and the global random numbers are restored.
+    If an exception is raised, the statistics are restored, too.
 
     Args:
         model: A model with BatchNorm layers that have running statistics.
         batches: An iterable of tensors, of tuples ``(inputs, ...)`` (a DataLoader of inputs and
-            labels) or of dicts of keyword arguments; gone through once, so a generator will do.
-            Training data without augmentation is the usual choice. Tensors are moved to the
-            model's device where it is on a single one.
+            labels) or of dicts of keyword arguments. It is iterated over once, so it may be a
+            generator. Training data without augmentation is the usual choice. Tensors are moved
+            to the device of the model, if it is on a single one.
 
     Returns:
-        The paths of the layers whose statistics are new, in the order of ``named_modules``. Layers
+        The paths of the layers with new statistics, in the order of ``named_modules``. Layers
         that evaluation does not reach (an auxiliary head) keep theirs and are not listed.
 
     Raises:
-        TypeError: ``model`` is no module; ``batches`` is not iterable, or is a single tensor or
-            dict; a batch is none of the above, or not what the model takes.
-        ValueError: No BatchNorm has running statistics; a layer has no sizes yet (lazy); there is
-            no batch; or, from BatchNorm, a batch has a single value a channel.
+        TypeError: ``model`` is not a module; ``batches`` is not iterable, or is a single tensor or
+            dict; a batch is not one of the above, or the model does not accept it.
+        ValueError: No BatchNorm has running statistics; a layer is lazy and has no sizes yet;
+            ``batches`` is empty; or, from BatchNorm, a batch has a single value per channel.
 
     Reference:
         Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization by
@@ -89,7 +89,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> list[str
             stack.callback(setattr, layer, "momentum", layer.momentum)
         model.eval()
         for layer in layers:
-            layer.training = True  # of this module alone: it may have children (an activation)
+            # not layer.train(), which would change its children (an activation), too
+            layer.training = True
             layer.momentum = None
             layer.reset_running_stats()
         for args, kwargs in calls(model, batches):

@@ -1,4 +1,4 @@
-"""What :func:`torchdrop.diagnostics.variance_shift` found: ratios of variances, layer by layer."""
+"""The result of :func:`torchdrop.diagnostics.variance_shift`: ratios of variances by layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LayerShift", "VarianceShift"]
 
 @dataclass(frozen=True, eq=False)
 class LayerShift:
-    """The variance of what one layer sees, in training and in evaluation.
+    """The variance of the input of one layer, in training and in evaluation.
 
     Per channel and batch, with the unbiased variance ``var`` that BatchNorm puts into its running
     variance, and n values a channel in the batch::
@@ -27,19 +27,19 @@ class LayerShift:
     Attributes:
         name: The path of the BatchNorm, or the name of the residual branch that is added.
         kind: ``"batch_norm"``: its input. ``"residual_sum"``: the sum of skip and branch.
-        ratio: The mean over channels of V_train / V_eval, V within batches: what the running
-            variance stands for over what evaluation has. Channels that are constant in both are
-            left out; one that is so in evaluation alone makes it infinite.
+        ratio: The mean over channels of V_train / V_eval, V within batches: the variance that the
+            running variance estimates over the one in evaluation. Channels that are constant in
+            both are left out; a channel that is constant in evaluation only makes it infinite.
         var_train: The mean over channels of V in training.
         var_eval: The mean over channels of V in evaluation.
-        total_ratio: The mean over channels of T_train / T_eval. T_train counts how the batch means
-            move from draw to draw as well, which BatchNorm takes away in training: in batch mode
+        total_ratio: The mean over channels of T_train / T_eval. T_train includes the variance of
+            the batch means over the draws, which BatchNorm removes in training: in batch mode
             it exceeds ``ratio``.
         total_train: The mean over channels of T in training.
         total_eval: The mean over channels of T in evaluation.
-        running_ratio: The mean over channels of running_var / V_eval, for the running variance
-            that the layer has now; None without one. In evaluation the layer's normalised output,
-            before weight and bias, has about the inverse as its variance.
+        running_ratio: The mean over channels of running_var / V_eval, with the current running
+            variance of the layer; None if it has none. In evaluation, the variance of the
+            normalised output of the layer, before weight and bias, is about the inverse.
         running_var: The mean over channels of that running variance, or None.
         channel_ratios: V_train / V_eval of each channel, float64, of shape (channels,).
     """
@@ -65,14 +65,14 @@ class LayerShift:
 
 
 class VarianceShift(Sequence[LayerShift]):
-    """What :func:`variance_shift` found: one :class:`LayerShift` a layer, in the order of depth.
+    """The result of :func:`variance_shift`: a :class:`LayerShift` per layer, in order of depth.
 
-    A sequence; ``shift["layer1.0.bn1"]`` finds a layer by its name (a BatchNorm first where a
-    residual sum has the same). ``print(shift)`` shows the table.
+    A sequence; ``shift["layer1.0.bn1"]`` finds a layer by its name (if a BatchNorm and a residual
+    sum have the same name, the BatchNorm). ``print(shift)`` shows the table.
 
     Attributes:
         layers: The layers, as the first batch reached them in evaluation.
-        unreadable: The modules whose forward could not be read, with the reason: residual sums
+        unreadable: The modules whose forward could not be read, with the reason. Residual sums
             in them are not measured.
     """
 

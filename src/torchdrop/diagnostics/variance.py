@@ -1,4 +1,4 @@
-"""How much the variance of activations differs between training and evaluation."""
+"""Measure how much the variance of activations differs between training and evaluation."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["variance_shift"]
 
-# The module types that say that dimension 1 counts channels.
+# In a block with a module of these types, dimension 1 is the channels.
 _CHANNELS_FIRST = (BatchNormBase, ConvBase)
 
 
 # ---------------------------------------------------------------------------------------------
-# Moments as they come
+# Moments
 
 
 class Moments:
-    """Count, mean and sums of squared deviations per channel, in float64, batch after batch.
+    """Count, mean and sums of squared deviations per channel, in float64, over several batches.
 
-    Merged as Chan, Golub and LeVeque do: no difference of large numbers is taken.
+    Merged by the formulas of Chan, Golub and LeVeque, which subtract no large numbers.
     """
 
     def __init__(self) -> None:
@@ -49,17 +49,17 @@ class Moments:
         self.within = torch.zeros(())
 
     def add(self, x: Tensor, channel_dim: int) -> None:
-        """Take in one batch.
+        """Add one batch.
 
         Raises:
-            ValueError: Its number of channels is not that of the batches before.
+            ValueError: Its number of channels differs from that of the batches before.
         """
         if x.numel() == 0:
             return
         channels = x.shape[channel_dim]
         if self.count and channels != self.mean.numel():
             raise ValueError(f"{self.mean.numel()} channels before, now {channels}")
-        if x.device.type == "mps":  # has no float64
+        if x.device.type == "mps":  # MPS has no float64
             x = x.cpu()
         values = x.detach().to(torch.float64).movedim(channel_dim, 0).flatten(1)
         if values.dim() == 1:
@@ -79,7 +79,7 @@ class Moments:
         self.freedom += count - 1
 
     def variances(self) -> tuple[Tensor, Tensor]:
-        """Per channel: within batches, and of everything at once. NaN where nothing came."""
+        """Return the variances per channel within batches, and of all values; NaN without any."""
         nothing = torch.full_like(self.mean, math.nan, dtype=torch.float64)
         within = self.within / self.freedom if self.freedom else nothing
         total = self.total / self.count if self.count else nothing
@@ -87,11 +87,11 @@ class Moments:
 
 
 # ---------------------------------------------------------------------------------------------
-# Where to look
+# The sums to observe
 
 
 class _Probe:
-    """Collects moments by layer, for the mode that the model is in."""
+    """Collects the moments of each layer, apart for training and evaluation."""
 
     def __init__(self) -> None:
         self.training = False
@@ -129,7 +129,7 @@ class _Probe:
 
 @dataclass
 class _Sum:
-    """One residual sum of a forward: which one, what it is called, where its channels are."""
+    """One residual sum: its number in the forward, its name, and the dimension of its channels."""
 
     order: int
     name: str
@@ -145,7 +145,7 @@ def _channel_dim(block: nn.Module, asked: int | None) -> int:
 def _residual_sums(
     model: nn.Module, example: Callable[[], Any], channel_dim: int | None
 ) -> tuple[dict[str, list[_Sum]], dict[str, str]]:
-    """The sums to watch, by the path of the module whose forward takes them; what is unreadable."""
+    """Return the sums to observe, by the path of the adding module; and unreadable paths."""
     paths = {module: path for path, module in reversed(list(model.named_modules()))}
     sums: dict[str, list[_Sum]] = {}
     unreadable: dict[str, str] = {}
@@ -175,7 +175,7 @@ def _residual_sums(
             if "forward" in model.get_submodule(source.owner).__dict__:
                 unreadable[source.owner] = "its forward was replaced on the instance"
             elif source.split is None or source.graph is None or source.graph.inlined:
-                unreadable[source.owner] = "its sum cannot be told from the rest of it"
+                unreadable[source.owner] = "its sum cannot be separated from the rest of it"
             else:
                 known = sums.setdefault(source.owner, [])
                 known.append(_Sum(source.split.order, branch.name, dim))
@@ -198,27 +198,27 @@ def variance_shift(
     repeats: int = 4,
     channel_dim: int | None = None,
 ) -> VarianceShift:
-    """How much the variance at each BatchNorm and residual sum differs in training, drops on.
+    """Compare the variance at each BatchNorm and residual sum in training and in evaluation.
 
     For the input x of every BatchNorm, and for every residual sum ``x = s + f(s)``::
 
         ratio = mean over channels c of  V_train[c] / V_eval[c]
 
-    where V is the variance within batches, the one that BatchNorm's running variance accumulates;
-    :class:`LayerShift` has the equations, and the variance of all draws at once besides. A ratio
-    of 1 means that running statistics fit evaluation; one of 2, that BatchNorm divides by a
-    standard deviation 1.4 times too large there.
+    where V is the variance within batches, which BatchNorm accumulates in its running variance;
+    :class:`LayerShift` has the equations, and also reports the variance of all draws together. A
+    ratio of 1 means that running statistics fit evaluation; a ratio of 2 means that BatchNorm
+    divides by a standard deviation 1.4 times too large in evaluation.
 
-    *Training* is a forward pass with every layer as in training: drops on, each BatchNorm
-    normalising with the statistics of its batch, so that a layer's ratio holds what earlier
-    BatchNorms did not take away. It is run ``repeats`` times a batch, with new random numbers.
-    *Evaluation* is one pass of the same batch after ``model.eval()``: drops off, each BatchNorm
-    normalising with its running statistics as they are, so the ratio is about the
-    network that will really be evaluated. Statistics that do not fit (a network that was hardly
-    trained) change the variance of the layers that follow: run :func:`recalibrate_batch_norm`
-    first where only the effect of the drops is wanted. A model that comes in training mode is
-    taken as its flags say (a BatchNorm frozen with ``eval()`` stays so); one in evaluation mode
-    is put in training mode by ``model.train()``.
+    *Training* is a forward pass with every layer in training mode: drops are on, and each BatchNorm
+    normalises with the statistics of its batch, so that the ratio of a layer shows what earlier
+    BatchNorms did not remove. It is run ``repeats`` times per batch, with new random numbers.
+    *Evaluation* is one pass of the same batch after ``model.eval()``: drops are off, and each
+    BatchNorm normalises with its current running statistics, so the ratio describes the network
+    that will be evaluated. Statistics that do not fit (of a network that was hardly trained) change
+    the variance of the layers that follow: run :func:`recalibrate_batch_norm` first if you are
+    interested in the effect of the drops alone. If the model is given in training mode, the
+    training flags of its modules are used as they are (a BatchNorm frozen with ``eval()`` stays
+    frozen); if it is in evaluation mode, ``model.train()`` sets them.
 
     With p the rate, the closed forms that this is tested against are, for elementwise noise in
     front of BatchNorm, with ``c = E[x]^2 + Var[x]``::
@@ -235,35 +235,36 @@ def variance_shift(
                                V_eval  = Var[s] + 2 (1-p) Cov[s, f] + (1-p)^2 Var[f]
 
     Sums are accumulated in float64, merged batch by batch. Residual sums are those of attached
-    stochastic depth, under the names of the plan, and those that
-    :func:`torchdrop.find_residuals` finds by default in what has nothing attached. Not seen:
+    stochastic depth, under the names of the plan, and in other modules those that
+    :func:`torchdrop.find_residuals` finds by default. Not measured: calls of
     ``torch.nn.functional.batch_norm``, and sums in forwards that cannot be read, which the result
     lists.
 
-    The model is left as it was, also if anything raises: parameters, buffers, training flags,
-    hooks, the counts of its plan, and the global random numbers of Python, numpy and torch. The
-    draws depend on ``torch.manual_seed``, and two calls in a row make the same ones.
+    The model is not changed, also if an exception is raised: parameters, buffers, training flags,
+    hooks, the counts of its plan, and the global random numbers of Python, NumPy and torch are
+    restored. The draws depend on ``torch.manual_seed``, and two calls in a row make the same draws.
 
     Args:
         model: Any module with a BatchNorm or a residual sum.
         batches: An iterable of tensors, of tuples ``(inputs, ...)`` (a DataLoader of inputs and
-            labels) or of dicts of keyword arguments; gone through once, so a generator will do.
-            Tensors are moved to the model's device where it is on a single one.
-        repeats: How many training passes a batch gets, at least 1. Dropping whole batches takes
-            most: with n passes in all, the relative error of such a layer falls with n**-.5.
-        channel_dim: Which dimension of the residual sums counts channels. None: 1 in a block that
-            holds a convolution or a BatchNorm, else the last.
+            labels) or of dicts of keyword arguments. It is iterated over once, so it may be a
+            generator. Tensors are moved to the device of the model, if it is on a single one.
+        repeats: The number of training passes for each batch, at least 1. Batch mode needs the
+            most: with n passes in all, the relative error of a layer decreases as n**-.5.
+        channel_dim: The channel dimension of the residual sums. None: 1 in a block that contains a
+            convolution or a BatchNorm, else the last.
 
     Returns:
         A sequence of :class:`LayerShift` in the order of depth, with ``largest``, ``growth`` and a
         table.
 
     Raises:
-        TypeError: ``model`` is no module; ``batches`` is not iterable, or is a single tensor or
-            dict; a batch is none of the above, or not what the model takes; ``repeats`` or
-            ``channel_dim`` is no integer.
-        ValueError: There is neither a BatchNorm nor a residual sum; there is no batch; ``repeats``
-            is below 1; a layer has no sizes yet (lazy); ``channel_dim`` does not fit.
+        TypeError: ``model`` is not a module; ``batches`` is not iterable, or is a single tensor or
+            dict; a batch is not one of the above, or the model does not accept it; ``repeats`` or
+            ``channel_dim`` is not an integer.
+        ValueError: There is neither a BatchNorm nor a residual sum; ``batches`` is empty;
+            ``repeats`` is below 1; a layer is lazy and has no sizes yet; ``channel_dim`` does not
+            fit the sums.
 
     Reference:
         Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization by
@@ -312,7 +313,7 @@ def variance_shift(
                 for module, flag in modes[training]:
                     module.training = flag
                 buffers.reset()
-                # its own copy, in case the model writes into its input
+                # a copy, in case the model writes into its input
                 args, kwargs = tree_map_only(Tensor, torch.clone, call)
                 model(*args, **kwargs)
             count += 1
@@ -330,7 +331,7 @@ def _as_example(call: Call) -> Any:
 
 
 def _modes(model: nn.Module) -> dict[bool, list[tuple[nn.Module, bool]]]:
-    """The training flags of every module, for a training pass and for evaluation."""
+    """Return the training flags of every module, for training passes (True) and evaluation."""
     given = [(m, m.training) for m in model.modules()]
     if not model.training:
         model.train()
