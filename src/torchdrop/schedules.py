@@ -74,7 +74,7 @@ DEPTH_RULES: dict[str, Callable[[float, int], list[float]]] = {
     "uniform": uniform,
 }
 """The rules by name, for every argument ``schedule``. A rule maps (p, depth) to the rates of the
-blocks, the first block first. No rate is above ``p``, and none is below that of the block before.
+blocks, the first block first. No rate is above ``p``.
 """
 
 
@@ -82,7 +82,7 @@ def over_depth(p: float, depth: int, schedule: str = "linear") -> list[float]:
     """Return the rates of ``depth`` blocks by the rule ``schedule``, the first block first.
 
     Args:
-        p: The highest drop probability, that of the deepest block, in [0, 1].
+        p: The upper bound of the rates, in [0, 1]; most rules give it to the deepest block.
         depth: The number of blocks L.
         schedule: The name of a rule, a key of ``DEPTH_RULES``.
 

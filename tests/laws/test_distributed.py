@@ -197,7 +197,7 @@ def test_a_run_saved_in_mid_epoch_goes_on_bit_for_bit(ranks: Reports, mode: str)
 
 def test_wrapped_models_are_refused_with_the_order_to_use(ranks: Reports) -> None:
     ddp = "is wrapped in DistributedDataParallel; add stochastic depth to the model first and wrap"
-    sharded = "went through fully_shard already; add stochastic depth first and shard afterwards"
+    sharded = "is already sharded by fully_shard; add stochastic depth first and shard afterwards"
     for rank in ranks:
         said = rank["wrapped"]
         assert said["ddp"].startswith(f"the model {ddp}")
@@ -227,7 +227,10 @@ def test_a_branch_where_ranks_wait_for_each_other_is_masked(ranks: Reports, case
         what = "SyncBatchNorm" if WAITS[case]["what"] == "norm" else "fully_shard"
         for action, reason in ranks[0][case]["actions"]:
             assert action == "mask"
-            assert reason == f"{what} in the branch: every rank has to run it, because others wait for it"
+            assert (
+                reason
+                == f"{what} in the branch: every rank has to run it, because others wait for it"
+            )
 
 
 def test_a_residual_over_two_modules_is_sharded_whole_or_refused(ranks: Reports) -> None:

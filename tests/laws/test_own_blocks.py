@@ -350,7 +350,8 @@ def test_a_skip_that_is_broadcast_is_refused(options: dict[str, Any]) -> None:
         assert not torchdrop.has_stochastic_depth(model)
         return
     plan = torchdrop.add_stochastic_depth(model, rates, **options)
-    with pytest.raises(ValueError, match=r"blocks\.0 of shape \(8, 5, 6\) broadcasts its skip.*select="):
+    message = r"blocks\.0 of shape \(8, 5, 6\) broadcasts its skip.*select="
+    with pytest.raises(ValueError, match=message):
         model(x)
     if not options:
         plan.set_p([0.5, 0.5])

@@ -376,7 +376,7 @@ def test_what_the_layers_say_has_to_agree() -> None:
     assert not torchdrop.has_stochastic_depth(mixed)
     assert dims(torchdrop.add_stochastic_depth(mixed, 0.5, batch_dim=0)) == [0] * 4
     silent = Stack(SelfAttention(), SelfAttention(), FeedForward(), FeedForward())
-    message = r"'blocks\.0\.attention' has batch_first=False.*of 'blocks\.2' nothing tells"
+    message = r"'blocks\.0\.attention' has batch_first=False.*of 'blocks\.2' is not known"
     with pytest.raises(ValueError, match=message + ".*batch_dim=.*example_inputs"):
         torchdrop.add_stochastic_depth(silent, 0.5)
     x = torch.randn(3, 4, W)

@@ -98,7 +98,7 @@ def test_a_second_call_is_refused_with_the_way_out() -> None:
     model = Net()
     torchdrop.add_stochastic_depth(model.backbone, 0.5)
     way_out = (
-        r"'backbone\.0' has stochastic depth already.*set_p\(\.\.\.\).*remove_stochastic_depth"
+        r"'backbone\.0' already has stochastic depth.*set_p\(\.\.\.\).*remove_stochastic_depth"
     )
     with pytest.raises(ValueError, match=way_out):
         torchdrop.add_stochastic_depth(model, 0.2)
@@ -297,7 +297,7 @@ def test_wrapped_models_are_refused_with_the_order_to_use(whole: bool) -> None:
             lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
             "is wrapped in FullyShardedDataParallel.*wrap it afterwards",
         ),
-        (sharded, "went through fully_shard already.*shard afterwards"),
+        (sharded, "is already sharded by fully_shard.*shard afterwards"),
     ]
     for wrap, message in wrappers:
         model: Any = Net()

@@ -92,7 +92,8 @@ def test_residual_classifier(name: str) -> None:
 @pytest.mark.parametrize("name", _fast_or_zoo(PLAIN))
 def test_plain_classifier_is_refused_with_what_was_seen(name: str) -> None:
     model, _ = _build(name)
-    with pytest.raises(ValueError, match=r"no residual branches found.*looks for.*has read \d+.*wrap"):
+    message = r"no residual branches found.*looks for.*has read \d+.*wrap"
+    with pytest.raises(ValueError, match=message):
         torchdrop.add_stochastic_depth(model, p=0.5)
     assert not torchdrop.has_stochastic_depth(model)
     assert torchdrop.find_residuals(model) == []
