@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import torchdrop
 from torchdrop.tracing import operations
 from torchdrop.tracing.block_graph import trace_block
+from torchdrop.tracing.operation import Operation
 from torchdrop.tracing.operations import (
     TABLE,
-    Operation,
     factories,
     in_place_operators,
     layers_with,

@@ -18,12 +18,8 @@ from torch import fx, nn
 
 from torchdrop.layers.drop_path import drop_path
 from torchdrop.tracing.nodes import is_shape_node
-from torchdrop.tracing.operations import (
-    MASK_RATE_ATTRIBUTES,
-    RATE_NAMES,
-    masks_branches,
-    operation_of,
-)
+from torchdrop.tracing.operation import MASK_RATE_ATTRIBUTES, RATE_NAMES
+from torchdrop.tracing.operations import masks_branches, operation_of
 from torchdrop.tracing.padded_sums import ancestors
 
 __all__ = ["drops_layers", "inlined_drop", "is_mask", "layer_rate", "mask_rate"]

@@ -132,17 +132,18 @@ def trace_block(
         arguments=reader.arguments,
         tensors=reader.tensors,
         constants=reader.constants,
-        attributes={
-            path: value
-            for path, value in reader.watch.attributes.items()
-            if not isinstance(value, Tensor | nn.Module)
-        },
+        attributes=_plain(reader.watch.attributes),
         decisions=decisions,
         decided=list(reader.decisions.values()),
         computed=reader.computed,
         inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
         items=_known_items(graph, module, outputs or {}),
     )
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that are neither tensors nor modules."""
+    return {k: v for k, v in attributes.items() if not isinstance(v, Tensor | nn.Module)}
 
 
 def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tuple[Reader, fx.Graph]:

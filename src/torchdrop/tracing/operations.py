@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,15 +19,11 @@ from torch import fx, nn
 from torch.nn import functional
 
 from torchdrop.internals import BatchNormBase, ConvBase, DropoutBase
+from torchdrop.tracing.operation import DropForm, Operation, SumForm
 from torchdrop.tracing.traced_functions import add_padded, passed_through
 
 __all__ = [
-    "MASK_RATE_ATTRIBUTES",
-    "RATE_NAMES",
     "TABLE",
-    "DropForm",
-    "Operation",
-    "SumForm",
     "attribute",
     "callee",
     "factories",
@@ -42,147 +37,6 @@ __all__ = [
     "works_on_numbers",
     "writes_first_argument",
 ]
-
-# The attributes that hold the drop probability of a layer that drops whole residual branches.
-MASK_RATE_ATTRIBUTES = ("p", "drop_prob")
-
-# The names under which functions and layers take a drop probability, the likeliest first.
-RATE_NAMES = (
-    *MASK_RATE_ATTRIBUTES, "dropout_p", "beta", "drop_rate", "rate", "prob", "dropout",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SumForm:
-    """How to read ``left + gain * right`` from a call.
-
-    Attributes:
-        left: The name of the parameter that takes the left summand.
-        right: The name of the parameter that takes the right summand.
-        sign: 1 for an addition, -1 for a subtraction.
-        factor: The name of a parameter that multiplies the right summand, if there is one.
-        pad_dim: The name of a parameter that says on which dimension the smaller summand is padded
-            with zeros, if there is one.
-    """
-
-    left: str = "input"
-    right: str = "other"
-    sign: float = 1.0
-    factor: str | None = None
-    pad_dim: str | None = None
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The parameters of the call in order: the positional ones, then the factor."""
-        return tuple(p for p in (self.left, self.right, self.pad_dim, self.factor) if p)
-
-
-@dataclass(frozen=True)
-class DropForm:
-    """How to read the drop probability from a call that drops, or from a layer that does.
-
-    Attributes:
-        rates: The names of the parameters that may be the probability, the likeliest first; empty
-            where a call does not tell it.
-        parameters: The parameters in order, for a function written in C, which has no signature.
-        default: The probability where a function written in C is called without one; None: not
-            known.
-    """
-
-    rates: tuple[str, ...] = RATE_NAMES
-    parameters: tuple[str, ...] = ("input", "p", "training")
-    default: float | None = None
-
-    def rate(self, node: fx.Node) -> float | None:
-        """Return the drop probability of the call ``node``: 0 if it is off, None if not known."""
-        given = self._arguments(node)
-        if given.get("training") is False:
-            return 0.0
-        value = next((given[name] for name in self.rates if name in given), self.default)
-        return float(value) if isinstance(value, int | float) else None
-
-    def _arguments(self, node: fx.Node) -> dict[str, Any]:
-        if inspect.isfunction(node.target):
-            try:
-                bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-            except TypeError:
-                return dict(node.kwargs)
-            bound.apply_defaults()
-            return bound.arguments
-        return {**dict(zip(self.parameters, node.args, strict=False)), **node.kwargs}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What is known about one operation, under all its names.
-
-    Attributes:
-        names: What the functions and methods are called: ``__name__`` of a function, also of an
-            operator such as ``operator.add``; the name of a method of ``Tensor``.
-        in_place: The names of those that write into their first argument. Names that end in an
-            underscore and stand nowhere in the table are taken to do so as well.
-        functions: Functions that are not found under their name in ``operator``, ``torch`` or
-            ``torch.nn.functional``, or that have none.
-        attributes: The names of attributes of a tensor, or of what another operation returns.
-        layers: Module classes that do the same. Subclasses count where they run its forward.
-        layer_names: The class names of layers that are recognised by name, so that copies of the
-            class in other packages count as well.
-        linear: It is linear in its inputs, or affine. Norms, pooling and dropout count as linear,
-            as they may stand on a shortcut.
-        product: It is linear in each of its factors, so linear where one depends on the input.
-        pools: It is linear like pooling where it has a single input (a maximum over a dimension).
-        view: What it returns may share the memory of its first argument.
-        copies: It returns the values of its input unchanged, as they are or as a copy.
-        keeps_layout: Each dimension of its result is the same dimension of its inputs.
-        moves_dims: A layer of torch that moves entries from one dimension to another.
-        batch_first: A layer that takes the batch on the first dimension.
-        on_numbers: As a Python operator on sizes it gives a size again, or a decision.
-        reads_shape: It reads the shape, dtype or device of a tensor, not its values.
-        reads_device: It reads the device.
-        factory: It makes a tensor from nothing. In ``torch`` only.
-        sizes: Where the arguments begin that give the size of the tensor it makes.
-        draws_mask: It draws numbers such as drop masks are made of.
-        mask_factor: A drop mask may be one of its inputs, the activation another.
-        concatenates: It concatenates tensors.
-        batch_norm: It normalises with the statistics of the batch.
-        masks_branch: A layer that drops whole residual branches by multiplying with a mask.
-        sum: How to read the two summands from it, if it adds or subtracts.
-        drops: How to read the drop probability from it, if it drops or draws a drop mask.
-        spelled_out: The same in plain operations. The tracer calls this function in its place, with
-            the same arguments, so that a fused operation is read as the operations it consists of.
-        inlined: A layer whose own forward is read as part of the forward that calls it, such as one
-            that adds its two arguments.
-    """
-
-    names: tuple[str, ...] = ()
-    in_place: tuple[str, ...] = ()
-    functions: tuple[Callable[..., Any], ...] = ()
-    attributes: tuple[str, ...] = ()
-    layers: tuple[type[nn.Module], ...] = ()
-    layer_names: tuple[str, ...] = ()
-    linear: bool = False
-    product: bool = False
-    pools: bool = False
-    view: bool = False
-    copies: bool = False
-    keeps_layout: bool = False
-    moves_dims: bool = False
-    batch_first: bool = False
-    on_numbers: bool = False
-    reads_shape: bool = False
-    reads_device: bool = False
-    factory: bool = False
-    sizes: int | None = None
-    draws_mask: bool = False
-    mask_factor: bool = False
-    concatenates: bool = False
-    batch_norm: bool = False
-    masks_branch: bool = False
-    sum: SumForm | None = None
-    drops: DropForm | None = None
-    spelled_out: Callable[..., Any] | None = None
-    inlined: bool = False
-
 
 TABLE: tuple[Operation, ...] = (
     # Sums and products.
