@@ -27,3 +27,17 @@ def kept_mask(plan: torchdrop.Plan, name: str, batch: int) -> Tensor:
     mask = torch.zeros(batch, dtype=torch.float64)
     mask[plan.last_kept()[name]] = 1.0
     return mask
+
+
+class Auxiliary(nn.Module):
+    """A head for training alone, and one that is never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.extra, self.never = (nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.extra(x)
+        out: Tensor = self.main(x)
+        return out
