@@ -236,7 +236,7 @@ def test_a_branch_where_ranks_wait_for_each_other_is_masked(ranks: Reports, case
 def test_a_residual_over_two_modules_is_sharded_whole_or_refused(ranks: Reports) -> None:
     for rank in ranks:
         assert rank["split_over_modules"]["whole"] == ["skip"] * 3
-        assert "shard 0 whole" in rank["split_over_modules"]["inner"]
+        assert "apply fully_shard to 0 as a whole" in rank["split_over_modules"]["inner"]
 
 
 def test_layers_decide_alike_in_batch_mode_and_apart_in_row_mode(ranks: Reports) -> None:
