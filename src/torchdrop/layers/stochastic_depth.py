@@ -332,7 +332,7 @@ class StochasticDepth(LayerWithRate):
         return skip.clone() if skip is x else skip
 
     def _run_without_skip(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return m(x), without s(x), of which only the shape is compared once."""
+        """Return m(x). s(x) is not computed; its shape is compared once."""
         skip: tuple[int, ...] | None = tuple(x.shape)
         if self.projection is not None:
             skip = _output_shape_of(self.projection, x) if self._shape_is_unchecked(x) else None

@@ -32,7 +32,7 @@ def _unobserved() -> Iterator[None]:
 
 
 def meta_double(value: Tensor) -> Tensor:
-    """Return a tensor without data with the shape of ``value``, which knows the device of it."""
+    """Return a tensor that has the shape and the device of ``value`` on record, but no data."""
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
