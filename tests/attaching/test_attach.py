@@ -203,7 +203,7 @@ def test_remove_in_the_middle_of_training() -> None:
 def test_barely_dropping_runs_the_generated_forward() -> None:
     """The twin of the bit identities: they do compare the generated forward, not the original."""
     model, x = net(2), torch.randn(4, 6)
-    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY], verify=False)
     site = model[0].__dict__["forward"]
     site.train[0].forward.function = lambda self, site, x: x
     assert_same(model[0](x), x)

@@ -14,6 +14,7 @@ from torch import nn
 from torchdrop.attaching.measure_shares import measure_shares
 from torchdrop.attaching.plan import Plan
 from torchdrop.attaching.prepare import prepare_sites
+from torchdrop.attaching.prove_on_example import prove_on_example
 from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.attaching.refusals import (
     check_attachable,
@@ -53,6 +54,8 @@ def add_stochastic_depth(
     zero_grad: bool = True,
     example_inputs: Any = None,
     batch_dim: int | None = None,
+    rows_per_sample: int | None = None,
+    verify: bool = True,
 ) -> Plan:
     """Drop residual branches of ``model`` in training, and compute only the rows that are kept.
 
@@ -105,6 +108,16 @@ def add_stochastic_depth(
             unless forward passes of ``example_inputs`` in two batch sizes show that it is another
             one in some blocks, or attention or recurrent layers of a block have
             ``batch_first=False``, which means 1.
+        rows_per_sample: How many neighbouring rows of the residual tensors belong to one sample:
+            frames of a clip, windows of an image. They are dropped together, so the rate is exact
+            for each sample, and a branch may mix them. None: every row is a sample.
+        verify: Whether each block is proved before rows of it are trusted: on ``example_inputs``
+            now, and else in its first forward pass in training, again for each kind of call
+            (dtypes, autocast, which tensors are given). The generated forward has to be the same
+            function as the block's own forward, and what a branch gives for some rows must not
+            depend on the other rows. A branch that fails is computed for all rows and masked; a
+            block that fails is dropped as a whole; the plan says which and why. False: neither is
+            tested.
 
     Returns:
         The plan. Print it to see which branches are dropped, and at which rates.
@@ -126,7 +139,17 @@ def add_stochastic_depth(
     """
     check_model(model)
     settings = check_settings(
-        schedule, mode, sampling, scale, compute, sync_ranks, zero_grad, batch_dim, select
+        schedule,
+        mode,
+        sampling,
+        scale,
+        compute,
+        sync_ranks,
+        zero_grad,
+        batch_dim,
+        select,
+        rows_per_sample,
+        verify,
     )
     check_attachable(model)
     example = None if example_inputs is None else Example(model, example_inputs, batch_dim)
@@ -155,6 +178,8 @@ def add_stochastic_depth(
             put_in_slot(mask, MaskBypass(mask) if is_mask(mask) else LayerDropBypass(mask))
         if example_inputs is not None:
             measure_shares(model, sites, example_inputs)
+            if verify:
+                prove_on_example(model, sites, example_inputs)
     except BaseException:
         if has_stochastic_depth(model):
             remove_stochastic_depth(model)

@@ -68,7 +68,7 @@ class Plan:
                         name=facts.name,
                         shortcut=facts.shortcut,
                         action=state.action,
-                        reason=state.reason,
+                        reason="; ".join(filter(None, (state.reason, *state.notes))),
                         p=state.rate.p,
                         children=facts.children,
                         masks=facts.masks,

@@ -55,6 +55,7 @@ def prepare_sites(
         raise ValueError(f"select took branches of one name more than once: {', '.join(twice)}")
     preparation = _Preparation(model, chosen, settings, compute)
     settings.blocks = len(preparation.indices)
+    settings.masks_all = compute == "mask"
     by_owner: dict[str, list[tuple[Residual, Branch]]] = {}
     for residual in chosen:
         for branch in residual.branches:
@@ -181,6 +182,7 @@ class _Preparation:
             row_layouts=None if split is None else split.row_layouts,
             sampling=self.settings.sampling,
             scale=self.settings.scale,
+            rows_per_sample=self.settings.rows_per_sample or 1,
         )
 
 

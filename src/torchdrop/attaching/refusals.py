@@ -51,6 +51,8 @@ def check_settings(
     zero_grad: Any,
     batch_dim: object,
     select: object,
+    rows_per_sample: Any,
+    verify: Any,
 ) -> Settings:
     """Check arguments of ``add_stochastic_depth``; return the settings that all branches share.
 
@@ -69,6 +71,11 @@ def check_settings(
         raise TypeError(f"batch_dim has to be an integer or None, but got {batch_dim!r}")
     if batch_dim is not None and batch_dim < 0:
         raise ValueError(f"batch_dim has to be 0 or more, but got {batch_dim}")
+    if isinstance(rows_per_sample, bool) or not isinstance(rows_per_sample, int | None):
+        raise TypeError(f"rows_per_sample has to be an integer or None, got {rows_per_sample!r}")
+    if rows_per_sample is not None and rows_per_sample < 1:
+        raise ValueError(f"rows_per_sample has to be 1 or more, but got {rows_per_sample}")
+    check_flag(verify, "verify")
     if select is not None and not callable(select):
         raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
     return Settings(
@@ -78,6 +85,8 @@ def check_settings(
         schedule=str(schedule),
         sync_ranks=sync_ranks,
         zero_grad=zero_grad,
+        verify=verify,
+        rows_per_sample=rows_per_sample,
     )
 
 

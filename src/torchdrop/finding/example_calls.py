@@ -27,6 +27,7 @@ __all__ = [
     "Shapes",
     "record",
     "run_once",
+    "run_with_gradients",
 ]  # fmt: skip
 
 # The arguments by name of one real call of each block, by the block's path.
@@ -50,12 +51,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def run_once(model: nn.Module, example_inputs: Any) -> None:
     """Run one forward pass in evaluation, without gradients, and leave the model as it was."""
     with _evaluating(model):
-        if isinstance(example_inputs, Mapping):
-            model(**example_inputs)
-        elif isinstance(example_inputs, tuple | list):
-            model(*example_inputs)
-        else:
-            model(example_inputs)
+        _call(model, example_inputs)
+
+
+def run_with_gradients(model: nn.Module, example_inputs: Any) -> None:
+    """Run one forward pass with gradients, in the mode in which the model is."""
+    with torch.enable_grad():
+        _call(model, example_inputs)
+
+
+def _call(model: nn.Module, example_inputs: Any) -> None:
+    if isinstance(example_inputs, Mapping):
+        model(**example_inputs)
+    elif isinstance(example_inputs, tuple | list):
+        model(*example_inputs)
+    else:
+        model(example_inputs)
 
 
 @dataclass

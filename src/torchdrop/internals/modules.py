@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as module_of_modules
 
 from torchdrop.internals.missing import import_error, warn_once
 
@@ -28,6 +31,7 @@ __all__ = [
     "forward_hooks_of",
     "forward_pre_hooks_of",
     "has_backward_hooks",
+    "hooks_suspended",
     "parameters_of_tree",
     "replicate_for_data_parallel",
     "set_replicate_method",
@@ -106,6 +110,39 @@ def clear_forward_hooks(module: nn.Module) -> None:
     """
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def hooks_suspended(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Call no hooks of ``modules``, nor those of all modules, inside this context.
+
+    Replaces ``nn.Module._forward_hooks``, ``_forward_pre_hooks``, ``_backward_hooks`` and
+    ``_backward_pre_hooks`` by empty dictionaries, and ``_global_forward_hooks`` and its three
+    siblings in ``torch.nn.modules.module``. A block is run for a test in it, of which hooks that
+    collect outputs must not see anything. If PyTorch calls hooks by other names, they see it.
+    """
+    replaced: list[tuple[dict[str, Any], str, Any]] = [
+        (module.__dict__, name, module.__dict__[name])
+        for module in modules
+        for name in _HOOKS
+        if module.__dict__.get(name)
+    ]
+    everywhere = vars(module_of_modules)
+    replaced += [
+        (everywhere, f"_global{name}", everywhere[f"_global{name}"])
+        for name in _HOOKS
+        if everywhere.get(f"_global{name}")
+    ]
+    try:
+        for place, name, _ in replaced:
+            place[name] = OrderedDict()
+        yield
+    finally:
+        for place, name, hooks in replaced:
+            place[name] = hooks
 
 
 _REPLICATE = "_replicate_for_data_parallel"

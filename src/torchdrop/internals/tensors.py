@@ -25,6 +25,7 @@ __all__ = [
     "base_of",
     "count_references",
     "innermost_saved_tensor_hooks",
+    "is_python_autograd_node",
     "may_be_saved_by_producer",
     "modifications_of",
     "saved_by_producer",
@@ -181,3 +182,13 @@ def innermost_saved_tensor_hooks() -> tuple[bool, Any]:
             "rows are saved for backward in addition to the tensor that they were gathered from",
         )
         return False, None
+
+
+def is_python_autograd_node(node: Any) -> bool:
+    """Whether ``node`` of an autograd graph belongs to a ``torch.autograd.Function`` in Python.
+
+    Asks for ``torch.autograd.function.BackwardCFunction``, the base class of such nodes. The
+    gradients of such a function are compared, because it may mix rows in the backward pass alone.
+    Without the class the call raises an AttributeError.
+    """
+    return isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -17,18 +17,26 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.internals import any_autocast_enabled, parameters_of_tree
+from torchdrop.internals import any_autocast_enabled, modifications_of, parameters_of_tree
 from torchdrop.rows.collectives import find_collective, is_sharded
 from torchdrop.rows.in_graph import run_uncompiled
-from torchdrop.rows.sampling import draw_row_order, keep_batch, refuse_graph_capture
+from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
+from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
 from torchdrop.tracing.unchanged import unchanged
 
-__all__ = ["BlockSite", "drop_spare_row", "precision_of", "sites_of", "to_device_of"]
+__all__ = [
+    "BlockSite",
+    "drop_spare_row",
+    "modifications",
+    "precision_of",
+    "sites_of",
+    "to_device_of",
+]
 
 # BatchNorm needs more than one value a channel. A branch may stride, so that a map of few positions
 # may shrink to one. If a single row with at most this many positions is kept, a second row is
@@ -55,6 +63,10 @@ class BlockSite(SlotOccupant):
         self.active = False
         # Counts FLOPs, while the shares of the branches are measured.
         self.meter: Callable[[], int] | None = None
+        # What was found about each kind of call; see proof.py.
+        self.verdicts: dict[Any, Verdict] = {}
+        # Whether a call only tests the block, on example inputs, and drops nothing.
+        self.only_proves = False
         self._pauses = 0
         self._observers: list[Observer] = []
 
@@ -64,6 +76,7 @@ class BlockSite(SlotOccupant):
             "_pauses": 0,
             "active": self._has_rate(),
             "meter": None,
+            "only_proves": False,
             "_observers": [],
         }
         return {**self.__dict__, **for_once}
@@ -127,15 +140,43 @@ class BlockSite(SlotOccupant):
         finally:
             self.active, self.meter = active, None
 
+    @contextmanager
+    def proving(self) -> Iterator[None]:
+        """Test the block in each call instead of dropping anything."""
+        active = self.active
+        self.only_proves = True
+        try:
+            yield
+        finally:
+            self.active, self.only_proves = active, False
+
+    def note_unproved(self, why: str) -> None:
+        """Note that a call could not be tested, because of ``why``."""
+        for branch in self.branches:
+            branch.proof = f"not proved: {why}"
+
+    def forget_proofs(self, number: int) -> None:
+        """Forget what was found with program ``number``, which another one replaces."""
+        self.verdicts = {kind: v for kind, v in self.verdicts.items() if kind[0] != number}
+
+    def _note_proved(self) -> None:
+        for branch in self.branches:
+            branch.proof = branch.proof or "proved"
+
     def snapshot(self) -> dict[str, Any]:
         """Return what a forward pass may change of this site, for :meth:`restore`."""
-        return {"branches": [branch.snapshot() for branch in self.branches], "active": self.active}
+        return {
+            "branches": [branch.snapshot() for branch in self.branches],
+            "active": self.active,
+            "verdicts": dict(self.verdicts),
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to the state in which :meth:`snapshot` was called."""
         for branch, before in zip(self.branches, snapshot["branches"], strict=True):
             branch.restore(before)
         self.active = snapshot["active"]
+        self.verdicts = snapshot["verdicts"]
 
     # What looks like a forward to others ----------------------------------------------------
 
@@ -170,7 +211,7 @@ class BlockSite(SlotOccupant):
                     f"{name} is called in training with a key/value cache that is not empty, and "
                     f"the rows of its entries cannot be selected; pass use_cache=False"
                 )
-            if not self.settings.warned_of_cache:
+            if not self.settings.warned_of_cache and not self.only_proves:
                 self.settings.warned_of_cache = True
                 warnings.warn(
                     "in training the model creates a key/value cache; blocks with stochastic depth "
@@ -225,15 +266,18 @@ class BlockSite(SlotOccupant):
             rows = keep_batch(p, settings.sync_ranks)
             kept = batch if rows else 0
         else:
-            rows, kept = draw_row_order(batch, p, facts.sampling)
+            rows, kept = branch.rate.order_rows(batch)
             rows = rows if 0 < kept < batch else kept > 0
         branch.counts.add(batch, rows, kept)
         return rows, kept
 
     @staticmethod
-    def _rows_to_compute(facts: BranchFacts, rows: Tensor, skip: Tensor) -> Tensor:
+    def _rows_to_compute(branch: BranchState, rows: Tensor, skip: Tensor) -> Tensor:
         """Return ``rows``, and a second row if BatchNorm could not normalise a single one."""
-        if not facts.has_batch_norm or rows.shape[0] != 1 or skip.dim() < 2:
+        facts = branch.facts
+        if rows.shape[0] != 1 or skip.dim() < 2:
+            return rows
+        if not (facts.has_batch_norm or branch.normalises):
             return rows
         batch = skip.shape[facts.dim]
         positions = skip.numel() // max(batch * skip.shape[1], 1)
@@ -243,7 +287,7 @@ class BlockSite(SlotOccupant):
         return torch.cat([rows, other]).sort().values
 
     @staticmethod
-    def _cut(
+    def cut(
         facts: BranchFacts,
         value: Any,
         taking: Callable[..., Tensor],
@@ -258,7 +302,7 @@ class BlockSite(SlotOccupant):
             value: The input.
             taking: ``taking(value, dim=dim)`` selects rows.
             layout: The dimension of ``value`` that holds the rows, and how many entries each row
-                has there; None if ``value`` has no rows.
+                has there (0: one if it is as large as the batch); None if ``value`` has no rows.
             batch: The number of rows.
             known: Whether ``layout`` was measured rather than assumed. Then a dimension of size 1
                 is one that broadcasts, and ``value`` is returned as it is.
@@ -266,6 +310,11 @@ class BlockSite(SlotOccupant):
         if layout is None or (known and value.shape[layout[0]] == 1):
             return value
         dim, entries = layout
+        if not entries:  # its own shape tells, see RowLayout
+            has_rows = (
+                isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
+            )
+            return taking(value, dim=dim) if has_rows else value
         if not isinstance(value, Tensor):
             raise RuntimeError(
                 f"the branch {facts.name} gets a {type(value).__name__} as an input, of which "
@@ -353,6 +402,13 @@ def drop_spare_row(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tup
     """
     place = (computed == rows).nonzero().flatten()
     return take(out, to_device_of(place, out), dim), to_device_of(rows, out)
+
+
+def modifications(x: Any) -> int | None:
+    """Return how often ``x`` was written into; None if that is not known."""
+    if x is None or x.is_inference():
+        return None
+    return modifications_of(x)
 
 
 def to_device_of(rows: Tensor, x: Tensor) -> Tensor:

@@ -47,7 +47,12 @@ class Settings:
     sync_ranks: bool | None
     zero_grad: bool
     blocks: int = 0
+    verify: bool = True
+    rows_per_sample: int | None = None
     warned_of_cache: bool = False
+    warned_of_dependence: bool = False
+    masks_all: bool = False  # compute="mask"
+    warned_of_readings: bool = False
     measured: bool = False  # whether the FLOPs of an example forward pass were counted
 
 
@@ -78,6 +83,7 @@ class BranchFacts:
         row_layouts: How the tensors of the block carry the batch; None if that is not known.
         sampling: How rows are chosen, as in :class:`Settings`.
         scale: When branches are scaled, as in :class:`Settings`.
+        rows_per_sample: How many neighbouring rows belong to one sample; they are dropped together.
     """
 
     name: str
@@ -101,6 +107,7 @@ class BranchFacts:
     row_layouts: RowLayouts | None
     sampling: str
     scale: str
+    rows_per_sample: int = 1
 
 
 @dataclass(eq=False)
@@ -159,9 +166,30 @@ class BranchRate:
             self.p, self.always = p, _always_kept(p)
             set_keep_share(self.number, p, value_known=self.convolves)
 
+    def order_rows(self, batch: int) -> tuple[Tensor, int]:
+        """Draw the order of all rows of a batch, the kept ones first, and how many are kept.
+
+        Raises:
+            ValueError: Each sample has several rows, and the batch does not hold whole samples.
+        """
+        facts = self._facts
+        group = facts.rows_per_sample
+        if group == 1:
+            return draw_row_order(batch, self.p, facts.sampling)
+        samples, rest = divmod(batch, group)
+        if rest:
+            raise ValueError(
+                f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
+                f"called with {batch} rows, which is not a multiple of it; remove stochastic depth "
+                f"and add it with another rows_per_sample, or without one"
+            )
+        order, kept = draw_row_order(samples, self.p, facts.sampling)
+        rows = (order[:, None] * group + torch.arange(group, device="cpu")).flatten()
+        return rows, kept * group
+
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
-        """Draw the order of all rows of a batch, the kept ones first, and how many are kept."""
-        rows, kept = draw_row_order(batch, self.p, self._facts.sampling)
+        """Draw rows as :meth:`order_rows` does, and count the decision."""
+        rows, kept = self.order_rows(batch)
         self._counts.add(batch, rows, kept)
         return rows, kept
 
@@ -174,6 +202,13 @@ class BranchRate:
 def _always_kept(p: float) -> bool | None:
     """Whether every row is kept (True) or dropped (False); None if rows are drawn."""
     return True if p == 0.0 else False if p == 1.0 else None
+
+
+# How many kinds of calls the plan describes for each branch.
+_NOTES = 4
+
+# What a forward pass may find out about a branch.
+_LEARNED = ("action", "reason", "share", "proof", "depends", "normalises", "writes_input", "notes")
 
 
 @dataclass(eq=False)
@@ -190,6 +225,14 @@ class BranchState:
         share: The branch's share of the FLOPs of a forward pass; None if it was not measured.
         dtypes: The dtype of the sum, by the precision of the call (``precision_of``).
         sizes: The size to which a narrower skip is padded, by the number of the branch's program.
+        proof: ``"proved"`` after a call in which nothing spoke against it; why it was not, if a
+            call could not be tested; empty before the first call.
+        depends: Why its rows cannot be computed without the others, as a call has shown; empty
+            otherwise. Such a branch is masked.
+        normalises: Which modules of the user's own normalise over the batch, as BatchNorm does.
+        writes_input: Whether a block that is dropped as a whole writes into its input.
+        notes: What is true of some kinds of calls only.
+        masked_when_attached: Whether it was to be masked when it was attached.
     """
 
     facts: BranchFacts
@@ -200,16 +243,32 @@ class BranchState:
     share: float | None = None
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
+    proof: str = ""
+    depends: str = ""
+    normalises: str = ""
+    writes_input: bool = False
+    notes: tuple[str, ...] = ()
+    masked_when_attached: bool = field(init=False)
+
+    def note(self, what: str) -> None:
+        """Say in the plan what is true of some calls only."""
+        if what not in self.notes and len(self.notes) < _NOTES:
+            self.notes = (*self.notes, what)
+
+    def mask(self, why: str) -> None:
+        """Compute this branch for all rows from now on, because of ``why``."""
+        self.action, self.reason, self.depends = "mask", why, why
 
     def __post_init__(self) -> None:
         self.rate = BranchRate(self.facts, self.counts)
+        self.masked_when_attached = self.action == "mask"
 
     def snapshot(self) -> dict[str, Any]:
         """Return what may change, for :meth:`restore`."""
         return {
             "p": self.rate.p,
             "counts": copy.copy(self.counts.__dict__),
-            "learned": {name: getattr(self, name) for name in ("action", "reason", "share")},
+            "learned": {name: getattr(self, name) for name in _LEARNED},
             "dtypes": dict(self.dtypes),
             "sizes": dict(self.sizes),
         }

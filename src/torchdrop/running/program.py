@@ -6,7 +6,7 @@ import importlib
 import inspect
 import linecache
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.watched_attributes import same
 
-__all__ = ["MismatchError", "Program", "Source", "call_signature"]
+__all__ = ["MismatchError", "Program", "Source", "call_signature", "most_varied"]
 
 
 class Source:
@@ -74,6 +74,11 @@ class Program:
         decided: The answers for which the forward is valid.
         seen: The kinds of calls (shapes, dtypes) for which the forward was read; None if it is
             valid for all.
+        assumed: The branches for which it was not measured how each input carries the rows, and is
+            told by the shape of the input in each call.
+        runs_own: Whether the block's own forward runs in these calls, because it adds none of the
+            branches.
+        used: When the site used it last, counted in calls.
     """
 
     forward: Source
@@ -86,6 +91,9 @@ class Program:
     decisions: Source | None
     decided: list[bool]
     seen: set[Any] | None = None
+    assumed: set[int] = field(default_factory=set)
+    runs_own: bool = False
+    used: int = 0
 
     def __post_init__(self) -> None:
         # Grouped by the module that holds the attributes, because looking up a child takes the most
@@ -158,11 +166,24 @@ class Program:
             self.forward.text == other.forward.text
             and {k: s.text for k, s in self.branches.items()}
             == {k: s.text for k, s in other.branches.items()}
-            and (self.row_layouts, self.reuses_skip, self.tensors, self.decided)
-            == (other.row_layouts, other.reuses_skip, other.tensors, other.decided)
+            and (self.row_layouts, self.reuses_skip, self.tensors, self.decided, self.runs_own)
+            == (other.row_layouts, other.reuses_skip, other.tensors, other.decided, other.runs_own)
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
         )
+
+
+def most_varied(programs: Sequence[Program]) -> str:
+    """Return the name of what differs most between programs: an attribute or an argument."""
+    values: dict[str, list[Any]] = {}
+    for program in programs:
+        fixed = {**{f"self.{k}": v for k, v in program.attributes.items()}, **program.constants}
+        for name, value in fixed.items():
+            known = values.setdefault(name, [])
+            if not any(same(other, value) for other in known):
+                known.append(value)
+    name = max(values, key=lambda name: len(values[name]), default="")
+    return name if name and len(values[name]) > 1 else "a shape or dtype"
 
 
 def call_signature(tensors: Iterable[Any]) -> Any:

@@ -6,15 +6,17 @@ tensors, decisions made on shapes.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from torchdrop.finding.residual_sums import read_residual_sums
-from torchdrop.finding.split import Split
-from torchdrop.running.branch_state import MASK_REQUESTED
-from torchdrop.running.program import MismatchError, Program, call_signature
+from torchdrop.finding.split import ResidualSum, Split
+from torchdrop.running.branch_state import BranchState
+from torchdrop.running.match_sums import is_used, match_sums
+from torchdrop.running.program import MismatchError, Program, call_signature, most_varied
 from torchdrop.running.rewrite import rewrite
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.untraceable import UntraceableError
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["read_again"]
 
 # For how many different settings of its block (attributes, constant arguments) a site generates a
-# forward.
+# forward, and keeps it.
 _READINGS = 16
 
 # How many kinds of calls (shapes, dtypes) are remembered of a block that computes with shapes.
@@ -52,7 +54,8 @@ def read_again(
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{difference}; call the model once like this before compiling it")
     block = _trace(site, training, args, kwargs, use_items, difference)
-    program = _add_program(site, programs, block, _splits_of(site, block, difference), difference)
+    splits = _splits_of(site, block, mismatch.given, difference)
+    program = _add_program(site, programs, block, splits)
     if program.seen is not None:
         if len(program.seen) >= _KINDS_OF_CALLS:
             program.seen.clear()
@@ -86,42 +89,83 @@ def _trace(
         raise RuntimeError(f"{difference}, and in this call cannot be read: {error}") from None
 
 
-def _splits_of(site: SplitSite, block: BlockGraph, difference: str) -> list[tuple[Split, str]]:
-    """Return where the branches are added in ``block``, each with its action."""
+def _splits_of(
+    site: SplitSite, block: BlockGraph, given: str, difference: str
+) -> list[tuple[Split, str] | None]:
+    """Return where the branches are added in ``block``, each with its action.
+
+    None stands for a branch that the block does not compute in this kind of call.
+    """
     facts = [branch.facts for branch in site.branches]
     known = [branch.row_layouts for branch in facts if branch.row_layouts is not None]
-    entries = read_residual_sums(block, known, facts[0].dim)
-    if len(entries) <= max(site.orders):
-        raise RuntimeError(
-            f"{difference}, and in this call does not add the same branches; give "
-            f"add_stochastic_depth example_inputs, so that the block is read as it is called, "
-            f"or leave it out with select="
-        )
-    return [
-        (
-            entries[order].split,
-            "mask" if branch.reason == MASK_REQUESTED else entries[order].action,
-        )
-        for order, branch in zip(site.orders, site.branches, strict=True)
-    ]
+    entries = read_residual_sums(block, known, facts[0].dim, assume=True)
+    splits: list[tuple[Split, str] | None] = []
+    for branch, entry in zip(
+        site.branches, match_sums(entries, site.branches, site.orders), strict=True
+    ):
+        if entry is not None:
+            action, why = _action_of(site, branch, entry)
+            splits.append((entry.split, action))
+            if action == "mask" and branch.action != "mask":
+                branch.note(f"in calls with {given}: masked, {why}")
+        elif is_used(block, branch):
+            raise RuntimeError(
+                f"{difference}, and in this call does not add the same branches: "
+                f"{', '.join(sorted((*branch.facts.inner, *branch.facts.own)))} of "
+                f"{branch.facts.name} is used otherwise; leave the block out with select="
+            )
+        else:
+            splits.append(None)
+            branch.note(f"in calls with {given}: not computed, so nothing is dropped")
+    return splits
+
+
+def _action_of(site: SplitSite, branch: BranchState, entry: ResidualSum) -> tuple[str, str]:
+    """Return whether a branch is skipped or masked in another kind of call, and why it is masked."""
+    if site.settings.masks_all or branch.masked_when_attached:
+        return "mask", branch.reason
+    if entry.split.assumed and not site.settings.verify:
+        return "mask", "how its tensors carry the batch was not measured; use verify=True"
+    return entry.action, entry.reason
 
 
 def _add_program(
     site: SplitSite,
     programs: list[Program],
     block: BlockGraph,
-    splits: list[tuple[Split, str]],
-    difference: str,
+    splits: list[tuple[Split, str] | None],
 ) -> Program:
-    """Generate a program; return the one in ``programs`` that is equal to it, or add it."""
+    """Generate a program; return the one in ``programs`` that is equal to it, or add it.
+
+    If there are too many, it takes the place of the one that was not used for the longest time.
+    """
     name, size = site.branches[0].facts.block, len(site.branches)
     for number, program in enumerate(programs):
-        if program.is_like(rewrite(block, splits, name, number * size)):
+        again = rewrite(block, splits, name, number * size)
+        if program.is_like(again):
             return program  # it fits calls of one more kind
-    if len(programs) >= _READINGS:
-        raise RuntimeError(
-            f"{difference}, and it was called in {_READINGS} different ways before; leave the "
-            f"block out with select=, or pass the argument that changes as a tensor"
-        )
-    programs.append(rewrite(block, splits, name, len(programs) * size))
-    return programs[-1]
+    number = len(programs)
+    if number >= _READINGS:
+        # the first one, of the example, stays
+        number = min(range(1, number), key=lambda i: programs[i].used)
+        for k in range(number * size, (number + 1) * size):
+            site.branches[k % size].sizes.pop(k, None)
+        site.forget_proofs(number if programs is site.train else -1 - number)
+    program = rewrite(block, splits, name, number * size)
+    programs[number : number + 1] = [program]
+    if number < len(programs) - 1:
+        _warn_of_readings(site, programs)
+    return program
+
+
+def _warn_of_readings(site: SplitSite, programs: list[Program]) -> None:
+    """Warn once for a model that a value changes all the time, and each time costs a reading."""
+    if site.settings.warned_of_readings:
+        return
+    site.settings.warned_of_readings = True
+    warnings.warn(
+        f"{site.branches[0].facts.block} was called in more than {_READINGS} different ways; "
+        f"{most_varied(programs)} keeps changing, and for each new value the block is read again, "
+        f"which takes time. Pass it as a tensor, or leave the block out with select=",
+        stacklevel=2,
+    )

@@ -34,13 +34,14 @@ _SUMS = ("join", "mask")
 
 
 def rewrite(
-    block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str, first: int = 0
+    block: BlockGraph, splits: Sequence[tuple[Split, str] | None], label: str, first: int = 0
 ) -> Program:
     """Return the generated forward of a block, and a function for each branch that is skipped.
 
     Args:
         block: The graph of the block.
-        splits: Its residual sums, each with its action, ``"skip"`` or ``"mask"``.
+        splits: Its residual sums, each with its action, ``"skip"`` or ``"mask"``; None for a
+            branch that this forward does not add.
         label: The name of the block, which tracebacks show.
         first: The number of the first branch; the others count on from there.
     """
@@ -56,19 +57,26 @@ def rewrite(
         None if block.decisions is None else _source(f"{label}, decisions", block.decisions),
         block.decided,
         set() if block.computed else None,
+        rewriter.assumed,
+        runs_own=not rewriter.splits,
     )
 
 
 class _Rewriter:
     def __init__(
-        self, block: BlockGraph, splits: Sequence[tuple[Split, str]], label: str, first: int
+        self,
+        block: BlockGraph,
+        splits: Sequence[tuple[Split, str] | None],
+        label: str,
+        first: int,
     ) -> None:
         self.nodes = list(block.graph.nodes)
-        self.splits = dict(enumerate(splits, first))
+        self.splits = {k: found for k, found in enumerate(splits, first) if found is not None}
         self.label = label
         self.branches: dict[int, Source] = {}
         self.row_layouts: dict[int, list[RowLayout | None] | None] = {}
         self.reuses_skip: set[int] = set()
+        self.assumed: set[int] = set()
 
     def main(self) -> Source:
         """Generate the forward, and the branches with it."""
@@ -132,6 +140,8 @@ class _Rewriter:
         inputs = outside_inputs(split, self.nodes)
         self.branches[k] = self.branch(k, split, inputs)
         layouts = split.row_layouts
+        if split.assumed:
+            self.assumed.add(k)
         self.row_layouts[k] = None if layouts is None else [layouts[node.name] for node in inputs]
         given: list[Any] = [_copied(node, graph, env) for node in inputs]
         if split.pads is not None:

@@ -20,7 +20,6 @@ from torchdrop.internals import (
     forward_hooks_of,
     forward_pre_hooks_of,
     has_backward_hooks,
-    modifications_of,
     saved_by_producer,
 )
 from torchdrop.rows.in_graph import (
@@ -36,6 +35,7 @@ from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
 from torchdrop.running.block_site import (
     BlockSite,
     drop_spare_row,
+    modifications,
     precision_of,
     to_device_of,
 )
@@ -46,7 +46,17 @@ from torchdrop.running.branch_state import (
     Settings,
 )
 from torchdrop.running.program import MismatchError, Program
+from torchdrop.running.proof import (
+    SplitProof,
+    Verdict,
+    kind_of_call,
+    prove_split,
+    warn_of_masks,
+    whole_block_of,
+    why_impossible,
+)
 from torchdrop.running.read_again import read_again
+from torchdrop.running.whole_site import WholeSite
 from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.unchanged import unchanged
 from torchdrop.tracing.watched_attributes import same
@@ -87,6 +97,11 @@ class SplitSite(BlockSite):
         self.evaluate = [] if evaluate is None else [evaluate]
         self.orders = list(orders)
         self.items = dict(items)
+        self._calls = 0  # counted where there are several programs, to know which is old
+        # Runs the branches while the generated forward is tested.
+        self.proof: SplitProof | None = None
+        # Drops the block as a whole, in calls in which its reading was not its own function.
+        self._whole: WholeSite | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The names of the arguments if a call with tensors alone needs no binding, else None.
         self._plain = train.tensors if leading == train.tensors else None
@@ -107,12 +122,14 @@ class SplitSite(BlockSite):
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a forward pass may change of this site, for :meth:`restore`."""
-        return {**super().snapshot(), "programs": (list(self.train), list(self.evaluate))}
+        programs = list(self.train), list(self.evaluate)
+        return {**super().snapshot(), "programs": programs, "whole": self._whole}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to the state in which :meth:`snapshot` was called."""
         super().restore(snapshot)
         self.train[:], self.evaluate[:] = snapshot["programs"]
+        self._whole = snapshot["whole"]
 
     # Find the program of a call -------------------------------------------------------------
 
@@ -140,6 +157,22 @@ class SplitSite(BlockSite):
             assert mismatch is not None
             program = read_again(self, programs, training, args, kwargs, mismatch)
             tensors = program.bind(self.__signature__, args, kwargs)
+        if len(programs) > 1 and not compiling:
+            self._calls += 1
+            program.used = self._calls
+        if program.runs_own:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        if self.settings.verify and self.meter is None and not compiling:
+            number, facts = programs.index(program), self.branches[0].facts
+            number = number if training else -1 - number
+            kind = kind_of_call(number, tensors, facts.dim, facts.rows_per_sample)
+            verdict = self.verdicts.get(kind)
+            if verdict is None or self.only_proves:
+                verdict = self._prove(kind, program, training, args, kwargs, tensors)
+            if self.only_proves:
+                return verdict.out
+            if verdict.own:
+                return self._run_whole(verdict, training, args, kwargs)
         if compiling:  # a graph cannot be interrupted inside a try
             return program.forward.function(self.module, self, *tensors)
         try:
@@ -148,6 +181,60 @@ class SplitSite(BlockSite):
             program = read_again(self, programs, training, args, kwargs, found, use_items=False)
             tensors = program.bind(self.__signature__, args, kwargs)
             return program.forward.function(self.module, self, *tensors)
+
+    # Prove a call ---------------------------------------------------------------------------
+
+    def _prove(
+        self,
+        kind: Any,
+        program: Program,
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Any],
+    ) -> Verdict:
+        """Test this kind of call, and remember what was found."""
+        why = why_impossible(self, tensors)
+        if why:
+            self.note_unproved(why)
+            return Verdict()  # not remembered: the next call may be tested
+
+        def forward(given: dict[str, Any]) -> Any:
+            values = program.bind(self.__signature__, given["args"], given["kwargs"])
+            return program.forward.function(self.module, self, *values)
+
+        verdict = prove_split(self, training, {"args": args, "kwargs": kwargs}, forward)
+        self._note_proved()
+        if verdict.own:
+            verdict.whole = whole_block_of(self, args, kwargs, verdict.out)
+        self.verdicts[kind] = Verdict(verdict.own, whole=verdict.whole)
+        warn_of_masks(self)
+        return verdict
+
+    def _run_whole(
+        self, verdict: Verdict, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Drop the block as a whole, because its reading is not its own function."""
+        first = self.branches[0]
+        if verdict.whole is None or not training:
+            raise RuntimeError(
+                f"{first.facts.block} was read as another function than its own forward: "
+                f"{verdict.own}; leave the block out with select=, or wrap the whole block in "
+                f"torchdrop.StochasticDepth"
+            )
+        if self._whole is None:
+            for branch in self.branches:
+                branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.own}"
+            self._whole = WholeSite(self.module, self.settings, first, verdict.whole)
+        self._whole.block, self._whole.active = verdict.whole, True
+        self._whole._observers = self._observers
+        seen = first.counts.rows_seen, first.counts.rows_dropped
+        out = self._whole(*args, **kwargs)
+        for branch in self.branches[1:]:  # one decision for all branches
+            branch.counts.rows_seen += first.counts.rows_seen - seen[0]
+            branch.counts.rows_dropped += first.counts.rows_dropped - seen[1]
+            branch.counts.last = first.counts.last
+        return out
 
     # What a generated forward calls ---------------------------------------------------------
 
@@ -190,13 +277,18 @@ class SplitSite(BlockSite):
             return self._join_in_graph(k, skip, inputs)
         if self.meter is not None:
             return self._metered(k, skip, inputs)
+        if self.proof is not None:
+            programs = self.train if self.module.training or not self.evaluate else self.evaluate
+            return self.proof.join(k, skip, inputs, partial(self._compute, programs, k))
         facts = branch.facts
         rows: Any = True
         if self.evaluate and not self.module.training:
             run = partial(self._compute, self.evaluate, k, inputs)
             total = self._evaluated(branch, skip, run)
-        elif self._runs_on_all_ranks(branch) or (
-            facts.elementwise and self._too_small(branch, skip)
+        elif (
+            branch.depends
+            or self._runs_on_all_ranks(branch)
+            or (facts.elementwise and self._too_small(branch, skip))
         ):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
         else:
@@ -224,6 +316,9 @@ class SplitSite(BlockSite):
         facts = branch.facts
         if self.meter is not None:
             return add_whole(skip, out, facts.gain, branch_first=facts.branch_first)
+        if self.proof is not None:
+            first, inplace = facts.branch_first, facts.writes_skip
+            return add_whole(skip, out, facts.gain, inplace=inplace, branch_first=first)
         rows: Any = True
         if self.evaluate and not self.module.training:
             total = self._evaluated(branch, skip, lambda: out)
@@ -280,7 +375,7 @@ class SplitSite(BlockSite):
         """Return ``skip`` plus branch ``k`` on all rows, and add its FLOPs to its share."""
         branch, meter = self._branch(k), self.meter
         assert meter is not None
-        before, version = meter(), _modifications(skip)
+        before, version = meter(), modifications(skip)
         out = self._compute(self.train, k, inputs)
         _check_separable(branch.facts, skip, version, out)
         branch.share = (branch.share or 0.0) + meter() - before
@@ -290,7 +385,7 @@ class SplitSite(BlockSite):
         """Return ``skip`` plus ``gain`` times branch ``k`` on all rows."""
         branch = self._branch(k)
         facts, first_time = branch.facts, not branch.dtypes
-        version = _modifications(skip) if first_time else None
+        version = modifications(skip) if first_time else None
         out = self._compute(self.train, k, inputs)
         if first_time:
             _check_separable(facts, skip, version, out)
@@ -304,7 +399,7 @@ class SplitSite(BlockSite):
         facts = self._branch(k).facts
         dim = facts.dim
         batch = skip.shape[dim]
-        computed = self._rows_to_compute(facts, rows, skip)
+        computed = self._rows_to_compute(self._branch(k), rows, skip)
         on_device = to_device_of(computed, skip)
         program = self.train[k // len(self.branches)]
         known = program.row_layouts[k]
@@ -316,19 +411,19 @@ class SplitSite(BlockSite):
             if value is skip and layout == (dim, 1) and not facts.writes_skip:
                 whole, some = skip_and_rows(skip, on_device, dim)
             else:
-                some = self._cut(facts, value, taking, layout, batch, known is not None)
+                some = self.cut(facts, value, taking, layout, batch, known is not None)
             cut.append(some)
             if value is skip:
                 taken = some
             if layout == (dim, 1) and some is not value and saved_by_producer(value):
                 again.append((some, value))
-        version = _modifications(taken)
+        version = modifications(taken)
         if again:
             with regather_in_backward(again, on_device, dim):
                 out = self._compute(self.train, k, cut)
         else:
             out = self._compute(self.train, k, cut)
-        if _modifications(taken) != version:
+        if modifications(taken) != version:
             raise _writes_into_its_input(facts)
         if computed is not rows:
             out, on_device = drop_spare_row(out, computed, rows, dim)
@@ -347,7 +442,8 @@ class SplitSite(BlockSite):
             return skip + zero_from(unused) if unused else skip.clone()
         # If each row is drawn by itself, any number of them may be kept, up to the whole batch.
         bounded = rate.always is None and self.settings.sampling != "independent"
-        if not bounded or self._runs_on_all_ranks(branch):
+        whole_samples = facts.rows_per_sample > 1
+        if not bounded or whole_samples or branch.depends or self._runs_on_all_ranks(branch):
             return self.mask(k, skip, self._compute(self.train, k, inputs))
         size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
         drawn = draw_in_graph(rate.number, batch, size, skip)
@@ -355,7 +451,7 @@ class SplitSite(BlockSite):
         taking = partial(take_in_graph, drawn=drawn)
         layouts = known or [RowLayout(dim, 1)] * len(inputs)
         cut = [
-            self._cut(facts, value, taking, layout, batch, known is not None)
+            self.cut(facts, value, taking, layout, batch, known is not None)
             for value, layout in zip(inputs, layouts, strict=True)
         ]
         out = _weighted(self._compute(self.train, k, cut), drawn.weights, dim)
@@ -407,13 +503,6 @@ def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
     return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
 
 
-def _modifications(x: Any) -> int | None:
-    """Return how often ``x`` was written into; None if that is not known."""
-    if x is None or x.is_inference():
-        return None
-    return modifications_of(x)
-
-
 def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: Tensor) -> None:
     """Raise if a branch, which was run on all rows, could not be dropped without other effects.
 
@@ -423,7 +512,7 @@ def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out:
         version: The version of ``skip`` before the branch was run.
         out: The output of the branch.
     """
-    if _modifications(skip) != version:
+    if modifications(skip) != version:
         raise _writes_into_its_input(facts)
     _check_shapes(facts, skip, out)
 

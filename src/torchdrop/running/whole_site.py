@@ -14,10 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.finding.residual import WholeBlock
+from torchdrop.finding.row_layout import RowLayout
 from torchdrop.rows.in_graph import run_uncompiled
 from torchdrop.rows.take_and_add import add_rows, take
-from torchdrop.running.block_site import BlockSite, drop_spare_row, precision_of, to_device_of
+from torchdrop.running.block_site import (
+    BlockSite,
+    drop_spare_row,
+    modifications,
+    precision_of,
+    to_device_of,
+)
 from torchdrop.running.branch_state import BranchState, Settings
+from torchdrop.running.proof import (
+    Verdict,
+    kind_of_call,
+    prove_whole,
+    warn_of_masks,
+    why_impossible,
+)
 from torchdrop.tracing.call_arguments import flatten_arguments
 
 __all__ = ["WholeSite"]
@@ -38,6 +52,8 @@ class WholeSite(BlockSite):
     ) -> None:
         super().__init__(module, settings, [branch])
         self.block = block
+        # The tensors of which it is not measured how they carry the batch.
+        self._assumed: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the kept rows if anything is dropped or scaled, else as it is."""
@@ -54,6 +70,10 @@ class WholeSite(BlockSite):
         tensors = self._tensors_of(bound)
         x = tensors[self.block.x]
         branch = self.branches[0]
+        if self.settings.verify and training and not torch.compiler.is_compiling():
+            self._prove(bound, tensors)
+        if self.only_proves:
+            return self.run_block(bound)
         rows: Any
         if scaled:
             rows, gain = branch.rate.p < 1.0, 1.0 - branch.rate.p
@@ -63,12 +83,15 @@ class WholeSite(BlockSite):
             # read before the block runs: code in the block may set another rate
             gain = 0.0 if rows is False else branch.rate.gain_in_training()
         masked = branch.action == "mask" or self._runs_on_all_ranks(branch)
+        if self._assumed and not self.settings.verify and self._assumed & tensors.keys():
+            branch.note(f"in calls with {', '.join(self._assumed)}: masked, use verify=True")
+            masked = True
         if rows is False and not masked:
             out, total = self.block.returns, self._without_block(bound, x, tuple(tensors.values()))
         else:
             if masked or isinstance(rows, bool):
-                out = self._run(bound)
-                total = self._blended(x, self._sum_in(out), rows, gain)
+                out = self._run_on_all(bound, x)
+                total = self._blended(x, self.sum_in(out), rows, gain)
             else:
                 out, total = self._run_on(rows, bound, x, gain)
             branch.dtypes[precision_of(x)] = total.dtype
@@ -85,20 +108,41 @@ class WholeSite(BlockSite):
         branch.share = (branch.share or 0.0) + meter() - before
         return out
 
+    def _prove(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> None:
+        """Test the block on this call, if no call of its kind was tested before."""
+        facts = self.branches[0].facts
+        values = list(tensors.values())
+        kind = kind_of_call(0, values, facts.dim, facts.rows_per_sample)
+        if kind in self.verdicts:
+            return
+        why = why_impossible(self, values)
+        if why:
+            self.note_unproved(why)
+            return
+        prove_whole(self, bound)
+        self._note_proved()
+        self.verdicts[kind] = Verdict()
+        warn_of_masks(self)
+
     def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """Return the tensors among the arguments.
 
+        A tensor that was not measured is assumed to carry the batch by its shape in each call.
+
         Raises:
-            RuntimeError: One of them was not there when the block was read.
+            RuntimeError: The input of the residual is not among them.
         """
         tensors = flatten_arguments(bound.arguments)[1]
         known = self.block.row_layouts
-        if not set(tensors) <= set(known) or self.block.x not in tensors:
+        if self.block.x not in tensors:
             raise RuntimeError(
-                f"{self.branches[0].facts.name} is dropped as a whole and was read with the "
-                f"tensors {', '.join(known)}, but is called with {', '.join(tensors)}; give "
-                f"example_inputs that lead to such a call, or leave the block out with select="
+                f"{self.branches[0].facts.name} is dropped as a whole, its input is the tensor "
+                f"{self.block.x}, and it is called with {', '.join(tensors) or 'no tensor'}; leave "
+                f"the block out with select="
             )
+        for path in tensors.keys() - known.keys():
+            known[path] = RowLayout(self.block.dim, 0)
+            self._assumed.add(path)
         return tensors
 
     def _without_block(
@@ -106,8 +150,29 @@ class WholeSite(BlockSite):
     ) -> Tensor:
         """Return ``x`` alone, in the dtype that the sum would have."""
         branch = self.branches[0]
-        dtype = self._dtype_of(branch, x, given, lambda: self._sum_in(self._run(bound)))
+        dtype = self._dtype_of(branch, x, given, lambda: self.sum_in(self.run_block(bound)))
         return self._dropped(branch.facts, x, given, dtype)
+
+    def _run_on_all(self, bound: inspect.BoundArguments, x: Tensor) -> Any:
+        """Return the output of the block for all rows, with its input left as it is."""
+        if self.branches[0].writes_input:
+            name = self.block.x
+
+            def copied(path: str, value: Tensor) -> Tensor:
+                return value.clone() if path == name else value
+
+            bound.arguments.update(flatten_arguments(bound.arguments, copied)[0])
+        version = modifications(x)
+        out = self.run_block(bound)
+        if modifications(x) != version:
+            raise self._writes_input()
+        return out
+
+    def _writes_input(self) -> Exception:
+        return RuntimeError(
+            f"{self.branches[0].facts.name} is dropped as a whole, and it writes into its input, "
+            f"which was not known; use verify=True, or leave the block out with select="
+        )
 
     def _blended(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
         """Return ``x + gain * (y - x)`` in the kept rows and ``x`` in the others."""
@@ -124,28 +189,33 @@ class WholeSite(BlockSite):
     ) -> tuple[Any, Tensor]:
         """Return the output of the block for ``rows``, and the sum for all rows."""
         facts = self.branches[0].facts
-        computed = self._rows_to_compute(facts, rows, x)
+        computed = self._rows_to_compute(self.branches[0], rows, x)
         on_device = to_device_of(computed, x)
         taking = partial(take, rows=on_device)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
             layout = self.block.row_layouts[path]
-            some[path] = self._cut(facts, value, taking, layout, x.shape[facts.dim])
+            some[path] = self.cut(facts, value, taking, layout, x.shape[facts.dim])
             return some[path]
 
         bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
-        out = self._run(bound)
-        added = self._sum_in(out) - some[self.block.x]
+        mine = some[self.block.x]
+        shortcut = mine.clone() if self.branches[0].writes_input else mine
+        version = modifications(mine)
+        out = self.run_block(bound)
+        if shortcut is mine and modifications(mine) != version:
+            raise self._writes_input()
+        added = self.sum_in(out) - shortcut
         if computed is not rows:
             added, on_device = drop_spare_row(added, computed, rows, facts.dim)
         return out, add_rows(x, added, on_device, gain, facts.dim)
 
-    def _run(self, bound: inspect.BoundArguments) -> Any:
+    def run_block(self, bound: inspect.BoundArguments) -> Any:
         """Run the block's own forward."""
         return type(self.module).forward(self.module, *bound.args, **bound.kwargs)
 
-    def _sum_in(self, out: Any) -> Tensor:
+    def sum_in(self, out: Any) -> Tensor:
         """Return the sum from the output of the block."""
         found: Tensor = out if self.block.sum_item == "" else out[int(self.block.sum_item)]
         return found

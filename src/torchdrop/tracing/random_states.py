@@ -47,6 +47,13 @@ class RandomStates:
             return True
         return arrays or self._python != now._python
 
+    def differ_from(self, later: RandomStates) -> bool:
+        """Whether torch's generators drew numbers between these states and ``later``."""
+        if not torch.equal(self._torch, later._torch):
+            return True
+        both = self._devices.keys() & later._devices.keys()
+        return any(not torch.equal(self._devices[d], later._devices[d]) for d in both)
+
     def restore(self) -> None:
         """Put all generators back into these states."""
         random.setstate(self._python)

@@ -1,0 +1,219 @@
+"""Test whether what a branch gives for some rows depends on the other rows of the batch.
+
+The branch is run on as many rows as in the call, of which some are replaced by copies of others,
+and then on fewer rows. What it gives for a row must not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdrop.internals import is_python_autograd_node
+from torchdrop.tracing.random_states import RandomStates
+
+__all__ = ["Sample", "difference", "finding"]
+
+# The largest difference, relative to the largest value, that counts as rounding: for a row that
+# stays in its place, for which the same kernels do the same; and for a row that moved, or that was
+# computed in a smaller batch, for which other kernels may round differently.
+_IN_PLACE = {torch.float64: 1e-12}
+_IN_PLACE_ELSE = 2e-6
+_MOVED = {torch.float64: 1e-9, torch.float32: 1e-3}
+_MOVED_ELSE = 5e-2
+
+# How many nodes of an autograd graph are searched for a function that is written in Python.
+_NODES = 20_000
+
+
+class Sample(NamedTuple):
+    """A branch, or a block, as it is called in one training step.
+
+    Attributes:
+        run: ``run(values)`` returns the output for the tensors that it is given.
+        cut: ``cut(value, number, rows)`` returns the rows of input ``number``, or the input itself
+            if it carries no rows.
+        values: The inputs.
+        out: The output for them.
+        dim: The dimension of ``out`` that carries the rows.
+        batch: The number of rows.
+        group: How many neighbouring rows belong to one sample.
+        randoms: The states of the generators before and after ``out`` was computed.
+    """
+
+    run: Callable[[list[Any]], Tensor]
+    cut: Callable[[Any, int, Tensor], Any]
+    values: list[Any]
+    out: Tensor
+    dim: int
+    batch: int
+    group: int
+    randoms: tuple[RandomStates, RandomStates]
+
+    def taken(self, rows: Tensor, device: torch.device) -> list[Any]:
+        """Return the inputs for ``rows``."""
+        on_device = rows.to(device)
+        return [self.cut(value, i, on_device) for i, value in enumerate(self.values)]
+
+
+def finding(sample: Sample) -> str:
+    """Say how rows of ``sample`` depend on each other; empty if they do not.
+
+    The batch has to hold at least two samples.
+    """
+    before, after = sample.randoms
+    out, dim = sample.out.detach(), sample.dim
+    if out.dim() <= dim or out.shape[dim] != sample.batch:
+        return f"its output has the shape {tuple(out.shape)}, without the rows of its skip"
+    random = before.differ_from(after)
+    try:
+        for rows, stays in _replacements(sample):
+            before.restore()
+            other = sample.run(sample.taken(rows, out.device)).detach()
+            found = _compare(out, other, rows, stays, dim)
+            if found:
+                return found
+        for rows in _smaller_batches(sample):
+            before.restore()
+            other = sample.run(sample.taken(rows, out.device)).detach()
+            wanted = out.index_select(dim, rows.to(out.device))
+            if other.shape != wanted.shape:
+                return f"for {len(rows)} of {sample.batch} rows its shape is {tuple(other.shape)}"
+            off = 0.0 if random else difference(wanted, other)
+            if off > _MOVED.get(out.dtype, _MOVED_ELSE):
+                return f"for {len(rows)} of {sample.batch} rows it differs by {off:.2g}"
+        return _found_in_backward(sample, before)
+    except Exception as error:  # a branch may raise anything with rows that it was not made for
+        first = str(error).splitlines()[0] if str(error) else ""
+        return f"with other rows it raises {type(error).__name__}: {first}"
+    finally:
+        after.restore()
+
+
+def _rows(samples: Sequence[int], group: int) -> Tensor:
+    """Return the rows of ``samples``, each of which owns ``group`` neighbouring rows."""
+    first = torch.tensor(samples, device="cpu")[:, None] * group
+    return (first + torch.arange(group, device="cpu")).flatten()
+
+
+def _replacements(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield which row stands where, and the places of the rows that stay in their place.
+
+    First the second half is replaced by copies of the first; then every other sample. The second
+    time the copies move along by one, so that an index of rows among the inputs does not happen to
+    name the row that stands in its place.
+    """
+    count, group = sample.batch // sample.group, sample.group
+    half = count // 2
+    yield _rows([i % half for i in range(count)], group), _rows(range(half), group)
+    odd = range(1, count, 2)
+    moved = [i if i % 2 else odd[(i // 2) % len(odd)] for i in range(count)]
+    yield _rows(moved, group), _rows(odd, group)
+    if any(isinstance(v, Tensor) and not v.is_floating_point() for v in sample.values):
+        yield _rows([(i + 1) % count for i in range(count)], group), torch.empty(0).long()
+
+
+def _smaller_batches(sample: Sample) -> Iterator[Tensor]:
+    """Yield the rows of smaller batches: every other sample, and a single one."""
+    count = sample.batch // sample.group
+    yield _rows(range(1, count, 2), sample.group)
+    if count > 3:
+        yield _rows([count - 2], sample.group)
+
+
+def _compare(out: Tensor, other: Tensor, rows: Tensor, stays: Tensor, dim: int) -> str:
+    """Say how ``other``, computed with the rows ``rows`` of the inputs, differs from ``out``."""
+    if other.shape != out.shape:
+        return f"its shape depends on the values of its rows: {tuple(out.shape)}, {other.shape}"
+    places = stays.to(out.device)
+    off = difference(out.index_select(dim, places), other.index_select(dim, places), like=out)
+    if off > _IN_PLACE.get(out.dtype, _IN_PLACE_ELSE):
+        return f"with other rows beside it a row differs by {off:.2g}"
+    off = difference(out.index_select(dim, rows.to(out.device)), other)
+    if off > _MOVED.get(out.dtype, _MOVED_ELSE):
+        return f"in another place of the batch a row differs by {off:.2g}"
+    return ""
+
+
+def difference(one: Tensor, other: Tensor, like: Tensor | None = None) -> float:
+    """Return the largest difference of two tensors, relative to the largest value of ``like``.
+
+    Infinities and NaN have to stand in the same places; else the difference is infinite.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return float("inf")
+    if one.numel() == 0 or torch.equal(one, other):
+        return 0.0
+    with torch.no_grad():
+        equal = (one == other) | (one.isnan() & other.isnan())
+        kind = torch.promote_types(one.dtype, torch.float32)
+        off = (one.to(kind) - other.to(kind)).abs()
+        off = torch.where(equal, 0.0, off).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        values = (one if like is None else like).to(kind).abs()
+        largest = values.nan_to_num(nan=0.0, posinf=0.0).amax()
+        return float(off.amax() / largest.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _found_in_backward(sample: Sample, before: RandomStates) -> str:
+    """Say how gradients mix rows, if the branch uses an autograd function written in Python."""
+    if not torch.is_grad_enabled() or not _uses_python_function(sample.out):
+        return ""
+    for rows, stays in _replacements(sample):
+        if not len(stays):
+            continue
+        wanted = _gradients(sample, before, torch.arange(sample.batch), stays)
+        found = _gradients(sample, before, rows, stays)
+        for (known, rest), (other, _) in zip(wanted, found, strict=True):
+            off = max(difference(known, other), float(rest.abs().max()) if rest.numel() else 0.0)
+            if off > _MOVED.get(known.dtype, _MOVED_ELSE):
+                return f"the gradient of a row depends on other rows: differs by {off:.2g}"
+    return ""
+
+
+def _gradients(
+    sample: Sample, before: RandomStates, rows: Tensor, stays: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the gradient of each input with rows: in the rows ``stays``, and in the others.
+
+    Only these rows of the output have a gradient.
+    """
+    device = sample.out.device
+    leaves: dict[int, Tensor] = {}
+    values = sample.taken(rows, device)
+    for i, value in enumerate(values):
+        carries = sample.cut(sample.values[i], i, rows.to(device)) is not sample.values[i]
+        if isinstance(value, Tensor) and value.is_floating_point() and carries:
+            leaves[i] = value.detach().clone().requires_grad_()
+            values[i] = leaves[i].clone()
+    before.restore()
+    out = sample.run(values)
+    weights = torch.zeros_like(out)
+    places = stays.to(device)
+    weights.index_copy_(sample.dim, places, out.detach().index_select(sample.dim, places))
+    grads = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
+    found = []
+    others = torch.tensor(sorted({*range(sample.batch)} - set(stays.tolist())), device="cpu")
+    for grad in grads:
+        if grad is None or grad.dim() <= sample.dim or grad.shape[sample.dim] != sample.batch:
+            continue
+        scale = grad.abs().amax().clamp(min=1e-30)
+        rest = grad.index_select(sample.dim, others.long().to(device)) / scale
+        found.append((grad.index_select(sample.dim, places), rest))
+    return found
+
+
+def _uses_python_function(out: Tensor) -> bool:
+    """Whether an autograd function that is written in Python is in the graph of ``out``."""
+    pending, seen = [out.grad_fn], set[Any]()
+    while pending and len(seen) < _NODES:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if is_python_autograd_node(node):
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False

@@ -1,0 +1,426 @@
+"""Prove a block on a real call, before rows of it are trusted.
+
+What was read of a block is a hypothesis. In the first call of each kind two questions are asked.
+Is the generated forward the same function as the block's own forward, if nothing is dropped? Does
+what a branch gives for a row depend on other rows? Nobody notices the test (:mod:`unseen`), and the
+random numbers of the training are the same with and without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from torchdrop.finding.residual import WholeBlock
+from torchdrop.finding.row_layout import RowLayout, RowLayouts
+from torchdrop.internals import (
+    count_dispatch_modes,
+    functorch_transforms_active,
+    in_backward_pass,
+    modifications_of,
+    tree_flatten,
+)
+from torchdrop.rows.take_and_add import add_whole, take
+from torchdrop.running.branch_state import BranchState
+from torchdrop.running.independence import Sample, difference, finding
+from torchdrop.running.program import MismatchError
+from torchdrop.running.unseen import unseen
+from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.random_states import RandomStates
+
+if TYPE_CHECKING:
+    from torchdrop.running.block_site import BlockSite
+    from torchdrop.running.split_site import SplitSite
+    from torchdrop.running.whole_site import WholeSite
+
+__all__ = [
+    "SplitProof",
+    "Verdict",
+    "kind_of_call",
+    "prove_split",
+    "prove_whole",
+    "warn_of_masks",
+    "whole_block_of",
+    "why_impossible",
+]
+
+# The largest difference, relative to the largest value, between the generated and the own forward
+# that counts as rounding: an addition may be reordered.
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Verdict:
+    """What the proof of one kind of call found.
+
+    Attributes:
+        own: Why the block has to run by its own forward; empty if the generated one is right.
+        whole: How it is dropped as a whole then; None if its form does not allow that.
+        out: What the block's own forward returned.
+    """
+
+    own: str = ""
+    whole: WholeBlock | None = None
+    out: Any = None
+
+
+def kind_of_call(
+    number: int, tensors: Sequence[Any], dim: int, rows_per_sample: int
+) -> tuple[Any, ...]:
+    """Return what two calls have in common if the proof of one holds for the other.
+
+    Args:
+        number: The number of the program that runs.
+        tensors: The tensors of the call.
+        dim: The dimension that carries the batch.
+        rows_per_sample: How many rows each sample has.
+    """
+    batch = None
+    parts: list[Any] = [number, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    for t in tensors:
+        shape = t.shape
+        size = shape[dim] if len(shape) > dim else None
+        if batch is None:
+            batch = size
+        # the size itself does not matter, but whether the tensor has the rows of the batch, and
+        # whether these are several samples
+        several = size is not None and size > rows_per_sample
+        parts.append((t.dtype, t.device, len(shape), several, size == 1, size == batch))
+    return tuple(parts)
+
+
+def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
+    """Say why a block cannot be proved in this call; empty if it can."""
+    if functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors):
+        return "its arguments are not plain tensors with data"
+    if count_dispatch_modes() and any(t.is_meta for t in tensors):
+        return "a mode without data is active"
+    if torch.is_inference_mode_enabled():
+        return "inference mode is active"
+    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    modules = list(site.module.modules())
+    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    if any(map(is_lazy, parameters)):
+        return "its parameters have no shape yet"
+    if any(type(p).__name__ == "DTensor" for p in parameters) or any(
+        type(m).__name__.startswith(("FSDP", "FullySharded", "DistributedData")) for m in modules
+    ):
+        return "its parameters are split over ranks"
+    if any(p.is_meta for p in parameters):
+        return "its parameters are not loaded"
+    return ""
+
+
+@contextmanager
+def _alone(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
+    """Run the block of ``site`` unseen, with the sites inside it paused."""
+    from torchdrop.running.block_site import sites_of
+
+    with ExitStack() as stack:
+        for other in sites_of(site.module):
+            if other is not site:
+                other.pause()
+                stack.callback(other.resume)
+        stack.enter_context(unseen(site.module, devices=devices))
+        yield
+
+
+def _cloned(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with copies of their tensors; equal tensors stay equal."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(path: str, value: Tensor) -> Tensor:
+        if id(value) not in copies:
+            copy = value.detach().clone()
+            if value.requires_grad:
+                # not a leaf: a block may write into its input
+                copy = copy.requires_grad_().clone() if torch.is_grad_enabled() else copy
+            copies[id(value)] = copy
+        return copies[id(value)]
+
+    return flatten_arguments(arguments, copied)[0]
+
+
+def _values(out: Any) -> list[Tensor]:
+    return [t.detach() for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+
+
+def _detached(out: Any) -> Any:
+    return flatten_arguments({"": out}, lambda path, value: value.detach())[0][""]
+
+
+def _off(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return by how much two outputs differ beyond rounding; 0 if they do not."""
+    if len(one) != len(other):
+        return float("inf")
+    off = 0.0
+    for a, b in zip(one, other, strict=True):
+        found = difference(a, b)
+        off = max(off, found if found > _ROUNDING.get(a.dtype, 0.0) else 0.0)
+    return off
+
+
+class SplitProof:
+    """Runs the branches of a split block on all rows, and tests each where it is called.
+
+    A site asks it instead of dropping rows, while its generated forward is tested.
+
+    Args:
+        site: The site.
+        training: Whether rows are dropped, so that their independence matters.
+    """
+
+    def __init__(self, site: SplitSite, training: bool) -> None:
+        self._site = site
+        self._rows_matter = training and site.settings.mode == "row"
+
+    def join(
+        self, k: int, skip: Tensor, inputs: Sequence[Any], run: Callable[..., Tensor]
+    ) -> Tensor:
+        """Return ``skip`` plus branch ``k``; note in its state if its rows are not independent."""
+        site = self._site
+        branch = site.branches[k % len(site.branches)]
+        facts = branch.facts
+        values = [v.detach() if isinstance(v, Tensor) else v for v in inputs]
+        versions = [modifications_of(v) if isinstance(v, Tensor) else None for v in values]
+        before = RandomStates([skip.device])
+        out = run(values)
+        if [modifications_of(v) if isinstance(v, Tensor) else None for v in values] != versions:
+            branch.mask("it writes into its input, which the skip uses, too")
+        elif self._rows_matter and not branch.depends and facts.dim < skip.dim():
+            self._test(k, branch, skip, Tested(values, out, before), run)
+        return add_whole(
+            skip, out, facts.gain, inplace=facts.writes_skip, branch_first=facts.branch_first
+        )
+
+    def _test(
+        self,
+        k: int,
+        branch: BranchState,
+        skip: Tensor,
+        tested: Tested,
+        run: Callable[..., Tensor],
+    ) -> None:
+        site, facts = self._site, branch.facts
+        batch, group = skip.shape[facts.dim], facts.rows_per_sample
+        if batch % group or batch < 2 * group:
+            return
+        known = site.train[k // len(site.branches)].row_layouts[k]
+        layouts = known or [RowLayout(facts.dim, 1)] * len(tested.values)
+
+        def cut(value: Any, number: int, rows: Tensor) -> Any:
+            taking = partial(take, rows=rows)
+            return site.cut(facts, value, taking, layouts[number], batch, known is not None)
+
+        randoms = tested.before, RandomStates([skip.device])
+        values, out = tested.values, tested.out
+        sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
+        found = finding(sample)
+        if found and (norms := _held_norms(site, facts.inner)):
+            found = _again_with_norms_held(sample, norms, branch, found)
+        if found:
+            branch.mask(f"its rows depend on each other: {found}")
+
+
+@dataclass
+class Tested:
+    """The inputs and the output of a branch, and the random numbers before it ran."""
+
+    values: list[Any]
+    out: Tensor
+    before: RandomStates
+
+
+def _held_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Module]:
+    """Return the modules of a branch that write buffers in training: norms of the user's own."""
+    tops = [site.module.get_submodule(path) if path else site.module for path in inner]
+    return [
+        m
+        for top in tops
+        for m in top.modules()
+        if m.training and any(b is not None for b in m.buffers(recurse=False))
+    ]
+
+
+def _again_with_norms_held(
+    sample: Sample, norms: list[torch.nn.Module], branch: BranchState, found: str
+) -> str:
+    """Test a branch again with norms of the user's own in evaluation, as BatchNorm is."""
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    values = [b.clone() for b in buffers]
+    sample.randoms[0].restore()
+    sample.run(list(sample.values))
+    written = any(not torch.equal(b, v) for b, v in zip(buffers, values, strict=True))
+    for module in norms:
+        module.training = False
+    try:
+        sample.randoms[0].restore()
+        out = sample.run(list(sample.values))
+        again = finding(sample._replace(out=out)) if written else found
+    finally:
+        for module in norms:
+            module.training = True
+    if not again:
+        kinds = ", ".join(sorted({type(m).__name__ for m in norms}))
+        branch.normalises = f"{kinds} depends on the batch in training, as BatchNorm does"
+    return again
+
+
+def prove_split(
+    site: SplitSite,
+    training: bool,
+    arguments: dict[str, Any],
+    forward: Callable[[dict[str, Any]], Any],
+) -> Verdict:
+    """Prove the block of ``site`` on one call.
+
+    Args:
+        site: The site.
+        training: Whether the training program is tested, or that of evaluation.
+        arguments: The arguments of the call, as ``{"args": ..., "kwargs": ...}``.
+        forward: ``forward(arguments)`` runs the generated forward.
+
+    Raises:
+        MismatchError: The program does not fit the call.
+    """
+    module = site.module
+    devices = {t.device for t in flatten_arguments(arguments)[1].values()}
+    own = type(module).forward
+    verdict = Verdict()
+    with _alone(site, devices):
+        before = RandomStates(devices)
+        given = _cloned(arguments)
+        try:
+            out = own(module, *given["args"], **given["kwargs"])
+        except Exception as error:  # the user's forward may need a hook, or another call before
+            site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
+            return verdict
+        wanted, verdict.out = _values(out), _detached(out)
+        del out
+        before.restore()
+        site.proof = SplitProof(site, training)
+        try:
+            found = _values(forward(_cloned(arguments)))
+        except MismatchError:
+            raise
+        except Exception as error:
+            verdict.own = f"the forward that was read raises {type(error).__name__}: {error}"
+        else:
+            off = _off(wanted, found)
+            verdict.own = f"it differs by {off:.2g} from the forward that was read" if off else ""
+        finally:
+            site.proof = None
+    if verdict.own and _differs_from_itself(site, devices, arguments):
+        verdict.own = ""
+        for branch in site.branches:
+            branch.mask("the block differs from itself if it is run twice")
+    return verdict
+
+
+def _differs_from_itself(
+    site: BlockSite, devices: set[torch.device], arguments: dict[str, Any]
+) -> bool:
+    """Whether the block's own forward gives different values in two equal calls."""
+    own = type(site.module).forward
+    outs = []
+    for _ in range(2):
+        with _alone(site, devices):
+            given = _cloned(arguments)
+            outs.append(_values(own(site.module, *given["args"], **given["kwargs"])))
+    return _off(*outs) > 0.0
+
+
+def whole_block_of(
+    site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> WholeBlock | None:
+    """Return how a block can be dropped as a whole in a call; None if its form does not allow it.
+
+    Its first tensor has to be its shortcut, and its output a tensor of that shape, or a tuple that
+    holds no other tensor.
+    """
+    bound = site.__signature__.bind(*args, **kwargs)
+    bound.apply_defaults()
+    tensors = flatten_arguments(bound.arguments)[1]
+    returned = {k.lstrip("."): v for k, v in flatten_arguments({"": out})[1].items()}
+    if not tensors or len(returned) != 1:
+        return None
+    (sum_item, total), (path, x) = next(iter(returned.items())), next(iter(tensors.items()))
+    dim = site.branches[0].facts.dim
+    if total.shape != x.shape or x.dim() <= dim or sum_item not in ("", "0"):
+        return None
+    rows = x.shape[dim]
+    layouts: RowLayouts = {
+        name: RowLayout(dim, 1) if t.dim() > dim and t.shape[dim] == rows else None
+        for name, t in tensors.items()
+    }
+    returns = flatten_arguments({"": out}, lambda path, value: None)[0][""]
+    return WholeBlock(path, dim, layouts, sum_item, returns)
+
+
+def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
+    """Prove a block that is dropped as a whole: test whether its rows depend on each other."""
+    branch, block = site.branches[0], site.block
+    tensors = flatten_arguments(bound.arguments)[1]
+    facts, x = branch.facts, tensors[block.x]
+    batch, group = x.shape[facts.dim], facts.rows_per_sample
+    paths = list(tensors)
+
+    def run(values: list[Any]) -> Tensor:
+        by_path = dict(zip(paths, values, strict=True))
+        replaced = flatten_arguments(bound.arguments, lambda path, _: by_path[path])[0]
+        given = _cloned(replaced)
+        mine = flatten_arguments(given)[1][block.x]
+        version = modifications_of(mine)
+        call = inspect.BoundArguments(bound.signature, OrderedDict(given))
+        out = site.sum_in(site.run_block(call))
+        branch.writes_input |= modifications_of(mine) != version
+        return out
+
+    def cut(value: Any, number: int, rows: Tensor) -> Any:
+        layout = block.row_layouts[paths[number]]
+        return site.cut(facts, value, partial(take, rows=rows), layout, batch)
+
+    devices = {t.device for t in tensors.values()}
+    found = ""
+    with _alone(site, devices):
+        before = RandomStates(devices)
+        try:
+            out = run(list(tensors.values()))
+        except Exception as error:
+            site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
+            return
+        randoms = before, RandomStates(devices)
+        if site.settings.mode == "row" and not batch % group and batch >= 2 * group:
+            values = [t.detach() for t in tensors.values()]
+            sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
+            found = finding(sample)
+            if found and (norms := _held_norms(site, ("",))):
+                found = _again_with_norms_held(sample, norms, branch, found)
+    if found:
+        branch.mask(f"its rows depend on each other: {found}")
+
+
+def warn_of_masks(site: BlockSite) -> None:
+    """Warn of the first branch of a model that a proof has shown to depend on other rows."""
+    found = next((b for b in site.branches if b.depends), None)
+    if found is None or site.settings.warned_of_dependence or in_backward_pass():
+        return
+    site.settings.warned_of_dependence = True
+    warnings.warn(
+        f"{found.facts.name} is computed for all rows and masked: {found.depends}. print(plan) "
+        f"lists every such branch; compute='mask' or select= says so from the start",
+        stacklevel=2,
+    )
