@@ -252,7 +252,7 @@ def test_a_gathered_state_dict_fits_a_plain_model(ranks: Reports) -> None:
 def test_tensor_parallel_ranks_drop_alike_or_are_refused(ranks: Reports) -> None:
     for rank in ranks:
         report = rank["tensor_parallel"]
-        assert "use mode='batch' with sync_ranks=None" in report["row"]
+        assert "use mode='batch', and do not pass sync_ranks=False" in report["row"]
         assert report["batch"]["outs"][0] == report["batch"]["outs"][1]
         assert report["batch"]["kept"][0] == report["batch"]["kept"][1]
         assert report["batch"]["missing"] == []

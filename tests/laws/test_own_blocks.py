@@ -355,7 +355,7 @@ def test_a_skip_that_is_broadcast_is_refused(options: dict[str, Any]) -> None:
         model(x)
     if not options:
         plan.set_p([0.5, 0.5])
-        with pytest.raises(ValueError, match=r"the shape of its skip: on 4 kept rows.*select="):
+        with pytest.raises(ValueError, match=r"the shape of its skip: for 4 kept rows.*select="):
             model(x)
 
 

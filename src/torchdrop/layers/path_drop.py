@@ -1,4 +1,4 @@
-"""PathDrop: drop inputs of a join, each join by itself or along one column of the network."""
+"""PathDrop: drop inputs of a join, chosen by each join itself or by one column of the network."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def path_drop_column(
         columns: How many columns the network has.
         samples: The number of samples in the batch.
         paths: ``"global"``: a uniformly drawn column for each sample. ``"local"``: no column, each
-            join decides by itself. ``"mixed"``: one or the other, each with probability one half
-            (as the paper trains).
+            join decides by itself. ``"mixed"``: one or the other, each with probability one half,
+            as FractalNet was trained.
         mode: ``"row"``: one draw for each sample. ``"batch"``: one draw for the whole batch.
-        device: The device of the result: that of the activations, or None for the host, where the
-            joins run modules (:class:`torchdrop.layers.PathDrop`).
+        device: The device of the result: that of the activations if joins take tensors. None, the
+            host, if joins run modules (:class:`torchdrop.layers.PathDrop` with ``branches``), since
+            they decide on the host which modules run.
         generator: The generator to draw from, on ``device``. Eager mode only.
 
     Returns:
@@ -59,6 +60,9 @@ def path_drop_column(
         TypeError: ``columns`` or ``samples`` is not an integer, or ``generator`` is neither None
             nor a torch.Generator.
         ValueError: ``paths`` or ``mode`` is unknown, ``columns`` below 1 or ``samples`` below 0.
+
+    Reference:
+        Larsson et al. 2017, FractalNet, arXiv:1605.07648.
     """
     check_choice(paths, PATHS, "paths")
     check_mode(mode)
@@ -84,24 +88,30 @@ def _draw_kept_inputs(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Draw which of ``n`` inputs each sample keeps: (n, samples), with at least one True each."""
+    """Draw which of ``n`` inputs each sample keeps.
+
+    Returns:
+        A mask of shape (n, samples), in which each sample has at least one True.
+    """
     kept = keep_mask((n, samples), p, device=device, generator=generator)
     # Where all inputs are dropped, one of them stays. It is drawn in any case, so that the number
     # of random numbers does not depend on the values drawn.
-    number = torch.arange(n, device=device)[:, None]
-    last = random_integers(n, (samples,), device, generator)
-    kept = kept | (~kept.any(0) & (number == last))
+    index = torch.arange(n, device=device)[:, None]
+    stays = random_integers(n, (samples,), device, generator)
+    kept = kept | (~kept.any(0) & (index == stays))
     if column is None:
         return kept
     column = column.to(device)
-    own = number if columns is None else torch.tensor(columns, device=device)[:, None]
-    chosen = own == column
-    # The output of a join that the column does not pass through is not used: keep all inputs.
-    chosen = chosen | ~chosen.any(0)
-    return torch.where(column >= 0, chosen, kept)
+    column_of_input = index if columns is None else torch.tensor(columns, device=device)[:, None]
+    in_column = column_of_input == column
+    # The output of a join that the column does not pass through is not used. It keeps all inputs,
+    # so that its mean is not 0 / 0.
+    in_column = in_column | ~in_column.any(0)
+    return torch.where(column >= 0, in_column, kept)
 
 
 def _check_columns(columns: Sequence[int] | None, n: int | None) -> None:
+    """Raise unless ``columns`` is None or ``n`` integers; None for ``n`` means any number."""
     if columns is None:
         return
     if not isinstance(columns, Sequence) or any(
@@ -115,6 +125,7 @@ def _check_columns(columns: Sequence[int] | None, n: int | None) -> None:
 
 
 def _check_column(column: Tensor | None, samples: int) -> None:
+    """Raise unless ``column`` is None or a tensor with one column or one for each sample."""
     if column is not None and not isinstance(column, Tensor):
         raise TypeError(
             f"column has to be a tensor, as path_drop_column returns it, but got {column!r}"
@@ -156,8 +167,8 @@ def path_drop(
     Args:
         branches: The inputs, tensors of one shape. Dtypes promote as in a sum.
         p: The probability of dropping an input, in [0, 1].
-        training: If False, the result is the mean of all inputs; for a single one, that very
-            object.
+        training: If False, the result is the mean of all inputs. With a single input, it is that
+            tensor itself, not a copy.
         mode: ``"row"``: decisions for each sample. ``"batch"``: for the whole batch.
         batch_dim: The dimension that counts samples.
         column: The column to keep, for each sample or for all, or -1 to draw locally.
@@ -227,7 +238,7 @@ def path_drop(
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32, in which a sum is not rounded with every input."""
+    """Convert half precision to float32, so that sums are not rounded to half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -262,9 +273,9 @@ class PathDrop(LayerWithRate):
     not run in training: with ``mode="batch"`` only the kept modules run, and with ``"row"`` each
     module runs on the rows that keep it.
 
-    For half of the samples, the paper keeps one column throughout the network. The network draws
-    it once and passes it to its joins, so that activation checkpointing repeats it and several
-    networks do not share it::
+    FractalNet was trained with one column throughout the network for half of the samples. The
+    forward of the network draws this column and passes it to all joins. The joins do not store it,
+    so networks do not get the column of each other, and activation checkpointing repeats it::
 
         >>> column = functional.path_drop_column(4, len(x), device=x.device)
         >>> y = join(a, b, column=column)
@@ -349,7 +360,10 @@ class PathDrop(LayerWithRate):
                 columns=self.columns,
             )
         if len(inputs) != 1:
-            raise TypeError(f"a join of modules takes one tensor, but got {len(inputs)}")
+            raise TypeError(
+                f"a join of modules takes one tensor, but got {len(inputs)}; give PathDrop no "
+                "branches to join tensors"
+            )
         (x,) = inputs
         check_input(x)
         dim = check_dim(self.batch_dim, x.dim())
@@ -361,6 +375,7 @@ class PathDrop(LayerWithRate):
     def _run(self, branches: list[nn.Module], x: Tensor, dim: int, column: Tensor | None) -> Tensor:
         """Return the mean of the outputs of the branches, each run on the rows that keep it."""
         if find_collective(branches, "a branch", same_on_all_ranks=self.mode == "batch"):
+            # The other ranks wait in this branch, so it has to run, even if all its rows are zero.
             return path_drop(
                 [_output(branch, x) for branch in branches],
                 self.p,
@@ -372,7 +387,8 @@ class PathDrop(LayerWithRate):
         samples = x.shape[dim]
         draws = samples if self.mode == "row" else 1
         if column is not None:
-            draws = max(draws if self.mode == "row" else 1, column.shape[0])
+            # A column for each sample needs a mask for each sample, also with mode="batch".
+            draws = max(draws, column.shape[0])
         host = torch.device("cpu")
         generator = host_generator(same_on_all_ranks=self.mode == "batch")
         kept = _draw_kept_inputs(
@@ -383,6 +399,7 @@ class PathDrop(LayerWithRate):
         outputs: list[Tensor] = []
         for branch, mask in zip(branches, kept, strict=True):
             index = mask.nonzero().flatten()
+            # With an empty batch all branches run: their outputs give the shape of the result.
             if len(index) == 0 and samples > 0:
                 idle.extend(branch.parameters())
                 continue
@@ -408,6 +425,7 @@ class PathDrop(LayerWithRate):
 
 
 def _output(branch: Callable[..., Any], x: Tensor) -> Tensor:
+    """Return ``branch(x)``; raise if that is not a tensor."""
     y = branch(x)
     if not isinstance(y, Tensor):
         raise TypeError(

@@ -17,6 +17,7 @@ def has_other_ranks() -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` (FSDP2) was applied to ``module`` itself."""
+    # By name: importing torch.distributed.fsdp takes long, and not every build of torch has it.
     return type(module).__name__.startswith("FSDP") and hasattr(module, "unshard")
 
 
@@ -27,12 +28,15 @@ def find_collective(
 
     Such a module waits for all ranks in each forward or backward pass. If one rank skipped it, the
     others would wait forever, or take its next collective for this one, so all ranks have to run it
-    every time. The answer may change from call to call, since models are sharded, and their
-    BatchNorm is replaced, after stochastic depth was added.
+    every time. Parameters that are split by tensor parallelism are no reason to run it every time,
+    but all ranks have to drop the same samples, so without ``same_on_all_ranks`` they are an error.
+
+    The answer has to be asked for in each call: a model may be sharded, or its BatchNorms converted
+    to SyncBatchNorm, after stochastic depth was added.
 
     Args:
         modules: The modules that may be skipped; their descendants are searched too.
-        name: The name of ``modules`` in the error message.
+        name: What the error message calls ``modules``.
         same_on_all_ranks: Whether all ranks skip ``modules`` in the same calls.
 
     Returns:
@@ -49,6 +53,7 @@ def find_collective(
     for top in modules:
         for module in top.modules():
             kind = type(module).__name__
+            # By name too: apex has a SyncBatchNorm of its own.
             if (isinstance(module, nn.SyncBatchNorm) or kind == "SyncBatchNorm") and several:
                 found = found or kind
             elif is_sharded(module):
@@ -60,8 +65,8 @@ def find_collective(
     split = several and any(type(p).__name__ == "DTensor" for m in modules for p in m.parameters())
     if found is None and split and not same_on_all_ranks:
         raise RuntimeError(
-            f"the parameters of {name} are split over ranks (tensor parallelism), which work on "
-            f"the same samples, so all ranks have to drop the same ones; use mode='batch' with "
-            f"sync_ranks=None"
+            f"the parameters of {name} are split over ranks by tensor parallelism; these ranks "
+            f"work on the same samples and have to drop the same ones, but each would draw its "
+            f"own; use mode='batch', and do not pass sync_ranks=False"
         )
     return found

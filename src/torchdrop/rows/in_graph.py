@@ -3,8 +3,8 @@
 The shapes in a graph have to be known before rows are drawn, and the rate must not be a constant in
 it: a scheduled rate would compile a new graph in every step. So the rate is passed in as the size
 of an empty tensor, which the compiler treats as a symbol, and the rows are drawn by an operation
-that runs on the host when the graph runs. The graph computes as many rows as the rate may need; if
-fewer are kept, the last one is computed but not used.
+that runs on the host when the graph runs. The graph computes as many rows as may be kept at this
+rate; if fewer are kept, the others are computed but not used.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ __all__ = [
     "zero_from",
 ]
 
-# The share of kept rows, in units of which a graph knows it. A draw uses the exact rate.
+# A graph knows the share of kept rows as an integer, in units of 1 / _UNITS, since it is a size. It
+# determines only how many rows are computed; which of them are kept is drawn with the exact rate.
 _UNITS = 2**30
 
 
 class GraphBranch(Protocol):
-    """What a graph needs to know of a branch."""
+    """What a graph needs to know of a branch.
+
+    Attributes:
+        p: The drop probability.
+        convolves: Whether the branch contains a convolution.
+    """
 
     p: float
     convolves: bool
@@ -56,8 +62,10 @@ class GraphBranch(Protocol):
 
 # Graphs know a branch by its number: a number can be a constant in a graph, an object cannot.
 _branches: weakref.WeakValueDictionary[int, GraphBranch] = weakref.WeakValueDictionary()
-_shares: dict[int, Tensor] = {}
 _numbers = itertools.count()
+
+# By number of the branch: an empty tensor whose first size is the share of kept rows in _UNITS.
+_shares: dict[int, Tensor] = {}
 
 # The numbers of branches that were freed. Their shares are removed when the next branch is
 # registered, not at once: the garbage collector may run while a compiler iterates over the shares.
@@ -81,13 +89,15 @@ def set_keep_share(number: int, p: float, *, value_known: bool) -> None:
     Args:
         number: The number of the branch.
         p: The drop probability.
-        value_known: Whether the compiler may know the present value of the symbol. If it knows the
-            value, it makes decisions by it, and compiles again when one of them changes: on a CPU
-            inductor does so when a sum becomes longer than 4,096, which in a transformer happens
-            block by block. If it does not, inductor (torch 2.14) chooses a wrong memory format for
-            convolutions, so for them it has to be True.
+        value_known: Whether the compiler may know the present value of the symbol. True is needed
+            for convolutions: without the value, inductor (torch 2.14) chooses a wrong memory format
+            for them. False is better for all else: with the value, the compiler chooses code that
+            suits it, and compiles again when another value needs other code. On a CPU inductor does
+            so when the length of a reduction passes 4,096, in a transformer for one block after the
+            other.
     """
     share = torch.empty((max(round((1.0 - p) * _UNITS), 1), 0), device="cpu")
+    # If the value is not known, loops are planned for half of the rows.
     mark_first_size_symbolic(share, value_known=value_known, largest=_UNITS, hint=_UNITS // 2)
     _shares[number] = share
 
@@ -95,16 +105,22 @@ def set_keep_share(number: int, p: float, *, value_known: bool) -> None:
 def row_count_in_graph(number: int, batch: Any, least: int) -> Any:
     """Return how many rows a graph computes: ``batch * (1 - p)``, rounded up.
 
-    At least ``least``, but never more than ``batch``.
+    Args:
+        number: The number of the branch.
+        batch: The batch size.
+        least: The least number of rows that the branch can compute with, as BatchNorm needs two.
+            Even so it is never more than ``batch``.
     """
     share = _shares[number].shape[0]
-    # One unit less, so that a product which is an integer is not rounded up because of its error.
+    # ``share`` is rounded, so where ``batch * (1 - p)`` is an integer, the product may be a little
+    # larger. With one unit less it is not rounded up to the next integer, one row too many.
     enough = (batch * (share - 1) + _UNITS - 1) // _UNITS
     return torch.sym_min(batch, torch.sym_max(least, enough))
 
 
 def zero_from(unused: Iterable[Tensor]) -> Any:
     """Return a zero whose backward pass gives each of ``unused`` a gradient of zeros."""
+    # The sum of no elements: 0 even if the tensor holds inf or NaN.
     return sum(tensor.flatten()[:0].sum() for tensor in unused)
 
 
@@ -112,6 +128,7 @@ _library: Any = torch.library.Library("torchdrop", "FRAGMENT")  # type: ignore[n
 _library.define(
     "keep_rows(int branch, SymInt batch, SymInt size, ScalarType dtype, Device device)"
     " -> (Tensor, Tensor, Tensor)",
+    # Two calls draw different rows, so a compiler must not merge them.
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
@@ -119,6 +136,7 @@ _library.define(
 def _keep_rows(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the rows when the graph runs; the results are those of :class:`GraphRows`."""
     rows, kept = _branches[branch].draw_rows(batch)
     rows = rows[:size]
     weights = torch.zeros(size, dtype=dtype, device="cpu")
@@ -129,15 +147,16 @@ def _keep_rows(
     return copy(rows), copy(weights), copy(positions)
 
 
-def _shapes(
+def _fake_keep_rows(
     branch: int, batch: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the shapes of :func:`_keep_rows`, for the compiler."""
     rows, positions = (torch.empty(n, dtype=torch.long, device=device) for n in (size, batch))
     return rows, torch.empty(size, dtype=dtype, device=device), positions
 
 
 _library.impl("keep_rows", _keep_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("torchdrop::keep_rows", _shapes, lib=_library)
+torch.library.register_fake("torchdrop::keep_rows", _fake_keep_rows, lib=_library)
 
 
 class GraphRows(NamedTuple):
@@ -149,17 +168,26 @@ class GraphRows(NamedTuple):
 
 
 def draw_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> GraphRows:
-    """Draw for the branch ``number`` which ``size`` rows of a batch are computed."""
+    """Draw which rows of a batch are computed for a branch, and which of them are kept.
+
+    Args:
+        number: The number of the branch.
+        batch: The batch size.
+        size: How many rows are computed (:func:`row_count_in_graph`).
+        like: A tensor on the device of the result. The weights are float64 if it is.
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return GraphRows(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))
 
 
-# Gathering and scattering are the gradient of each other, and both are written as a gather by
-# index. For index_add, and for the gradient of index_select, a compiler on the CPU generates atomic
-# additions, one element at a time.
+# Gathering and scattering are the gradients of each other. Both are computed with index_select: for
+# index_add, and for the gradient of index_select, a compiler on the CPU generates atomic additions,
+# one element at a time.
 
 
 class _Take(torch.autograd.Function):
+    """Gather the slices ``rows``; the backward pass scatters their gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, positions: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(rows, positions)
@@ -172,12 +200,14 @@ class _Take(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
+    """Put slices at ``rows`` of a batch of zeros; the backward pass gathers their gradient."""
+
     @staticmethod
-    def forward(ctx: Any, some: Tensor, rows: Tensor, positions: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, slices: Tensor, rows: Tensor, positions: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(rows, positions)
         ctx.dim = dim
-        computed = (positions >= 0).view([-1 if d == dim else 1 for d in range(some.dim())])
-        return torch.where(computed, some.index_select(dim, positions.clamp(min=0)), 0.0)
+        computed = (positions >= 0).view([-1 if d == dim else 1 for d in range(slices.dim())])
+        return torch.where(computed, slices.index_select(dim, positions.clamp(min=0)), 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,22 +216,24 @@ class _Scatter(torch.autograd.Function):
 
 def take_in_graph(x: Tensor, drawn: GraphRows, dim: int) -> Tensor:
     """Return the drawn slices of ``x`` along ``dim``."""
-    some: Tensor = _Take.apply(x, drawn.rows, drawn.positions, dim)
-    return some
+    slices: Tensor = _Take.apply(x, drawn.rows, drawn.positions, dim)
+    return slices
 
 
-def scatter_in_graph(some: Tensor, drawn: GraphRows, dim: int) -> Tensor:
-    """Return a whole batch along ``dim``: ``some`` at the drawn slices, zeros elsewhere."""
-    whole: Tensor = _Scatter.apply(some, drawn.rows, drawn.positions, dim)
+def scatter_in_graph(slices: Tensor, drawn: GraphRows, dim: int) -> Tensor:
+    """Return a whole batch along ``dim``: ``slices`` at the drawn rows, zeros elsewhere."""
+    whole: Tensor = _Scatter.apply(slices, drawn.rows, drawn.positions, dim)
     return whole
 
 
 def run_uncompiled(*modules: str) -> None:
-    """Let ``torch.compile`` not compile the functions of these modules, only what they call.
+    """Mark the functions of these modules, so that no graph of ``torch.compile`` begins in them.
 
-    In batch mode a graph ends at each draw. The functions between that point and the next graph,
-    which is a branch, would be compiled piece by piece for every block, until dynamo's limit for
-    one function is reached. Functions in which no graph ends are traced into a graph as usual.
+    In batch mode a graph ends at each draw, since the draw decides whether the branch runs. Without
+    the mark, dynamo would continue in the functions of torchdrop between the draw and the branch,
+    and compile pieces of them for each block, until its limit for one function is reached. With it
+    these functions run in Python, and the next graph begins in the branch that they call. A marked
+    function that is called inside a graph, and in which no graph ends, is part of that graph.
 
     Args:
         modules: The names of imported modules; only the functions that they define are marked.

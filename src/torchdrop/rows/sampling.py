@@ -1,7 +1,7 @@
-"""Draw which rows of a batch are kept, on the host.
+"""Draw on the host which rows of a batch are kept.
 
-Rows are drawn from torch's global CPU generator. Their number is then known without waiting for a
-device, ``torch.manual_seed`` determines the draw, and activation checkpointing repeats it.
+Rows are drawn from torch's global CPU generator. How many are kept is then known without waiting
+for a device, ``torch.manual_seed`` determines the draw, and activation checkpointing repeats it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ def host_generator(*, same_on_all_ranks: bool = False) -> torch.Generator | None
     if same_on_all_ranks or not has_other_ranks():
         return None
     seed = int(torch.randint(2**62, (), device="cpu"))
+    # The factor is 2**64 divided by the golden ratio: its multiples differ in about half of their
+    # bits, so the seeds of the ranks do too. manual_seed takes no integers of more than 64 bits.
     return torch.Generator("cpu").manual_seed(
         (seed ^ (dist.get_rank() * 0x9E3779B97F4A7C15)) % 2**63
     )
 
 
 # Each of the three samplers returns all rows of the batch, the kept ones first, and how many rows
-# are kept.
+# are kept. The batch may be empty.
 
 
 def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
@@ -60,11 +62,13 @@ def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Ten
 
 def _independent(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     dropped = torch.rand(batch, generator=generator, device="cpu") < p
+    # Sorted as integers, kept rows (0) come before dropped ones (1).
     return dropped.to(torch.uint8).argsort(stable=True), batch - int(dropped.sum())
 
 
 def _window(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
+    # max: an upper bound of 0, as of an empty batch, is an error in randint.
     start = int(torch.randint(max(batch, 1), (), generator=generator, device="cpu"))
     return (torch.arange(batch, device="cpu") + start) % max(batch, 1), kept
 
@@ -73,14 +77,15 @@ def _rounded_at_random(count: float, generator: torch.Generator | None) -> int:
     """Round ``count`` up with probability equal to its fraction, else down."""
     whole = int(count)
     fraction = count - whole
-    # The comparison is in float64: a count that misses an integer by one unit in the last place is
-    # then practically never rounded the wrong way.
+    # ``count`` may exceed an integer by a rounding error of about 1e-16. A float64 number is
+    # practically never below that, but a float32 number would be 0 once in 2**24 draws, and round
+    # the count up.
     return whole + int(fraction > 0 and _uniform(generator) < fraction)
 
 
 def _uniform(generator: torch.Generator | None = None) -> float:
     """Draw a number uniformly from [0, 1)."""
-    # torch.rand returns sooner for a shape of one element than for an empty shape.
+    # The shape is (1,) and not () because torch.rand takes less time for it.
     drawn = torch.rand(1, generator=generator, dtype=torch.float64, device=_HOST)
     return drawn.item()
 
@@ -117,11 +122,14 @@ def draw_row_order(batch: int, p: float, sampling: str = "exact") -> tuple[Tenso
 
 
 def _refuse_different_draws_in_vmap() -> None:
-    """Raise inside ``vmap(randomness="different")``: rows are drawn once for all that it maps."""
+    """Raise inside ``vmap(randomness="different")``, which asks for one draw for each mapped call.
+
+    vmap runs the forward once for all of them, so the rows can be drawn only once.
+    """
     if not torch.compiler.is_compiling() and vmap_draws_differently():
         raise RuntimeError(
-            "stochastic depth decides on the host what is computed, once for everything that "
-            "vmap maps over; pass randomness='same' to vmap"
+            "stochastic depth draws on the host, once for everything that vmap maps over, so vmap "
+            "cannot be called with randomness='different'; pass randomness='same' to vmap"
         )
 
 
@@ -139,9 +147,13 @@ def refuse_graph_capture(x: Tensor) -> None:
 def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
     """Draw whether the whole batch is kept: True with probability ``1 - p``.
 
-    With several ranks all of them get the same answer, unless ``sync_ranks`` is False.
+    Args:
+        p: The probability that it is dropped.
+        sync_ranks: With True or None all ranks of a process group get the same answer; with False
+            each rank draws by itself.
     """
     _refuse_different_draws_in_vmap()
+    # A shared number is an integer of 53 bits, so this is uniform in [0, 1).
     if sync_ranks is not False and shared_numbers.shared():
         return shared_numbers.draw() / 2**53 >= p
     return _uniform() >= p

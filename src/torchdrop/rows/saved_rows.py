@@ -15,11 +15,12 @@ __all__ = ["regather_in_backward"]
 
 
 class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tensors_hooks)
-    """Inside this context, gathered rows that a branch saves for backward are gathered again there.
+    """Context in which gathered rows are not saved for backward, but gathered again in backward.
 
     If the tensor that rows were gathered from is saved anyway, saving the rows too takes memory
-    for nothing. This context saves that tensor and the indices in their place, once for each
-    gathered tensor.
+    for nothing. The first time that operations inside this context save a tensor of gathered rows,
+    the tensor that they were gathered from and the indices are saved in its place. If it is saved
+    again, for another operation, it is saved as it is.
 
     The hooks of an outer context (a checkpoint, ``save_on_cpu``) get the whole tensor instead of
     its rows.
@@ -31,7 +32,8 @@ class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tenso
     """
 
     def __init__(self, taken: Sequence[tuple[Tensor, Tensor]], rows: Tensor, dim: int) -> None:
-        self._taken = {id(some): (some, x.detach()) for some, x in taken}
+        # The gathered rows are stored too: while they exist, no other tensor gets their id.
+        self._taken = {id(gathered): (gathered, x.detach()) for gathered, x in taken}
         self._rows, self._dim = rows, dim
         self._outer: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._hooks: saved_tensors_hooks | None = None
@@ -50,23 +52,27 @@ class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tenso
             self._hooks = None
 
     def _pack(self, tensor: Tensor) -> tuple[Any, ...]:
+        """Return what is saved for ``tensor``: a tensor, its version, whether to gather from it."""
         _, x = self._taken.pop(id(tensor), (None, None))
         if not self._taken:
             # All gathered tensors were saved. From here on the hooks would only take time, a few
             # microseconds for every saved tensor.
             self.__exit__()
-        whole = tensor if x is None else x
-        packed = whole if self._outer is None else self._outer[0](whole)
-        return packed, modifications_of(whole), x is not None
+        to_save = tensor if x is None else x
+        packed = to_save if self._outer is None else self._outer[0](to_save)
+        return packed, modifications_of(to_save), x is not None
 
     def _unpack(self, saved: tuple[Any, ...]) -> Tensor:
-        packed, version, gathered = saved
-        whole: Tensor = packed if self._outer is None else self._outer[1](packed)
-        # With hooks PyTorch does not check for writes in between, so it is checked here.
-        if self._outer is None and modifications_of(whole) != version:
+        """Return the tensor for which :func:`_pack` returned ``saved``."""
+        packed, version, is_source = saved
+        tensor: Tensor = packed if self._outer is None else self._outer[1](packed)
+        # PyTorch does not check for writes in between where hooks save a tensor, so it is checked
+        # here. What an outer hook returns may be another tensor, with a version of its own.
+        if self._outer is None and modifications_of(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: a tensor of shape {tuple(whole.shape)} is at version "
-                f"{modifications_of(whole)}; expected version {version} instead"
+                f"inplace operation: a tensor of shape {tuple(tensor.shape)} is at version "
+                f"{modifications_of(tensor)}; expected version {version} instead; write into a "
+                "copy of it, or after the backward pass"
             )
-        return take(whole, self._rows, self._dim) if gathered else whole
+        return take(tensor, self._rows, self._dim) if is_source else tensor

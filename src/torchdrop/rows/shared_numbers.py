@@ -23,25 +23,28 @@ def _group() -> Any:
 
 
 class SharedNumbers:
-    """A stream of random numbers that every rank computes by itself, and that are all the same.
+    """A stream of random numbers, which each rank computes by itself, equal to that of all others.
 
     Number n since ``torch.manual_seed`` is a hash of n and of the seed of rank 0. The difference
     between a rank's own seed and that of rank 0 is communicated once, with the first number (one
     broadcast). If all ranks are seeded again later, no communication is needed, as long as the
     differences between their seeds stay the same.
 
-    Every draw also takes a token from the global generator and stores the number under it. If the
-    same token comes again, the state of the generator was restored, and the same number is
-    returned. This is how the recomputation of a checkpoint, which restores the generator and
-    nothing else, gets the same numbers; and a seed that was used before starts the count anew.
+    n has to follow the state of the global generator, which cannot be asked how often it was drawn
+    from. So each draw also takes an integer from the generator, the token, and stores n under it.
+    A token that is known shows that the generator was restored to an earlier state, and its n is
+    used again: the recomputation of a checkpoint, which restores nothing but the generator, gets
+    the numbers of the forward pass. If it is the first token of a seed, the generator was seeded
+    again with this seed, and n starts at 0.
     """
 
-    # The largest numbers of stored tokens (a recomputation may still ask for them), and of seeds.
+    # How many tokens and seeds are stored at most; the oldest are forgotten first. A token has to
+    # last until the backward pass in which a checkpoint is recomputed.
     _MAX_TOKENS = 2**14
     _MAX_SEEDS = 256
 
     def __init__(self) -> None:
-        self._group: Any = None
+        self._known_group: Any = None  # a weak reference to the group of the seed difference
         self._seed_difference = 0
         # For each seed of rank 0: the token of its first number, and how many numbers were drawn.
         self._streams: dict[int, tuple[int | None, int]] = {}
@@ -63,15 +66,17 @@ class SharedNumbers:
             self._alone -= 1
 
     def draw(self) -> int:
-        """Return the next number, an integer of 53 bits."""
+        """Return the next number, an integer of 53 bits, which a float represents exactly."""
         seed = (torch.initial_seed() - self._difference_to_rank_0()) % 2**64
         token = int(torch.randint(2**62, (), device="cpu"))
         with self._lock:
+            # Removed and inserted again: the stream that was used last is the last in the dict.
             first, count = self._streams.pop(seed, (token, 0))
             known = 0 if token == first else self._number_of_token.get((seed, token))
             number = count if known is None else known
-            # The recomputation of a checkpoint does not move the count; any other draw goes on from
-            # its own number.
+            # Draws after the recomputation of a checkpoint continue the forward passes, so it does
+            # not change the count. Elsewhere a known token means that the generator was restored,
+            # and the draws that follow continue from its number.
             if known is None or not in_backward_pass():
                 count = number + 1
             self._streams[seed] = first, count
@@ -86,15 +91,16 @@ class SharedNumbers:
     def _difference_to_rank_0(self) -> int:
         """Return this rank's seed minus that of rank 0, which is broadcast on the first call."""
         group = _group()
-        if self._group is None or self._group() is not group:
+        if self._known_group is None or self._known_group() is not group:
             mine = torch.initial_seed()
             theirs = [mine]
             dist.broadcast_object_list(theirs, src=0)
             self._seed_difference = mine - theirs[0]
-            if self._group is not None:  # the ranks of a new group do not have the old numbers
+            if self._known_group is not None:
+                # Some ranks of the new group may not have drawn the old numbers: all start anew.
                 self._streams.clear()
                 self._number_of_token.clear()
-            self._group = weakref.ref(group)
+            self._known_group = weakref.ref(group)
         return self._seed_difference
 
     def state_dict(self) -> dict[str, int] | None:
@@ -108,7 +114,9 @@ class SharedNumbers:
         return {"seed": seed, "count": self._streams[seed][1]}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue the stream of ``state`` as soon as the generator has its seed.
+        """Let draws under the seed of ``state``, the seed of rank 0, continue from its count.
+
+        Draws under other seeds are not changed.
 
         Raises:
             ValueError: ``state`` is not a seed and a count.
@@ -118,9 +126,11 @@ class SharedNumbers:
             and all(type(state.get(name)) is int and state[name] >= 0 for name in ("seed", "count"))
         ):
             raise ValueError(
-                f"shared_numbers has to be a seed and a count, integers from 0, but got {state!r}"
+                f"shared_numbers has to be a seed and a count, integers from 0, but got {state!r}; "
+                "pass what state_dict() returned"
             )
         self._streams.pop(state["seed"], None)
+        # The first token is not known, so no token makes the count start at 0.
         self._streams[state["seed"]] = None, state["count"]
 
 

@@ -70,7 +70,8 @@ def add_whole(
         gain: The factor of the branch.
         inplace: Whether to write the sum into ``skip``.
         branch_first: Whether the model adds ``branch + skip``. If their memory formats differ, the
-            sum has that of the first, and later operations round accordingly.
+            sum has that of the first operand, and operations on it round as in the model only in
+            the same format.
     """
     if inplace:
         return skip.add_(branch, alpha=gain)
@@ -118,9 +119,9 @@ def add_rows(
             whole = branch.expand(expected)
             return add_rows(skip, whole, rows, gain, dim, inplace=inplace, reuses_skip=reuses_skip)
         raise ValueError(
-            f"the branch of a residual has to have the shape of its skip: on {rows.numel()} kept "
-            f"rows of a skip of shape {tuple(skip.shape)} expected {expected}, "
-            f"but got {tuple(branch.shape)}; leave this block out with select="
+            f"the branch of a residual sum has to have the shape of its skip: for {rows.numel()} "
+            f"kept rows of a skip of shape {tuple(skip.shape)} that is {expected}, but the branch "
+            f"has {tuple(branch.shape)}; leave this block out with select="
         )
     if gain != 1.0 and branch.dtype in (torch.float16, torch.bfloat16):
         # index_add_ rounds alpha to the dtype first: in bfloat16 1/0.9 would become 1.109375.
@@ -136,7 +137,7 @@ def add_rows(
 
 def _add(
     x: Tensor,
-    some: Tensor,
+    values: Tensor,
     rows: Tensor,
     gain: float,
     dim: int,
@@ -144,14 +145,24 @@ def _add(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    """Add ``gain * some`` to ``rows`` of ``x``, on the views with the dimensions in ``order``."""
+    """Add ``gain * values`` to the slices ``rows`` of ``x`` along ``dim``.
+
+    Args:
+        x: The tensor that is added to.
+        values: One slice for each of ``rows``.
+        rows: The indices of the slices.
+        gain: The factor of ``values``.
+        dim: The dimension of the rows.
+        order: The permutation of dimensions in which to add: that of :func:`_memory_order`.
+        inplace: Whether to write the sum into ``x`` and return ``x``.
+    """
     if order is None:
         add = x.index_add_ if inplace else x.index_add
-        return add(dim, rows, some, alpha=gain)
+        return add(dim, rows, values, alpha=gain)
     if inplace:
-        x.permute(order).index_add_(order.index(dim), rows, some.permute(order), alpha=gain)
+        x.permute(order).index_add_(order.index(dim), rows, values.permute(order), alpha=gain)
         return x
-    out = x.permute(order).index_add(order.index(dim), rows, some.permute(order), alpha=gain)
+    out = x.permute(order).index_add(order.index(dim), rows, values.permute(order), alpha=gain)
     return out.permute(_inverse(order))
 
 
@@ -168,11 +179,15 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, skip: Tensor, branch: Tensor, into: tuple[Tensor, float, int], reuses_skip: bool
+        ctx: Any,
+        skip: Tensor,
+        branch: Tensor,
+        rows_gain_dim: tuple[Tensor, float, int],
+        reuses_skip: bool,
     ) -> Tensor:
         # Stored as an attribute: saving a tensor for backward takes longer than a small sum, and
         # the indices need none of its checks.
-        rows, gain, dim = ctx.into = into
+        rows, gain, dim = ctx.rows_gain_dim = rows_gain_dim
         order = _memory_order(skip)
         if reuses_skip and (order is not None or skip.is_contiguous()):
             # The detached tensor shares the version counter of the skip. If the skip was saved for
@@ -187,7 +202,7 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        rows, gain, dim = ctx.into
+        rows, gain, dim = ctx.rows_gain_dim
         grad_branch = None
         if ctx.needs_input_grad[1]:
             grad_branch = take(grad, rows, dim)
@@ -197,7 +212,7 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         skip, branch = tangents[:2]
-        rows, gain, dim = ctx.into
+        rows, gain, dim = ctx.rows_gain_dim
         return _add(skip, branch, rows, gain, dim, _memory_order(skip))
 
 
@@ -210,21 +225,27 @@ class _SkipAndRows(torch.autograd.Function):
         order = ctx.order = _memory_order(x)
         if order is None:
             return x.view_as(x), x.index_select(dim, rows)
+        # Not take(), which returns a view: an operation in place on an output that is a view is an
+        # error where an autograd function has several outputs.
         shape = (*x.shape[:dim], rows.numel(), *x.shape[dim + 1 :])
-        some = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
-        torch.index_select(x.permute(order), order.index(dim), rows, out=some.permute(order))
-        return x.view_as(x), some
+        gathered = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
+        torch.index_select(x.permute(order), order.index(dim), rows, out=gathered.permute(order))
+        return x.view_as(x), gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # If nothing else refers to the first gradient, it may be written into, as autograd does
         # when it accumulates gradients.
         references = count_references(grads)
-        alone = references is not None and references == _UnsharedGradient.references
-        alone = alone and not torch.is_grad_enabled()
-        whole, some = grads
-        alone = alone and (whole if ctx.order is None else whole.permute(ctx.order)).is_contiguous()
-        return _add(whole, some, ctx.rows, 1.0, ctx.dim, ctx.order, inplace=alone), None, None
+        may_write = references is not None and references == _UnsharedGradient.references
+        # With create_graph=True an operation may have saved it for the second derivative.
+        may_write = may_write and not torch.is_grad_enabled()
+        whole, gathered = grads
+        # Elements of an expanded gradient, as of sum(), share memory.
+        in_order = whole if ctx.order is None else whole.permute(ctx.order)
+        may_write = may_write and in_order.is_contiguous()
+        out = _add(whole, gathered, ctx.rows, 1.0, ctx.dim, ctx.order, inplace=may_write)
+        return out, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
@@ -253,7 +274,7 @@ class _UnsharedGradient(torch.autograd.Function):
 
     @classmethod
     def measure(cls) -> None:
-        # Without modes, which might hold another reference.
+        # A mode of the caller sees every operation and might keep a reference to the gradient.
         with DisableTorchFunction(), disable_dispatch_modes(), torch.enable_grad():
             x = torch.zeros(1, device="cpu", requires_grad=True)
             torch.autograd.grad(cls.apply(x).neg(), x, torch.zeros(1, device="cpu"))
@@ -261,7 +282,7 @@ class _UnsharedGradient(torch.autograd.Function):
 
 
 def skip_and_rows(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Return ``x`` and ``take(x, rows, dim)``, if ``x`` is both the skip and the branch's input.
+    """Return ``x`` and ``take(x, rows, dim)``, for a branch that takes the skip as its input.
 
     The backward pass adds the gradient of the rows directly to that of the skip. Two separate
     operations would scatter it into zeros first, one pass over the tensor more.
@@ -271,8 +292,8 @@ def skip_and_rows(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor
         return x, take(x, rows, dim)
     if not _UnsharedGradient.measured:
         _UnsharedGradient.measure()
-    whole, some = _SkipAndRows.apply(x, rows, dim)
-    return whole, some
+    whole, gathered = _SkipAndRows.apply(x, rows, dim)
+    return whole, gathered
 
 
 class _WithZeroGrads(torch.autograd.Function):
