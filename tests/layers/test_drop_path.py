@@ -24,7 +24,7 @@ RATES = [0.1, 0.3, 0.9]
 def either_way(request, monkeypatch):
     """Both ways of computing: one kernel a run of rows, and kernels over everything."""
     least = 1 if request.param == "runs" else 10**12
-    monkeypatch.setattr(module, "_ROW_WORTH_A_KERNEL", least)
+    monkeypatch.setattr(module, "_MIN_ROW_SIZE_FOR_RUNS", least)
     return request.param
 
 
@@ -148,7 +148,7 @@ def test_both_ways_give_the_same_bits(monkeypatch):
                 kwargs = {"mode": mode, "batch_dim": batch_dim}
                 results = []
                 for least in (1, 10**12):
-                    monkeypatch.setattr(module, "_ROW_WORTH_A_KERNEL", least)
+                    monkeypatch.setattr(module, "_MIN_ROW_SIZE_FOR_RUNS", least)
                     results.append(seeded(drop_path, x.to(dtype), 0.4, **kwargs))
                 assert torch.equal(*results)
 

@@ -49,14 +49,18 @@ def keep_mask(
 
 
 def draw_noise(
-    kind: Callable[..., Tensor],  # torch.rand or torch.randn
+    kind: Callable[..., Tensor],
     x: Tensor,
     generator: torch.Generator | None = None,
     shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return random numbers of the shape of ``x``, or of ``shape``, on the device of ``x``.
+    """Return random numbers for ``x``: on its device; float64 if it is float64, else float32.
 
-    They are float64 where ``x`` is float64, and float32 for any other dtype.
+    Args:
+        kind: The distribution: torch.rand (uniform in [0, 1)) or torch.randn (normal).
+        x: The tensor.
+        generator: The generator to draw from, or None for the global one.
+        shape: The shape of the result; by default that of ``x``.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     size = x.shape if shape is None else shape
@@ -104,7 +108,7 @@ def can_read_on_host(x: Tensor) -> bool:
 def _is_legacy_batched(x: Tensor) -> bool:
     """Whether ``x`` is a tensor batched by autograd.grad(is_grads_batched=True)."""
     if torch.compiler.is_compiling():
-        return False
+        return False  # dynamo cannot trace the call
     return is_legacy_batched_tensor(x)
 
 
@@ -160,7 +164,7 @@ def along_dim(values: Tensor, dim: int, ndim: int) -> Tensor:
 def divisor_of_kept(rate: float) -> float:
     """Return ``1 - rate``, by which kept values are divided so that the mean stays.
 
-    Return 1 where everything is dropped: the zeros have to stay zeros, forward and backward.
+    With a rate of 1 it is 1: all values are zeros, and 0 / 0 would be NaN, forward and backward.
     """
     return 1.0 - rate if rate < 1.0 else 1.0
 

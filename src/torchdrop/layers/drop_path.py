@@ -1,4 +1,4 @@
-"""Drop path: drop whole samples of a residual branch, alone or while the branch is added."""
+"""Drop path: set whole samples of a residual branch to zero, and perhaps add it to the skip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["DropPath", "drop_path", "drop_path_add"]
 # Below this many elements a row, one elementwise kernel over the whole tensor is faster than one
 # kernel for each run of rows: a kernel takes about 4 microseconds to start, and the second pass
 # over memory that it saves takes about .8 nanoseconds an element.
-_ROW_WORTH_A_KERNEL = 4096
+_MIN_ROW_SIZE_FOR_RUNS = 4096
 
 
 def _draw_mask(
@@ -40,12 +40,12 @@ def _draw_mask(
     return keep_mask(shape, p, device=x.device, generator=generator)
 
 
-def _in_runs(x: Tensor, mask: Tensor, dim: int) -> bool:
+def _use_runs(x: Tensor, mask: Tensor) -> bool:
     """Whether to read the mask on the host and handle each run of equal decisions at once."""
     return (
         can_read_on_host(x)
-        and x.numel() >= _ROW_WORTH_A_KERNEL * mask.numel()
-        and (mask.numel() > 1 or x.shape[dim] > 0)
+        and x.numel() >= _MIN_ROW_SIZE_FOR_RUNS * mask.numel()
+        and mask.numel() > 0  # an empty batch has no runs
     )
 
 
@@ -66,22 +66,24 @@ def _runs(mask: Tensor, rows: int) -> tuple[list[bool], list[int]]:
 
 
 class _KeepRuns(torch.autograd.Function):
-    """Compute ``where(mask, x, 0) / keep`` with one kernel, one pass, for each run of rows."""
+    """Compute ``where(mask, x, 0) / divisor`` with one kernel, one pass, for each run of rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, keep: float, dim: int, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, divisor: float, dim: int, inplace: bool
+    ) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.save_for_forward(mask)
-        ctx.keep, ctx.dim = keep, dim
+        ctx.divisor, ctx.dim = divisor, dim
         if inplace:
             ctx.mark_dirty(x)
         out = x if inplace else torch.empty_like(x)
         decisions, lengths = _runs(mask, x.shape[dim])
-        # torch.split would call this method too, with some Python around it.
+        # torch.split calls this method as well, but first runs code in Python.
         parts = (t.split_with_sizes(lengths, dim) for t in (out, x))
         for kept, part, old in zip(decisions, *parts, strict=True):
             if kept:
-                torch.div(old, keep, out=part)
+                torch.div(old, divisor, out=part)
             else:
                 part.zero_()
         return out
@@ -90,37 +92,38 @@ class _KeepRuns(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         # The function is linear in x, so it is its own derivative, of any order.
-        return _keep(grads[0], mask, ctx.keep, ctx.dim), None, None, None, None
+        return _keep(grads[0], mask, ctx.divisor, ctx.dim), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         (mask,) = ctx.saved_tensors
-        return _keep(tangents[0], mask, ctx.keep, ctx.dim)
+        return _keep(tangents[0], mask, ctx.divisor, ctx.dim)
 
 
-def _keep(x: Tensor, mask: Tensor, keep: float, dim: int, inplace: bool = False) -> Tensor:
-    """Return ``where(mask, x, 0) / keep``.
+def _keep(x: Tensor, mask: Tensor, divisor: float, dim: int, inplace: bool = False) -> Tensor:
+    """Return ``where(mask, x, 0) / divisor``.
 
     Dropped values are replaced, not multiplied by 0: an inf or NaN among them does not stay.
     """
-    if _in_runs(x, mask, dim):
-        return _KeepRuns.apply(x, mask, keep, dim, inplace)  # type: ignore[no-any-return]
+    if _use_runs(x, mask):
+        return _KeepRuns.apply(x, mask, divisor, dim, inplace)  # type: ignore[no-any-return]
     if inplace:
-        return x.masked_fill_(~mask, 0.0).div_(keep)
-    # In place is safe: `where` made a new tensor. It also has the batch dimension of vmap.
-    return torch.where(mask, x, 0.0).div_(keep)
+        return x.masked_fill_(~mask, 0.0).div_(divisor)
+    # In place is safe: `where` made a new tensor. Under vmap it has the batch dimension, also where
+    # only the mask had one.
+    return torch.where(mask, x, 0.0).div_(divisor)
 
 
 class _AddRuns(torch.autograd.Function):
-    """Compute ``skip + where(mask, branch, 0) / keep`` in one pass for each run of rows."""
+    """Compute ``skip + where(mask, branch, 0) / divisor`` in one pass for each run of rows."""
 
     @staticmethod
     def forward(
-        ctx: Any, skip: Tensor, branch: Tensor, mask: Tensor, keep: float, dim: int
+        ctx: Any, skip: Tensor, branch: Tensor, mask: Tensor, divisor: float, dim: int
     ) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.save_for_forward(mask)
-        ctx.keep, ctx.dim = keep, dim
+        ctx.divisor, ctx.dim = divisor, dim
         out = torch.empty_like(skip)
         decisions, lengths = _runs(mask, skip.shape[dim])
         parts = (t.split_with_sizes(lengths, dim) for t in (out, skip, branch))
@@ -128,28 +131,29 @@ class _AddRuns(torch.autograd.Function):
             if not kept:
                 part.copy_(old)
             elif skip.dtype in (torch.float16, torch.bfloat16):
-                # torch.add would round `alpha` to half precision, torch.div does not round `keep`.
-                torch.div(new, keep, out=part).add_(old)
+                # torch.add would round `alpha` to half precision; torch.div does not round the
+                # divisor.
+                torch.div(new, divisor, out=part).add_(old)
             else:
-                torch.add(old, new, alpha=1.0 / keep, out=part)
+                torch.add(old, new, alpha=1.0 / divisor, out=part)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        branch = _keep(grads[0], mask, ctx.keep, ctx.dim) if ctx.needs_input_grad[1] else None
+        branch = _keep(grads[0], mask, ctx.divisor, ctx.dim) if ctx.needs_input_grad[1] else None
         return grads[0] if ctx.needs_input_grad[0] else None, branch, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         (mask,) = ctx.saved_tensors
-        return tangents[0] + _keep(tangents[1], mask, ctx.keep, ctx.dim)
+        return tangents[0] + _keep(tangents[1], mask, ctx.divisor, ctx.dim)
 
 
 def _may_overwrite(x: Tensor) -> bool:
-    """Whether ``x`` can be overwritten: as far as ``x`` shows, autograd has not saved its values.
+    """Whether ``x`` may be overwritten: as far as ``x`` shows, autograd has not saved its values.
 
-    It may not be under a compiler or a torch.func transform.
+    False under a compiler or a torch.func transform, which plan memory themselves.
     """
     if under_transform():
         return False
@@ -289,17 +293,17 @@ def drop_path_add(
     if skip.shape != branch.shape:
         raise ValueError(
             f"skip and branch have to have the same shape, but got {tuple(skip.shape)} "
-            f"and {tuple(branch.shape)}"
+            f"and {tuple(branch.shape)}; expand one of them if it is meant to be broadcast"
         )
     dim = check_dim(batch_dim, branch.dim())
     if not training or rate == 0.0:
         return skip + branch
     mask = _draw_mask(branch, rate, mode, dim, generator)
-    keep = divisor_of_kept(rate)
+    divisor = divisor_of_kept(rate)
     same_layout = skip.dtype == branch.dtype and skip.stride() == branch.stride()
-    if same_layout and type(skip) in (Tensor, torch.nn.Parameter) and _in_runs(branch, mask, dim):
-        return _AddRuns.apply(skip, branch, mask, keep, dim)  # type: ignore[no-any-return]
-    return skip + _keep(branch, mask, keep, dim)
+    if same_layout and type(skip) in (Tensor, torch.nn.Parameter) and _use_runs(branch, mask):
+        return _AddRuns.apply(skip, branch, mask, divisor, dim)  # type: ignore[no-any-return]
+    return skip + _keep(branch, mask, divisor, dim)
 
 
 class DropPath(LayerWithRate):
