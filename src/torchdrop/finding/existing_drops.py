@@ -2,8 +2,8 @@
 
 Masking layers are recognised by their class name, so that copies of the class in other packages
 count as well. A forward may also multiply a branch by random numbers, one for each sample or one
-for the whole batch, as ``x + drop_path(f(x), p, training)`` does. Such a rate would add to that of
-torchdrop.
+for the whole batch, as ``x + drop_path(f(x), p, training)`` does. If torchdrop did not know of
+them, the branch would be dropped by both, and more often than was asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ __all__ = ["drops_layers", "inlined_drop", "is_mask", "layer_rate", "mask_rate"]
 
 
 def is_mask(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that drops whole residual branches by masking."""
+    """Whether ``module`` is a layer that drops whole residual branches by masking.
+
+    Its class name says so, it has no children, and its drop probability can be read.
+    """
     name = type(module).__name__
     known = masks_branches(name) or name.endswith("DropPath")
     return known and next(module.children(), None) is None and mask_rate(module) is not None
@@ -43,6 +46,7 @@ def layer_rate(module: nn.Module) -> float | None:
 
 
 def _rate_in(module: nn.Module, attributes: Iterable[str]) -> float | None:
+    """Return the first of ``attributes`` of ``module`` that is a rate; None if there is none."""
     for attribute in attributes:
         value = getattr(module, attribute, None)
         if value is None and hasattr(module, attribute):
@@ -63,6 +67,7 @@ def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
         rate = getattr(holder, "layerdrop", None)
         if not isinstance(rate, float) or not 0.0 < rate <= 1.0:
             continue
+        # A config has the attribute in all modules that share it; only one of them skips layers.
         try:
             source = inspect.getsource(type(module).forward)
         except (OSError, TypeError):
@@ -84,28 +89,34 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
         branch: The operand that can be dropped.
         skip: The operand on the shortcut.
     """
+    # The nodes that the branch is computed from, except for those that the skip needs as well.
     inside = (ancestors(branch) | {branch}) - ancestors(skip) - {skip}
     node: fx.Node
     for node in graph.nodes:
         if node not in inside:
             continue
-        if node.target is drop_path and _rate(node) != 0.0:
+        if node.target is drop_path and _p_of_call(node) != 0.0:
             return node
         if not operation_of(node).mask_factor:
             continue
         for factor in node.all_input_nodes:
-            drawn = _drawn_for_each_sample(factor, inside)
+            drawn = _row_mask_in(factor)
             if drawn is not None:
                 return drawn
     return None
 
 
-def _rate(node: fx.Node) -> Any:
+def _p_of_call(node: fx.Node) -> Any:
+    """Return the argument ``p`` of a call of ``drop_path``."""
     return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
 
 
-def _drawn_for_each_sample(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | None:
-    """Return the node that draws the numbers in ``factor``, if there is one for each sample."""
+def _row_mask_in(factor: fx.Node) -> fx.Node | None:
+    """Return the node that draws ``factor``, if it is a random mask of whole samples.
+
+    It is one if it is computed from random numbers, one number for each sample or one for the
+    batch, and from no activation.
+    """
     random = None
     pending, seen = [factor], set()
     while pending:
@@ -114,7 +125,7 @@ def _drawn_for_each_sample(factor: fx.Node, inside: set[fx.Node]) -> fx.Node | N
             continue
         seen.add(node)
         if node.op in ("placeholder", "call_module"):
-            return None  # it is computed from an activation
+            return None  # computed from an activation, so not a mask
         entry = operation_of(node)
         random = node if random is None and entry.draws_mask else random
         if entry.sizes is not None:
@@ -132,7 +143,10 @@ def _sizes(args: Iterable[Any], node: fx.Node) -> Any:
 
 
 def _is_row_shape(sizes: Any) -> bool:
-    """Whether all sizes are 1, except for the first, which may be anything."""
+    """Whether all sizes are 1, except for the first, which may be anything.
+
+    The forms are those of ``(x.shape[0], 1, 1)`` and ``(x.shape[0],) + (1,) * (x.ndim - 1)``.
+    """
     if isinstance(sizes, fx.Node) and sizes.target is operator.add:
         first, rest = sizes.args
         return _is_row_shape(first) and _are_ones(rest)
@@ -142,10 +156,11 @@ def _is_row_shape(sizes: Any) -> bool:
 
 
 def _are_ones(sizes: Any) -> bool:
+    """Whether ``sizes``, a size or a sequence of sizes, can be read and are all 1."""
     if isinstance(sizes, list | tuple | torch.Size):
         return all(size == 1 for size in sizes)
     if isinstance(sizes, fx.Node):
         # (1,) * (x.ndim - 1)
-        many = sizes.target is operator.mul
-        return many and any(isinstance(a, list | tuple) and _are_ones(a) for a in sizes.args)
+        repeated = sizes.target is operator.mul
+        return repeated and any(isinstance(a, list | tuple) and _are_ones(a) for a in sizes.args)
     return bool(sizes == 1)

@@ -25,6 +25,7 @@ __all__ = ["ModuleProperties", "depends_on_input", "is_curved"]
 
 def is_curved(name: str) -> bool:
     """Whether ``name`` is the name of a function of torch that is not linear (an activation)."""
+    # Functions of one tensor are methods as well; torch also has many names of other kinds.
     known = hasattr(nn.functional, name) or (hasattr(torch, name) and hasattr(Tensor, name))
     entry = named(name)
     return known and not name.startswith("_") and not (entry.linear or entry.product)
@@ -32,6 +33,8 @@ def is_curved(name: str) -> bool:
 
 def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     """Whether ``node`` is computed from an argument of the forward, not only from parameters.
+
+    Sizes do not count: they do not depend on the values in the argument.
 
     Args:
         node: The node.
@@ -48,7 +51,7 @@ def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
 
 
 class ModuleProperties:
-    """Whether modules are linear and write into their input, worked out once for each module."""
+    """Tells whether a module is linear and whether it writes into its input; answers are cached."""
 
     def __init__(self) -> None:
         self._graphs: dict[nn.Module, BlockGraph | UntraceableError] = {}
@@ -70,20 +73,23 @@ class ModuleProperties:
     def linear(self, module: nn.Module) -> bool:
         """Whether ``module`` is linear (affine; norms, pools and dropout count as such)."""
         if module not in self._linear:
-            self._linear[module] = True  # in case the module contains itself
+            self._linear[module] = True  # ends the recursion if the module calls itself
             self._linear[module] = self._is_linear(module)
         return self._linear[module]
 
     def _is_linear(self, module: nn.Module) -> bool:
+        # A mask scales whole samples; modules for quantisation only observe or round values.
         if is_mask(module) or type(module).__module__.startswith("torch.ao.quantization"):
-            return True  # it observes or rounds values for quantisation
+            return True
+        # A norm that the model defines itself, such as an RMSNorm.
         if type(module).__name__.endswith("Norm") and next(module.children(), None) is None:
-            return True  # a norm of the model's own
+            return True
         if _has_forward_of(module, (nn.Sequential,)):
             return all(self.linear(child) for child in module.children())
         linear_layers = layers_with("linear", "product")
         if _has_forward_of(module, linear_layers):
             return True
+        # Any other layer of torch: its activations.
         if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
             return False
         try:
@@ -107,12 +113,14 @@ class ModuleProperties:
             return True
         entry = operation_of(node)
         if entry.product:
+            # A product is linear if one factor at most depends on the input.
             factors = [i for i in node.all_input_nodes if depends_on_input(i, memo)]
             return len(factors) <= 1 and not (
-                # a square: the same activation twice
+                # all_input_nodes lists x once for the square x * x, the arguments list it twice
                 sum(a in factors for a in node.args if isinstance(a, fx.Node)) > 1
             )
-        if entry.pools:  # a maximum over a dimension; the maximum of two tensors is not linear
+        if entry.pools:
+            # max(x, dim) counts as a pool; max(x, y), of two tensors, is an activation.
             return len(node.all_input_nodes) == 1
         return entry.linear
 
@@ -127,6 +135,7 @@ class ModuleProperties:
         if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
             return bool(getattr(module, "inplace", False))
         if _has_forward_of(module, (nn.Sequential,)):
+            # A child gets the memory of the input only if all children before it return views.
             for child in module.children():
                 if self.writes_input(child):
                     return True
@@ -157,7 +166,11 @@ class ModuleProperties:
         return writes_first_argument(node)
 
     def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
-        """Return the node whose memory ``node`` may share, by views and in-place operations."""
+        """Return the node that allocates the memory of ``node``.
+
+        Views and in-place operations return the memory of their first argument, so these are
+        followed back. None if that leads to something other than a node.
+        """
         while isinstance(node, fx.Node):
             is_view = operation_of(node).view or self._writes(node, owner)
             if node.op == "call_module":

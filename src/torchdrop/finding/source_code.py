@@ -19,7 +19,8 @@ def source_has_addition(module: nn.Module) -> bool:
     methods = _methods(module)
     if methods is None:
         return True
-    counts = {
+    # Names of variables that hold a length: adding one is arithmetic of indices.
+    lengths = {
         target.id
         for node in methods
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("len(")
@@ -32,25 +33,27 @@ def source_has_addition(module: nn.Module) -> bool:
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Add):
             operand = node.right if isinstance(node, ast.BinOp) else node.value
             number = isinstance(operand, ast.Constant)  # not ``i + 1`` or ``calls += 1``
-            if not number and not (isinstance(operand, ast.Name) and operand.id in counts):
+            if not number and not (isinstance(operand, ast.Name) and operand.id in lengths):
                 return True
         if isinstance(node, ast.Attribute) and node.attr in additions:
             return True
+    # A layer that is read as part of the forward may add what it is given.
     return any(isinstance(child, layers_with("inlined")) for child in module.modules())
 
 
 def may_loop_over_branches(module: nn.Module) -> bool:
     """Whether ``module`` may add branches in a loop over a list of its children.
 
-    A branch is not linear. So at least one of these is not linear: a child in the list, another
-    child that takes one argument, a function that the class calls. The convolutions of a feature
-    pyramid, for example, are no branches.
+    A residual branch is not linear, while for example the convolutions that a feature pyramid adds
+    in a loop are. So the answer is True if ``module`` has a list of children and one of these is
+    not linear: a module in the list, another child that can be called with one argument (an
+    activation), or a function that a method of the class calls.
     """
     lists = [c for c in module.children() if isinstance(c, nn.ModuleList | nn.ModuleDict)]
     if not lists:
         return False
     elements = [element for each in lists for element in each.children()]
-    elements += [c for c in module.children() if c not in lists and _takes_one(c)]
+    elements += [c for c in module.children() if c not in lists and _takes_one_argument(c)]
     if not all(map(ModuleProperties().linear, elements)):
         return True
     calls = [node.func for node in _methods(module) or () if isinstance(node, ast.Call)]
@@ -58,8 +61,8 @@ def may_loop_over_branches(module: nn.Module) -> bool:
     return any(map(is_curved, names))
 
 
-def _takes_one(module: nn.Module) -> bool:
-    """Whether one argument is enough for ``module``, as it is for an activation."""
+def _takes_one_argument(module: nn.Module) -> bool:
+    """Whether ``module`` can be called with one argument, as an activation can."""
     try:
         inspect.signature(type(module).forward).bind(module, None)
     except TypeError:
@@ -68,9 +71,10 @@ def _takes_one(module: nn.Module) -> bool:
 
 
 def _methods(module: nn.Module) -> list[ast.AST] | None:
-    """Return the syntax nodes of all methods of ``module``'s class, inherited ones included.
+    """Return the syntax nodes of the methods that ``module`` has, inherited ones included.
 
-    None if the source is not available.
+    Left out are ``__init__``, which does not run in a forward, and the methods of torch. None if
+    the source is not available.
     """
     methods: dict[str, list[ast.FunctionDef]] = {}
     for kind in type(module).__mro__:
@@ -82,8 +86,9 @@ def _methods(module: nn.Module) -> list[ast.AST] | None:
             return None
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef):
-                above = methods.setdefault(method.name, [])
-                if not above or "super()" in ast.unparse(above[-1]):
-                    above.append(method)
+                # An overridden method runs only if the method that overrides it calls super().
+                overriding = methods.setdefault(method.name, [])
+                if not overriding or "super()" in ast.unparse(overriding[-1]):
+                    overriding.append(method)
     methods.pop("__init__", None)
     return [node for each in methods.values() for method in each for node in ast.walk(method)]

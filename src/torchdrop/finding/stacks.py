@@ -16,6 +16,7 @@ __all__ = ["choose", "module_of", "uses_of"]
 
 def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Module]:
     """Return how often each module is called in one forward pass, as far as can be read."""
+    # A module whose calls are in no graph that was read counts once for each path that it has.
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for finder in finders:
         calls = Counter(
@@ -29,33 +30,35 @@ def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Mod
 
 
 def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[ResidualSum, str]:
-    """Return for each residual addition why it is not taken by default; empty if it is taken.
+    """Return for each residual sum why it is not taken by default; empty if it is taken.
 
     The blocks of a residual stack are repeated: as modules of one class, as modules of different
-    classes at similar paths ("layer1.0" and "layer2.0"), or one after the other in one forward. An
-    addition that is not repeated is left out, with one exception: it is taken if its block is in a
-    list and other blocks of the same class exist. In a list of blocks of which most stride, those
-    that do not stride are the residual ones. If additions of one forward are nested, the outermost
-    ones that are repeated are taken.
+    classes at similar paths ("layer1.0" and "layer2.0"), or one after the other in one forward. A
+    sum that is not repeated is left out, with one exception: one whose shortcut is the identity is
+    taken if its block is in a list and other blocks of the same class exist. For example, if most
+    blocks of a list stride and add nothing, the block that does not may be the only one that adds.
+    If sums of one forward are nested, the outermost ones that are repeated are taken.
 
     Args:
-        finders: The residual additions of each forward, by the path of its module.
+        finders: The residual sums of each forward, by the path of its module.
         uses: How often each module is called.
     """
     why_not = {entry: entry.why_not for finder in finders.values() for entry in finder.entries}
-    # An addition is repeated if another one has a key in common with it.
+    # A sum is repeated if another one has a key in common with it.
     keys: dict[ResidualSum, list[object]] = {}
     may_be_single: set[ResidualSum] = set()
     kinds = Counter(type(finder.owner) for finder in finders.values())
     for name, finder in finders.items():
         for entry in finder.entries:
             module, element = module_of(finder, entry)
+            # Elements of a list are repeated only within the forward that loops over the list.
             keys[entry] = [(name, type(module)) if element else type(module)]
             path_pattern = re.sub(r"\d+", "#", name)
             if element is None and "#" in path_pattern:
                 keys[entry].append(path_pattern)
                 if kinds[type(finder.owner)] > 1 and entry.shortcut == "identity":
                     may_be_single.add(entry)
+    # Leaving out a sum may make one inside it the outermost, so this ends when none is left out.
     while True:
         outermost = {
             entry: finder
@@ -88,6 +91,6 @@ def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[R
 
 
 def module_of(finder: ResidualSums, entry: ResidualSum) -> tuple[nn.Module, str | None]:
-    """Return the module that an addition belongs to, and its path if it is an element of a list."""
+    """Return the module that a sum belongs to, and its path if it is an element of a list."""
     element = finder.elements[entry]
     return (finder.owner.get_submodule(element) if element else finder.owner), element
