@@ -36,9 +36,16 @@ _CHANNELS_FIRST = (BatchNormBase, ConvBase)
 
 
 class Moments:
-    """Count, mean and sums of squared deviations per channel, in float64, over several batches.
+    """Mean and sums of squared deviations per channel over several batches, in float64.
 
-    Merged by the formulas of Chan, Golub and LeVeque, which subtract no large numbers.
+    Batches are merged by the formulas of Chan, Golub and LeVeque, which subtract no large numbers.
+
+    Attributes:
+        count: The number of values of each channel.
+        mean: Their mean.
+        total: The sum of their squared deviations from ``mean``.
+        within: The sum of their squared deviations from the mean of their own batch.
+        freedom: The degrees of freedom of ``within``: ``count`` minus the number of batches.
     """
 
     def __init__(self) -> None:
@@ -62,7 +69,7 @@ class Moments:
         if x.device.type == "mps":  # MPS has no float64
             x = x.cpu()
         values = x.detach().to(torch.float64).movedim(channel_dim, 0).flatten(1)
-        if values.dim() == 1:
+        if values.dim() == 1:  # one value for each channel
             values = values.unsqueeze(1)
         count = values.shape[1]
         variance, mean = torch.var_mean(values, 1, correction=0)
@@ -91,7 +98,13 @@ class Moments:
 
 
 class _Probe:
-    """Collects the moments of each layer, apart for training and evaluation."""
+    """Collects the moments of each layer, separately for training and evaluation.
+
+    Attributes:
+        training: Whether the present pass is one of training.
+        moments: By kind and name of the layer, and by ``training``.
+        unreadable: Why sums could not be observed, by the path of the module that adds them.
+    """
 
     def __init__(self) -> None:
         self.training = False
@@ -99,12 +112,14 @@ class _Probe:
         self.unreadable: dict[str, str] = {}
 
     def note(self, kind: str, name: str, x: Tensor, channel_dim: int) -> None:
+        """Add the values of one layer in the present pass to its moments."""
         sides = self.moments.setdefault((kind, name), {False: Moments(), True: Moments()})
         if x.dim() == 0:
             x = x.unsqueeze(0)
         if not -x.dim() <= channel_dim < x.dim():
             raise ValueError(
-                f"{name} has {x.dim()} dimensions, so channel_dim cannot be {channel_dim}"
+                f"{name} has {x.dim()} dimensions, so channel_dim cannot be {channel_dim}; give "
+                f"one from {-x.dim()} to {x.dim() - 1}"
             )
         try:
             sides[self.training].add(x, channel_dim)
@@ -137,6 +152,7 @@ class _Sum:
 
 
 def _channel_dim(block: nn.Module, asked: int | None) -> int:
+    """Return ``asked``, or for None the channel dimension that the layers of ``block`` suggest."""
     if asked is not None:
         return asked
     return 1 if any(isinstance(m, _CHANNELS_FIRST) for m in block.modules()) else -1
@@ -145,10 +161,15 @@ def _channel_dim(block: nn.Module, asked: int | None) -> int:
 def _residual_sums(
     model: nn.Module, example: Callable[[], Any], channel_dim: int | None
 ) -> tuple[dict[str, list[_Sum]], dict[str, str]]:
-    """Return the sums to observe, by the path of the adding module; and unreadable paths."""
+    """Find the residual sums to observe.
+
+    Returns:
+        The sums, and why other sums cannot be observed, both by the path of the adding module.
+    """
     paths = {module: path for path, module in reversed(list(model.named_modules()))}
     sums: dict[str, list[_Sum]] = {}
     unreadable: dict[str, str] = {}
+    # Where stochastic depth is attached: the sums at which it drops.
     for site in sites_of(model):
         path = paths[site.module]
         if not isinstance(site, SplitSite):
@@ -162,6 +183,8 @@ def _residual_sums(
             )
             for order, branch in zip(site.orders, site.branches, strict=True)
         ]
+    # In all other modules: the sums that find_residuals takes by default. The example is only made
+    # if a forward cannot be read without one.
     attached = {*sums, *unreadable}
     found = survey(model)
     if set(found.unreadable) - attached:
@@ -184,6 +207,7 @@ def _residual_sums(
 
 
 def _block(owner: nn.Module, path: str | None) -> nn.Module:
+    """Return the block of a sum in the forward of ``owner``: an element of a list, or the owner."""
     return owner.get_submodule(path) if path else owner
 
 
@@ -205,7 +229,7 @@ def variance_shift(
         ratio = mean over channels c of  V_train[c] / V_eval[c]
 
     where V is the variance within batches, which BatchNorm accumulates in its running variance;
-    :class:`LayerShift` has the equations, and also reports the variance of all draws together. A
+    :class:`LayerShift` has the equations, and also reports T, the variance of all draws together. A
     ratio of 1 means that running statistics fit evaluation; a ratio of 2 means that BatchNorm
     divides by a standard deviation 1.4 times too large in evaluation.
 
@@ -221,7 +245,8 @@ def variance_shift(
     frozen); if it is in evaluation mode, ``model.train()`` sets them.
 
     With p the rate, the closed forms that this is tested against are, for elementwise noise in
-    front of BatchNorm, with ``c = E[x]^2 + Var[x]``::
+    front of BatchNorm, with ``c = E[x]^2 + Var[x]``, and for Uout, which multiplies by numbers that
+    are uniform in [1 - beta, 1 + beta]::
 
         dropout            V_train = c / (1-p) - E[x]^2
         Uout               V_train = Var[x] + c beta^2 / 3
@@ -241,8 +266,9 @@ def variance_shift(
     lists.
 
     The model is not changed, also if an exception is raised: parameters, buffers, training flags,
-    hooks, the counts of its plan, and the global random numbers of Python, NumPy and torch are
-    restored. The draws depend on ``torch.manual_seed``, and two calls in a row make the same draws.
+    hooks, the counts of its plan, and the states of the random generators of Python, NumPy and
+    torch are restored. The draws depend on ``torch.manual_seed``, and two calls in a row make the
+    same draws.
 
     Args:
         model: Any module with a BatchNorm or a residual sum.
@@ -298,12 +324,13 @@ def variance_shift(
         buffers.reset()
         if not norms and not sums:
             raise ValueError(
-                f"there is no BatchNorm and no residual sum in this {type(model).__name__}"
+                f"the model has to have a BatchNorm or a residual sum to measure, but there is no "
+                f"BatchNorm and no residual sum in this {type(model).__name__}"
                 + "".join(f"; {k or 'it'} cannot be read: {v}" for k, v in unreadable.items())
             )
         modes = _modes(model)
         for norm, name in norms.items():
-            hook = norm.register_forward_pre_hook(_reading(probe, name), with_kwargs=True)
+            hook = norm.register_forward_pre_hook(_input_hook(probe, name), with_kwargs=True)
             stack.callback(hook.remove)
         for path, of_path in sums.items():
             stack.enter_context(probe.observe(path, model.get_submodule(path), of_path))
@@ -312,13 +339,14 @@ def variance_shift(
                 probe.training = training
                 for module, flag in modes[training]:
                     module.training = flag
-                buffers.reset()
+                buffers.reset()  # a pass in training updates the running statistics
                 # a copy, in case the model writes into its input
                 args, kwargs = tree_map_only(Tensor, torch.clone, call)
                 model(*args, **kwargs)
             count += 1
+    norm_by_name = {name: norm for norm, name in norms.items()}
     layers = [
-        _layer(name, kind, sides, {n: m for m, n in norms.items()}.get(name))
+        _layer_shift(name, kind, sides, norm_by_name.get(name))
         for (kind, name), sides in probe.moments.items()
     ]
     effort = f"batches: {count}, training passes each: {repeats}"
@@ -326,6 +354,7 @@ def variance_shift(
 
 
 def _as_example(call: Call) -> Any:
+    """Return the arguments of a call in the form of ``example_inputs``."""
     args, kwargs = call
     return kwargs or args
 
@@ -342,9 +371,11 @@ def _modes(model: nn.Module) -> dict[bool, list[tuple[nn.Module, bool]]]:
     return {True: training, False: [(m, m.training) for m in model.modules()]}
 
 
-def _reading(
+def _input_hook(
     probe: _Probe, name: str
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """Return a forward pre-hook that passes the input of a BatchNorm to ``probe``."""
+
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         probe.note("batch_norm", name, x, 1)
@@ -352,9 +383,10 @@ def _reading(
     return read
 
 
-def _layer(
+def _layer_shift(
     name: str, kind: str, sides: dict[bool, Moments], module: nn.Module | None
 ) -> LayerShift:
+    """Return the result for one layer from its moments in training (True) and evaluation."""
     train, total_train = sides[True].variances()
     evaluation, total_eval = sides[False].variances()
     running = getattr(module, "running_var", None) if kind == "batch_norm" else None
