@@ -26,7 +26,10 @@ __all__ = ["AN_INPUT", "DataFlow", "Dropout"]
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that drops or shakes, by its class or its name."""
+    """Whether ``module`` is a layer that drops or shakes, by its class or its name.
+
+    The name decides only for layers without parameters and children: a block may be called so too.
+    """
     if isinstance(module, layers_with("drops")) or is_mask(module):
         return True
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
@@ -34,8 +37,8 @@ def _drops(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torchdrop.layers."):
         return layer_rate(module) is not None
     name = type(module).__name__.lower()
-    bare = next(module.parameters(), None) is None and next(module.children(), None) is None
-    return bare and ("drop" in name or "shake" in name)
+    has_parts = any(True for _ in module.parameters()) or any(True for _ in module.children())
+    return not has_parts and ("drop" in name or "shake" in name)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class Dropout:
     """One layer, or one call of a function, that drops.
 
     Attributes:
-        path: As in ``OrderFinding.dropout``.
-        kind: As in ``OrderFinding.kind``.
-        rate: As in ``OrderFinding.rate``.
-        node: The name of the node, if it is a call of a function: a forward may call it twice.
+        path: The path of the layer. For a function, the path of the module that calls it and its
+            name ("head.dropout()"). For stochastic depth, the name of the branch.
+        kind: The class or function: "Dropout", "DropPath", "dropout()", "stochastic depth".
+        rate: Its drop probability; None if it is not known.
+        node: The name of the node, if it is a call of a function: it tells two calls in one forward
+            apart.
     """
 
     path: str
@@ -55,13 +60,16 @@ class Dropout:
     node: str = ""
 
 
-# The dropouts whose outputs a value depends on; for each of them how many operations ago it was,
-# and whether the dependence is only assumed.
+# The dropouts whose outputs a value depends on. For each of them: the distance, in operations since
+# the dropout, and whether the dependence is only assumed, because a forward could not be read.
 _Flow = dict[Dropout, tuple[int, bool]]
 
 
 def _merge(flows: Iterable[_Flow]) -> _Flow:
-    """Return the dropouts of all ``flows``, each with its shortest distance that was read."""
+    """Return the dropouts of all ``flows``, each with its shortest distance.
+
+    A dependence that was read in a forward takes precedence over one that is assumed.
+    """
     merged: _Flow = {}
     for flow in flows:
         for source, (distance, assumed) in flow.items():
@@ -94,9 +102,11 @@ class _Value:
         self.parts = parts
 
     def merged(self) -> _Flow:
+        """Return the dropouts that the value, or any item of it, depends on."""
         return _merge(_leaves(self))
 
     def part(self, key: Any) -> _Value:
+        """Return the item at ``key``; if it is not known, a value that depends on all of them."""
         if self.parts is not None and isinstance(key, int | str):
             if isinstance(key, int) and key < 0:
                 key += len(self.parts)
@@ -140,6 +150,9 @@ AN_INPUT = (_Value({}), A_TENSOR)
 class DataFlow:
     """Follows the outputs of all dropouts of a model to the BatchNorms that they reach.
 
+    ``module`` follows the values of one call through a module, and returns its output. It is called
+    once for the model, and calls itself for each module in the forwards.
+
     Args:
         model: The model.
         recorded: The arguments that its blocks are called with, by path; may be empty.
@@ -182,62 +195,64 @@ class DataFlow:
             kwargs: Its keyword arguments, likewise.
         """
         path = self.paths[module]
-        taken = _merge(v.merged() for v, _ in [*args, *kwargs.values()])
+        flow_in = _merge(v.merged() for v, _ in [*args, *kwargs.values()])
         if isinstance(module, BatchNormBase):
-            self.reach(path, taken)
-            return _Value({})
+            self.reach(path, flow_in)
+            return _Value({})  # only the first BatchNorm on a path is reported
         if isinstance(occupant_of(module), MaskBypass):
-            return _Value(taken)
+            return _Value(flow_in)
         if _drops(module):
-            return self.dropping(module, path, taken)
+            return self._through_dropout(module, path, flow_in)
         if _is_operation(module):
-            return _Value(_after_one_operation(taken))
-        return self.forward(module, path, taken, args, kwargs)
+            return _Value(_after_one_operation(flow_in))
+        return self._through_forward(module, path, flow_in, args, kwargs)
 
-    def dropping(self, module: nn.Module, path: str, taken: _Flow) -> _Value:
+    def _through_dropout(self, module: nn.Module, path: str, flow_in: _Flow) -> _Value:
         """Return the output of a layer that drops; a module in it is followed as well."""
-        inner = [self.child(child, taken) for child in _children(module)]
-        flow = _merge([_after_one_operation(taken), *inner])
+        inner = [self._through_child(child, flow_in) for child in _children(module)]
+        flow = _merge([_after_one_operation(flow_in), *inner])
         rate = layer_rate(module)
         if rate == 0.0:
             return _Value(flow)
         return _Value(_merge([flow, self.start(path, type(module).__name__, rate)]))
 
-    def child(self, module: nn.Module, taken: _Flow) -> _Flow:
-        """Return the flow out of a module of which the call is not in a graph."""
-        return self.module(module, [(_Value(taken), A_TENSOR)], {}).merged()
+    def _through_child(self, module: nn.Module, flow_in: _Flow) -> _Flow:
+        """Return the flow out of a module whose call was not read, as if it took one tensor."""
+        return self.module(module, [(_Value(flow_in), A_TENSOR)], {}).merged()
 
-    def forward(
+    def _through_forward(
         self,
         module: nn.Module,
         path: str,
-        taken: _Flow,
+        flow_in: _Flow,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> _Value:
         """Return the output of a module by following its own forward."""
-        if module in self._being_read:
-            return _Value(taken)
+        if module in self._being_read:  # it calls itself
+            return _Value(flow_in)
         self._being_read.append(module)
         try:
             try:
-                block, inputs = self.read(module, path, args, kwargs)
+                block, inputs = self._read(module, path, args, kwargs)
                 adds = _attached_adds(module, block)
             except UntraceableError as error:
-                return self.opaque(module, path, taken, str(error))
-            return self.graph(block, path, inputs, adds)
+                return self._through_unreadable(module, path, flow_in, str(error))
+            return self._through_graph(block, path, inputs, adds)
         finally:
             self._being_read.pop()
 
-    def read(
+    def _read(
         self, module: nn.Module, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[BlockGraph, dict[str, _Value]]:
         """Return the graph of a module for this call, and the values of its arguments by name."""
+        # Of the class: attached stochastic depth replaces the forward of the instance.
         signature = inspect.signature(type(module).forward.__get__(module))
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            # the arguments are not known, for example inside a forward that could not be read
+            # The arguments do not fit the signature if they are not known, because the call is in a
+            # forward that could not be read. Then those of the example call are taken.
             if path in self.recorded:
                 merged = _Value(_merge(v.merged() for v, _ in [*args, *kwargs.values()]))
                 given = self.recorded[path]
@@ -261,20 +276,20 @@ class DataFlow:
         bound.apply_defaults()
         return trace_block(module, arguments=bound.arguments), values
 
-    def opaque(self, module: nn.Module, path: str, taken: _Flow, why: str) -> _Value:
+    def _through_unreadable(self, module: nn.Module, path: str, flow_in: _Flow, why: str) -> _Value:
         """Return the output of a module whose forward cannot be read.
 
         Its children are followed one by one. Each is assumed to get the input of the module, and
         the output of the module is assumed to depend on all of them.
         """
         self.unreadable.setdefault(path, why)
-        flows = [{source: (distance, True) for source, (distance, _) in taken.items()}]
+        flows = [{source: (distance, True) for source, (distance, _) in flow_in.items()}]
         for child in _children(module):
-            out = self.child(child, flows[0])
+            out = self._through_child(child, flows[0])
             flows.append({source: (distance, True) for source, (distance, _) in out.items()})
         return _Value(_after_one_operation(_merge(flows)))
 
-    def graph(
+    def _through_graph(
         self,
         block: BlockGraph,
         path: str,
@@ -290,11 +305,12 @@ class DataFlow:
             adds: The additions at which stochastic depth drops, with the branch and the rate.
         """
         env: dict[fx.Node, _Value] = {}
-        places = iter(block.tensors)
+        # For each placeholder the argument and the keys that lead to its tensor: "batch.image.0".
+        tensor_paths = iter(block.tensors)
         result = _Value({})
         for node in block.graph.nodes:
             if node.op == "placeholder":
-                name, *keys = next(places).split(".")
+                name, *keys = next(tensor_paths).split(".")
                 value = inputs.get(name, _Value({}))
                 for key in keys:
                     value = value.part(int(key) if key.isdecimal() else key)
@@ -302,14 +318,14 @@ class DataFlow:
             elif node.op == "output":
                 result = _value_of(node.args[0], env)
             else:
-                env[node] = self.node(block.module, path, node, env)
+                env[node] = self._through_node(block.module, path, node, env)
                 if node in adds:
                     name, rate = adds[node]
                     drop = self.start(name, "stochastic depth", rate)
                     env[node] = _Value(_merge([env[node].merged(), drop]))
         return result
 
-    def node(
+    def _through_node(
         self, owner: nn.Module, path: str, node: fx.Node, env: Mapping[fx.Node, _Value]
     ) -> _Value:
         """Return the value of one node of the forward of ``owner``."""
@@ -350,7 +366,10 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_operation(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer of torch that does not consist of other layers."""
+    """Whether ``module`` is a layer of torch that does not consist of other layers.
+
+    The projections inside attention count as a part of it.
+    """
     if isinstance(module, nn.MultiheadAttention):
         return True
     return type(module).__module__.startswith("torch.nn.") and not any(
@@ -363,6 +382,7 @@ def _attached_adds(module: nn.Module, block: BlockGraph) -> dict[fx.Node, tuple[
     site = occupant_of(module)
     if not isinstance(site, SplitSite):
         return {}
+    # The site knows its sums by their order in the graph that it was attached with.
     entries = read_residual_sums(block)
     if len(entries) <= max(site.orders):
         raise UntraceableError("it does not add the same branches in every call")
