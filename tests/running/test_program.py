@@ -8,38 +8,13 @@ import traceback
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from generated_programs import Recorder, program_of
+from torch import Tensor
 
 import torchdrop
-from torchdrop.finding.residual_sums import read_residual_sums
-from torchdrop.running.program import MismatchError, Program
-from torchdrop.running.rewrite import rewrite
-from torchdrop.tracing.block_graph import trace_block
+from torchdrop.running.program import MismatchError
 from written_blocks import Base, Plain, Stack, W, flat, mlp
 from zoo import BARELY, assert_same
-
-
-class Recorder:
-    """Stands for a site: adds what is joined, and notes what it was given."""
-
-    def __init__(self, module: nn.Module, program: Program) -> None:
-        self.module, self.program = module, program
-        self.joined: list[tuple[int, int]] = []
-
-    def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
-        self.joined.append((k, len(inputs)))
-        out: Tensor = skip + self.program.branches[k].function(self.module, self, *inputs)
-        return out
-
-    def mask(self, k: int, skip: Tensor, branch: Tensor) -> Tensor:
-        self.joined.append((k, -1))
-        return skip + branch
-
-
-def program_of(module: nn.Module, action: str = "skip", first: int = 0) -> Program:
-    block = trace_block(module)
-    splits = [(entry.split, action) for entry in read_residual_sums(block)]
-    return rewrite(block, splits, "block", first)
 
 
 def test_a_source_pickles_and_is_shared_by_copies() -> None:
