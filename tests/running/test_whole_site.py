@@ -159,10 +159,29 @@ def test_as_a_mask():
     assert torch.equal(model(x), x)
 
 
-def test_a_call_with_other_tensors_is_refused():
-    model, x, _ = stack()
-    with pytest.raises(RuntimeError, match=r"read with the tensors x, but is called with x, bias"):
-        model(x, torch.randn(6, 1, 8, dtype=torch.float64))
+def test_a_tensor_that_was_not_measured_is_cut_by_its_own_shape():
+    model, x, plan = stack()
+    seen = []
+    model.layers[1].fc.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
+    for rows in (1, 6):  # one bias for all samples; one for each
+        bias = torch.randn(rows, 1, 8, dtype=torch.float64)
+        model(x, bias)  # is tested
+        seen.clear()
+        out = model(x, bias)
+        assert seen == [3]
+        expected = x
+        for layer, kept in zip(model.layers, plan.last_kept().values(), strict=True):
+            weight = torch.zeros(6, 1, 1, dtype=x.dtype)
+            weight[kept] = 2.0
+            own = type(layer).forward(layer, expected, bias)
+            expected = expected + weight * (own - expected)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_without_its_input_a_block_is_refused():
+    model, _, _ = stack()
+    with pytest.raises(RuntimeError, match=r"its input is the tensor x, and it is called with no"):
+        model.layers[0](None)
 
 
 @pytest.mark.parametrize("kind", [Plain, Weighing], ids=lambda kind: kind.__name__)

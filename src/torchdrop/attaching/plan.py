@@ -68,11 +68,12 @@ class Plan:
                         name=facts.name,
                         shortcut=facts.shortcut,
                         action=state.action,
-                        reason="; ".join(filter(None, (state.reason, *state.notes))),
+                        reason=state.full_reason(),
                         p=state.rate.p,
                         children=facts.children,
                         masks=facts.masks,
                         share=state.share,
+                        proved=state.proved(),
                     )
                 )
         return list(blocks.values())
@@ -199,7 +200,9 @@ class Plan:
             for branch in block.branches:
                 label = branch.name[len(block.name) + 1 :] or "-"
                 action = branch.action
-                unreached = _UNREACHED if measured and branch.share is None else ""
+                unreached = ""
+                if measured and branch.share is None and branch.action != "mask":
+                    unreached = _UNREACHED
                 for reason in filter(None, (branch.reason, unreached)):
                     action += f" [{reasons.setdefault(reason, len(reasons) + 1)}]"
                 share = "-" if branch.share is None else f"{branch.share:.1%}"
@@ -215,6 +218,7 @@ class Plan:
             notes.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
         elif not self._sites[0].settings.measured:
             notes.append("give example_inputs to see the share of each branch in the FLOPs")
+        notes.append(self._proofs(blocks))
         overridden = [
             b.facts.inherited
             for b in self._branches
@@ -230,6 +234,17 @@ class Plan:
         elif any(site.paused for site in self._sites):
             notes.append("paused: nothing is dropped now")
         return notes
+
+    def _proofs(self, blocks: Sequence[Residual]) -> str:
+        """Return the line that says how many branches were proved."""
+        if not self._sites[0].settings.verify:
+            return "not proved, because of verify=False"
+        branches = [branch for block in blocks for branch in block.branches]
+        proved = sum(branch.proved is True for branch in branches)
+        line = f"proved: {proved} of {len(branches)} branches"
+        if any(branch.proved is None for branch in branches):
+            line += f"; {'the others' if proved else 'each'} in its first call in training"
+        return line
 
 
 def get_plan(model: nn.Module) -> Plan:

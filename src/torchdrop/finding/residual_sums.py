@@ -19,6 +19,7 @@ from torchdrop.finding.row_layout import (
     RowLayout,
     RowLayouts,
     differing_dims,
+    layout_if_broadcast,
     row_layout,
     same_rows,
 )
@@ -54,7 +55,11 @@ class _Decision(NamedTuple):
 
 
 def read_residual_sums(
-    block: BlockGraph, known_layouts: Sequence[RowLayouts] = (), batch_dim: int | None = None
+    block: BlockGraph,
+    known_layouts: Sequence[RowLayouts] = (),
+    batch_dim: int | None = None,
+    *,
+    assume: bool = False,
 ) -> list[ResidualSum]:
     """Return every residual addition of one block's forward, in order.
 
@@ -62,9 +67,14 @@ def read_residual_sums(
         block: The graph of the forward.
         known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
         batch_dim: Which dimension of its residual tensors is the batch; None if it is not known.
+        assume: Whether a tensor that was not measured is assumed to carry the batch by its shape.
     """
     return ResidualSums(
-        block, ModuleProperties(), known_layouts=known_layouts, batch_dim=batch_dim
+        block,
+        ModuleProperties(),
+        known_layouts=known_layouts,
+        batch_dim=batch_dim,
+        assume=assume,
     ).entries
 
 
@@ -78,6 +88,7 @@ class ResidualSums:
         arguments: Returns the shapes of the arguments of the forward for two batch sizes.
         batch_dim: Which dimension of the residual tensors is the batch; None: to be found out.
         known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
+        assume: As for :func:`read_residual_sums`.
 
     Attributes:
         entries: The residual additions in order.
@@ -95,8 +106,10 @@ class ResidualSums:
         arguments: Callable[[], ArgumentShapes] = dict,
         batch_dim: int | None = None,
         known_layouts: Sequence[RowLayouts] = (),
+        assume: bool = False,
     ) -> None:
         self.known_layouts = known_layouts
+        self.assume = assume
         self.block = block
         self.owner = block.module
         self.nodes: list[fx.Node] = list(block.graph.nodes)
@@ -210,7 +223,7 @@ class ResidualSums:
                 why_not = "its branch is linear"
         inside = only_right if branch_is_right else only_left
         # an argument comes from outside, even if only the branch reads it
-        inside = {node for node in inside if node.op != "placeholder"}
+        inside = {node for node in inside if not _is_argument(node)}
         return _Sides(branch_is_right, inside, shortcut, why_not)
 
     def _batch_dim(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
@@ -270,10 +283,8 @@ class ResidualSums:
         drops_more = any(map(self._is_drop_path, used_outside))
         leak, reason = None, ""
         if used_outside:
-            last = max(
-                (n for n in used_outside if n.target is not operator.getitem),
-                key=self.order.__getitem__,
-            )
+            computed = {n for n in used_outside if n.target is not operator.getitem}
+            last = max(computed or used_outside, key=self.order.__getitem__)
             leak = last if last.op == "call_module" else None
             reason = f"{last.name} is used outside the branch, too"
             if split.branch in used_outside or not self.has_parameters(inside):
@@ -286,7 +297,7 @@ class ResidualSums:
             row_layouts, refusal = self._row_layouts(split)
         if refusal:
             return _Decision(split, "mask", refusal, leak, drops_more)
-        split = replace(split, row_layouts=row_layouts)
+        split = replace(split, row_layouts=row_layouts, assumed=self._assumes(split))
         return _Decision(split, "skip", reason, leak, drops_more)
 
     def _apart_from_outside(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -358,12 +369,7 @@ class ResidualSums:
         dim = split.dim or 0
         if inputs == [split.skip]:
             return None, ""
-        sources = {
-            self.nodes[i].name
-            for node in inputs
-            for i in range(len(self.nodes))
-            if self.ancestors[node] >> i & 1 and self.nodes[i].op == "placeholder"
-        }
+        sources = self._sources(inputs)
         shapes = self.shapes()
         if shapes is None:
             memo: dict[fx.Node, bool] = {}
@@ -373,6 +379,8 @@ class ResidualSums:
             if len(sources) <= 1:
                 vary = {node.name: depends_on_input(node, memo) for node in inputs}
                 return {n: RowLayout(dim, 1) if v else None for n, v in vary.items()}, ""
+            if self.assume:
+                return {node.name: self._assumed(node, split.skip, dim) for node in inputs}, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
                 "carry the batch is not known; give example_inputs, with which the model can be "
@@ -394,8 +402,37 @@ class ResidualSums:
                     f"its input {node.name} holds several rows for each sample, and their order "
                     "is not known"
                 )
-            measured[node.name] = layout if layout.entries else None
+            measured[node.name] = layout if layout.entries else layout_if_broadcast(one, dim)
         return measured, ""
+
+    def _sources(self, inputs: Iterable[fx.Node]) -> set[str]:
+        """Return the names of the arguments that ``inputs`` are computed from."""
+        return {
+            self.nodes[i].name
+            for node in inputs
+            for i in range(len(self.nodes))
+            if self.ancestors[node] >> i & 1 and self.nodes[i].op == "placeholder"
+        }
+
+    def _measured_argument(self, node: fx.Node) -> RowLayouts | None:
+        """Return the layouts of another reading in which the argument ``node`` was measured."""
+        known = (layouts for layouts in self.known_layouts if node.name in layouts)
+        return next(known, None) if node.op == "placeholder" else None
+
+    def _assumed(self, node: fx.Node, skip: fx.Node, dim: int) -> RowLayout | None:
+        if node is skip:
+            return RowLayout(dim, 1)
+        measured = self._measured_argument(node)
+        return RowLayout(dim, 0) if measured is None else measured[node.name]
+
+    def _assumes(self, split: Split) -> bool:
+        """Whether it is assumed, not measured, how an input of the branch carries the batch."""
+        inputs = self.outside_inputs(split)
+        if not self.assume or inputs == [split.skip] or len(self._sources(inputs)) <= 1:
+            return False
+        if any(set(layouts) == {node.name for node in inputs} for layouts in self.known_layouts):
+            return False
+        return any(n is not split.skip and self._measured_argument(n) is None for n in inputs)
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
         """Return the values from outside that a branch reads; see :func:`outside_inputs`."""
@@ -413,6 +450,16 @@ def _is_container(node: fx.Node) -> bool:
             for user in node.users
         )
     )
+
+
+def _is_argument(node: fx.Node) -> bool:
+    """Whether ``node`` is an argument, or an item of one that is a tuple or a dict."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        container = node.args[0]
+        return _is_argument(container) and (
+            isinstance(node.args[1], str) or _is_container(container)
+        )
+    return node.op == "placeholder"
 
 
 def _element(paths: Iterable[str], owner: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Infer from the shapes for two batch sizes how a tensor carries the rows of the batch."""
+"""Infer how a tensor carries the rows of the batch, from its shapes for two batch sizes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RowLayout", "RowLayouts", "differing_dims", "row_layout", "same_rows"]
+__all__ = [
+    "RowLayout",
+    "RowLayouts",
+    "differing_dims",
+    "layout_if_broadcast",
+    "row_layout",
+    "same_rows",
+]
 
 
 class RowLayout(NamedTuple):
     """How a tensor carries the batch.
 
     Attributes:
-        dim: The dimension that carries it.
+        dim: The dimension that carries the batch.
         entries: How many entries each sample has on that dimension, next to each other. A tensor of
-            shape (batch * heads, length, length) has ``heads`` of them. 0 if the tensor does not
-            carry the batch.
+            shape (batch * heads, length, length) has ``heads`` of them. 0 if that depends on the
+            call: it has one entry for each sample where it is as large as the batch on ``dim``,
+            and none otherwise.
     """
 
     dim: int
@@ -45,6 +53,9 @@ def row_layout(
         few: Its shape for the smaller batch.
         many: Its shape for the larger batch.
         batches: The two batch sizes.
+
+    Returns:
+        The layout, with 0 entries if the tensor does not carry the batch in these two calls.
     """
     differ = [i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b]
     if len(few) != len(many) or len(differ) > 1:
@@ -56,11 +67,27 @@ def row_layout(
     return RowLayout(dim, entries) if not rest and many[dim] == entries * batches[1] else None
 
 
+def layout_if_broadcast(shape: tuple[int, ...], dim: int) -> RowLayout | None:
+    """Return the layout of a tensor that did not carry the batch; None if it never will.
+
+    Positions of shape (1, length) are broadcast over the batch, and another call may bring some of
+    shape (batch, length).
+
+    Args:
+        shape: Its shape for both batch sizes.
+        dim: The dimension of the residual that carries the batch.
+    """
+    of_size_1 = [d for d in dict.fromkeys((dim, 0)) if d < len(shape) and shape[d] == 1]
+    return RowLayout(of_size_1[0], 0) if of_size_1 else None
+
+
 def same_rows(few: Tensor | None, many: Tensor | None, dim: int) -> bool:
     """Whether the entries of one sample are next to each other, as in (batch * heads, ...).
 
-    The larger batch is the smaller one twice. So in this order it begins with the entries of the
-    smaller one. If all entries are equal, the order is not known, and the answer is False.
+    The larger batch is the smaller one twice. So if the entries of a sample are next to each other,
+    the tensor for the larger batch begins with that for the smaller one; in the other order,
+    (heads * batch, ...), it does not. If all entries are equal, both orders look alike, and the
+    answer is False.
     """
     if few is None or many is None or many.shape[dim] < few.shape[dim]:
         return False  # a detector may resize its images, so that a larger batch has fewer entries

@@ -34,6 +34,7 @@ class Split:
             path of the child; empty where the dimension is known from example inputs.
         row_layouts: How each tensor that the branch takes from outside carries the batch, by the
             name of its node; None if that was not measured.
+        assumed: Whether that is assumed by the shapes of each call, and was not measured.
     """
 
     order: int
@@ -49,6 +50,7 @@ class Split:
     dim: int | None = None
     batch_first_votes: dict[str, int] = field(default_factory=dict)
     row_layouts: RowLayouts | None = None
+    assumed: bool = False
 
 
 @dataclass(eq=False)

@@ -10,7 +10,13 @@ from torch import nn
 from torchdrop.finding.block_reader import CONTAINERS
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.residual import Branch, BranchSource, Residual, WholeBlock
-from torchdrop.finding.row_layout import RowLayouts, differing_dims, row_layout, same_rows
+from torchdrop.finding.row_layout import (
+    RowLayouts,
+    differing_dims,
+    layout_if_broadcast,
+    row_layout,
+    same_rows,
+)
 from torchdrop.finding.source_code import source_has_addition
 from torchdrop.tracing.call_arguments import flatten_arguments
 
@@ -99,5 +105,6 @@ def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlo
             return None
         if layout.entries > 1 and not same_rows(pair[0], pair[1], layout.dim):
             return None
-        row_layouts[path] = layout if layout.entries else None
+        one = tuple(pair[0].shape)
+        row_layouts[path] = layout if layout.entries else layout_if_broadcast(one, dim)
     return WholeBlock(x, dim, row_layouts, sum_item, first.forms[name])

@@ -259,6 +259,17 @@ class BranchState:
         """Compute this branch for all rows from now on, because of ``why``."""
         self.action, self.reason, self.depends = "mask", why, why
 
+    def full_reason(self) -> str:
+        """Return why the action is what it is, and what calls have shown besides."""
+        found = self.proof if self.proof.startswith("not proved") else ""
+        return "; ".join(filter(None, (self.reason, *self.notes, self.normalises, found)))
+
+    def proved(self) -> bool | None:
+        """Whether the branch was proved; None if no call was tested yet."""
+        if self.depends:
+            return False
+        return self.proof == "proved" if self.proof else None
+
     def __post_init__(self) -> None:
         self.rate = BranchRate(self.facts, self.counts)
         self.masked_when_attached = self.action == "mask"
