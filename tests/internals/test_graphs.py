@@ -109,6 +109,17 @@ def _() -> None:
         assert not internals.is_data_dependent_error(caught.value)
 
 
+@probe(
+    "is_fake_tensor",
+    api="torch._subclasses.fake_tensor.FakeTensor",
+    purpose="compute for real what needs no tensor without data",
+)
+def _() -> None:
+    with internals.fake_tensor_mode():
+        assert internals.is_fake_tensor(torch.ones(2))
+    assert not internals.is_fake_tensor(torch.ones(2))
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.names[0])
 def test_a_private_api_behaves_as_torchdrop_needs_it(found: Probe) -> None:
     check(found)

@@ -155,6 +155,19 @@ def _() -> None:
     assert seen == [False, False, False, True, True, False]
 
 
+@probe(
+    "writes_into_arguments",
+    api="OpOverload._schema",
+    purpose="not write into the buffers of a model whose shapes are worked out",
+)
+def _() -> None:
+    aten = torch.ops.aten
+    for operation in (aten.add_.Tensor, aten.copy_.default, aten.add.out):
+        assert internals.writes_into_arguments(operation)
+    for operation in (aten.add.Tensor, aten.view.default, aten.zeros.default):
+        assert not internals.writes_into_arguments(operation)
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.names[0])
 def test_a_private_api_behaves_as_torchdrop_needs_it(found: Probe) -> None:
     check(found)

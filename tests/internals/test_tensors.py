@@ -190,6 +190,35 @@ def _() -> None:
     assert internals.innermost_saved_tensor_hooks() == (True, None)
 
 
+@probe(
+    "own_saved_tensor_hooks",
+    api="_saved_tensors_hooks_is_enabled or _top_saved_tensors_default_hooks of torch._C._autograd",
+    purpose="keep what it computes itself out of the count of a checkpoint",
+)
+def _() -> None:
+    seen: list[tuple[int, ...]] = []
+    leaf = torch.ones(2, requires_grad=True)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        with internals.own_saved_tensor_hooks() as inner:
+            assert internals.innermost_saved_tensor_hooks() == (True, inner)
+            leaf.relu()
+        assert seen == []
+        leaf.relu()
+        assert seen != []
+    with internals.own_saved_tensor_hooks() as inner:
+        assert inner is None
+    with disable_saved_tensors_hooks("not here"), internals.own_saved_tensor_hooks() as inner:
+        assert inner is None
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.names[0])
 def test_a_private_api_behaves_as_torchdrop_needs_it(found: Probe) -> None:
     check(found)

@@ -13,6 +13,7 @@ __all__ = [
     "call_by_full_name",
     "fake_tensor_mode",
     "is_data_dependent_error",
+    "is_fake_tensor",
     "reserve_name",
     "tensors_of_tracer",
     "wrap_functions_of",
@@ -93,3 +94,13 @@ def is_data_dependent_error(error: BaseException) -> bool:
     """
     names = ("DataDependentOutputException", "DynamicOutputShapeException")
     return type(error).__name__ in names
+
+
+def is_fake_tensor(value: Any) -> bool:
+    """Whether ``value`` is a tensor of the mode that :func:`fake_tensor_mode` returns.
+
+    Compares with ``torch._subclasses.fake_tensor.FakeTensor``. What is computed from real tensors
+    alone is computed for real, so that no fake tensor stays in a cache of the user's.
+    """
+    fake_tensor: Any = importlib.import_module("torch._subclasses.fake_tensor")
+    return isinstance(value, fake_tensor.FakeTensor)

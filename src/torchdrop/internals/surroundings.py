@@ -26,6 +26,7 @@ __all__ = [
     "in_backward_pass",
     "is_legacy_batched_tensor",
     "vmap_draws_differently",
+    "writes_into_arguments",
 ]
 
 # TorchDispatchMode (torch.utils._python_dispatch): the base class of modes that see each operation;
@@ -96,3 +97,12 @@ def vmap_draws_differently() -> bool:
             f"{torch.__version__} does not tell (torch._C._functorch: {error}); install a newer "
             f"torchdrop, or an older PyTorch"
         ) from error
+
+
+def writes_into_arguments(operation: Any) -> bool:
+    """Whether ``operation``, which a dispatch mode got, writes into tensors that it is given.
+
+    Uses ``OpOverload._schema``. The buffers of a model must not be written into while shapes are
+    worked out. Without it the call raises an AttributeError while a block is read.
+    """
+    return bool(operation._schema.is_mutable)

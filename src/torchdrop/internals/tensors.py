@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from torchdrop.internals.missing import import_error, warn_once
 from torchdrop.internals.surroundings import (
@@ -28,6 +31,7 @@ __all__ = [
     "is_python_autograd_node",
     "may_be_saved_by_producer",
     "modifications_of",
+    "own_saved_tensor_hooks",
     "saved_by_producer",
     "tree_flatten",
     "tree_map_only",
@@ -151,7 +155,7 @@ def may_be_saved_by_producer(tensor: Tensor) -> bool:
 
 @cache
 def _check_saved_names() -> None:
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.enable_grad(), torch.inference_mode(False), own_saved_tensor_hooks():
         node = torch.zeros(1, device="cpu", requires_grad=True).relu().grad_fn
     if not hasattr(type(node), "_saved_result"):
         warn_once(
@@ -192,3 +196,23 @@ def is_python_autograd_node(node: Any) -> bool:
     Without the class the call raises an AttributeError.
     """
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+@contextmanager
+def own_saved_tensor_hooks() -> Iterator[Any]:
+    """Let no saved-tensor hooks of the user see what is saved inside the ``with``.
+
+    A checkpoint counts the tensors that its forward saves, and raises if the recomputation saves
+    another number of them. Gives the pair of hooks that is innermost inside the ``with``; see
+    :func:`innermost_saved_tensor_hooks`.
+    """
+    allowed, outer = innermost_saved_tensor_hooks()
+    if not allowed or outer is None:
+        yield outer
+        return
+    with saved_tensors_hooks(_unchanged, _unchanged):
+        yield innermost_saved_tensor_hooks()[1]
+
+
+def _unchanged(saved: Tensor) -> Tensor:
+    return saved

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from torchdrop.internals import call_by_full_name
+from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
 from torchdrop.tracing.random_states import RandomStates, TorchDraws
@@ -159,10 +159,12 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
         draws = TorchDraws()  # type: ignore[no-untyped-call]
         generators = RandomStates()
         with (
+            own_saved_tensor_hooks() as hooks,
             reader.watch.watching(module, reader.works_out_shapes),
             RecordFactories(reader),
             nullcontext() if alone else draws,
         ):
+            reader.saved_tensor_hooks = hooks
             graph = reader.trace(module)
         if not draws.drawn and not generators.changed(alone=alone):
             return reader, graph

@@ -16,9 +16,14 @@ from torch import Tensor, fx, nn
 
 from torchdrop.internals import (
     DisableTorchFunction,
+    TorchDispatchMode,
     disable_dispatch_modes,
     fake_tensor_mode,
     is_data_dependent_error,
+    is_fake_tensor,
+    tree_flatten,
+    tree_map_only,
+    writes_into_arguments,
 )
 
 __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
@@ -34,8 +39,59 @@ def _unobserved() -> Iterator[None]:
 def meta_double(value: Tensor) -> Tensor:
     """Return a tensor that has the shape and the device of ``value`` on record, but no data."""
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
+    double._torchdrop_is_leaf = value.is_leaf  # type: ignore[attr-defined]
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
+
+
+def _without_data(like: Tensor, shape: list[int]) -> Tensor:
+    """Return a tensor of ``shape`` for :func:`meta_double` ``like``, under a fake tensor mode."""
+    with torch.enable_grad():
+        value = torch.empty(
+            shape,
+            dtype=like.dtype,
+            device=getattr(like, "_torchdrop_device", like.device),
+            requires_grad=like.requires_grad,
+        )
+        # A forward may write into what another operation returned, but not into a leaf.
+        return value if getattr(like, "_torchdrop_is_leaf", True) else value.clone()
+
+
+class _RealTensorsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps real tensors real among fake ones, and does not write into them.
+
+    What is computed from no fake tensor, such as a table that a cache will keep, is a real tensor.
+    In place of a real tensor that an operation writes into, such as the number of batches of a
+    BatchNorm, a copy is used from then on. The mode sees only the operations of this thread.
+
+    Attributes:
+        drawn: Whether random numbers were drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self.drawn = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        writes = writes_into_arguments(func)
+        if writes or self._copies:
+            args, kwargs = tree_map_only(Tensor, lambda t: self._copy(t, writes), (args, kwargs))
+        if any(map(is_fake_tensor, tensors)):
+            return func(*args, **kwargs)
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        with disable_dispatch_modes():
+            return func(*args, **kwargs)
+
+    def _copy(self, tensor: Tensor, is_written: bool) -> Tensor:
+        if is_written and not is_fake_tensor(tensor) and id(tensor) not in self._copies:
+            with disable_dispatch_modes():
+                self._copies[id(tensor)] = tensor, tensor.clone()
+        return self._copies.get(id(tensor), (tensor, tensor))[1]
 
 
 class NeedsDataError(LookupError):
@@ -59,6 +115,7 @@ class ShapeFacts:
     ) -> None:
         self._owner = owner
         self._mode = fake_tensor_mode()
+        self._real = _RealTensorsApart()
         self._value_of: dict[fx.Node, Any] = {}
         batch: int | None = None
         for node, value in known.items():
@@ -67,12 +124,12 @@ class ShapeFacts:
                 batch = shape[larger] if batch is None else batch
                 shape[larger] *= 2 if shape[larger] == batch else 1
             with _unobserved(), self._mode:
-                self._value_of[node] = torch.empty(
-                    shape,
-                    dtype=value.dtype,
-                    device=getattr(value, "_torchdrop_device", value.device),
-                    requires_grad=value.requires_grad,
-                )
+                self._value_of[node] = _without_data(value, shape)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn."""
+        return self._real.drawn
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of ``node``: a number, a shape, or a tensor without data.
@@ -86,7 +143,7 @@ class ShapeFacts:
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         try:
-            with _unobserved(), self._mode:
+            with _unobserved(), self._mode, self._real:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise

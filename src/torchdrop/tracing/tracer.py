@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from torchdrop.internals import NotAParameter, tensors_of_tracer, wrap_functions_of
+from torchdrop.internals import (
+    NotAParameter,
+    innermost_saved_tensor_hooks,
+    tensors_of_tracer,
+    wrap_functions_of,
+)
+from torchdrop.tracing.asked_class import asked_by_isinstance
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import is_shape_node, reads_device
 from torchdrop.tracing.operations import (
@@ -38,6 +44,9 @@ from torchdrop.tracing.watched_attributes import AttributeWatch
 
 __all__ = ["Reader", "RecordFactories"]
 
+# The generated forward would run this part without the checkpoint, so with more memory.
+_CHECKPOINTED = "it runs a part of itself under torch.utils.checkpoint or other saved-tensor hooks"
+
 
 class _Proxy(NotAParameter, fx.Proxy):
     """A proxy that records ``x += y`` as an in-place addition; fx records ``x = x + y``.
@@ -52,8 +61,12 @@ class _Proxy(NotAParameter, fx.Proxy):
         # isinstance(x, Tensor) has to be true for the arguments that are tensors. Functions of
         # torch written in C ask for the class as well and would read the memory of a Tensor, so
         # they get the real class.
-        for_isinstance = "isinstance" in sys._getframe(1).f_code.co_names
-        return Tensor if for_isinstance and self.node.op == "placeholder" else _Proxy
+        asking = sys._getframe(1)
+        if asking.f_globals.get("__name__") == "torch.utils.checkpoint":
+            raise UntraceableError(_CHECKPOINTED)
+        if self.node.op == "placeholder" and asked_by_isinstance(asking):
+            return Tensor
+        return _Proxy
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -184,6 +197,7 @@ class Reader(fx.Tracer):
         self.watch = AttributeWatch()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
+        self.saved_tensor_hooks: Any = None  # that are innermost around the forward
         self._without_data: dict[Any, Tensor] = {}  # by placeholder; first by name
         self._shape_facts: dict[bool, ShapeFacts] = {}  # as in the call; with a larger batch
         self._working_out_shapes = False
@@ -200,8 +214,10 @@ class Reader(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a child, or the operations of its own forward."""
         # fx patches nn.Module itself, so this is called by other threads that run a model, too.
-        if threading.get_ident() != self._thread or self._working_out_shapes:
+        if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if self._working_out_shapes:  # without the hooks of the user
+            return m.forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
@@ -243,6 +259,8 @@ class Reader(fx.Tracer):
             raise UntraceableError(
                 "a part of it, or the method itself, runs under torch.no_grad, autocast or the like"
             )
+        if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
+            raise UntraceableError(_CHECKPOINTED)
         node = super().create_node(*args, **kwargs)
         if self._inlined_path:
             node.meta["inlined"] = self._inlined_path

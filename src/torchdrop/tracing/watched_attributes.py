@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchdrop.internals import MODULE_DICTS
+from torchdrop.tracing.doubles import bound_to_original, instance_like, is_called_by_torch
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["AttributeWatch", "same"]
@@ -124,23 +125,36 @@ class AttributeWatch:
         kind = type(module)
 
         def read(self_: nn.Module, name: str) -> Any:
+            if name == "__class__":
+                return kind
             value = kind.__getattribute__(self_, name)
             if prefix and name == "training":
                 self.attributes[prefix + name] = value
             if _is_plain_attribute(self_, name):
                 return self.hand_out(prefix + name, value)
-            return value
+            return bound_to_original(value, self_, module)
 
         def refuse(self_: nn.Module, name: str, value: Any) -> None:
             raise UntraceableError(f"it sets self.{name}")
 
-        space = {"__getattribute__": read, "__setattr__": refuse, "__module__": kind.__module__}
-        metaclass: Any = type(kind)
-        double: nn.Module = object.__new__(metaclass(kind.__name__, (kind,), space))
+        def refuse_deletion(self_: nn.Module, name: str) -> None:
+            raise UntraceableError(f"it deletes self.{prefix}{name}")
+
+        def as_key(self_: nn.Module) -> int:
+            if is_called_by_torch():  # such as module.parameters(), which forgets it again
+                return id(module)
+            raise UntraceableError("it uses itself as a key of a dict, a set or a cache")
+
+        space = {
+            "__getattribute__": read,
+            "__setattr__": refuse,
+            "__delattr__": refuse_deletion,
+            "__hash__": as_key,
+        }
         state = {**module.__dict__, "training": training}
         for name in MODULE_DICTS:
             state[name] = dict(state[name])
-        object.__setattr__(double, "__dict__", state)
+        double: nn.Module = instance_like(kind, space, state)
         return double
 
     @contextmanager
@@ -159,9 +173,13 @@ class AttributeWatch:
         def read(module: nn.Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             path = paths.get(id(module))
-            if path is None or threading.get_ident() != thread or paused():
+            if path is None or threading.get_ident() != thread:
                 return value
-            return self.hand_out(path + name, value) if _is_plain_attribute(module, name) else value
+            if not _is_plain_attribute(module, name):
+                return value
+            if paused():  # what is appended now must not stay
+                return _copied(value) if type(value) in (list, dict, set) else value
+            return self.hand_out(path + name, value)
 
         def refuse(module: nn.Module, name: str, value: Any) -> None:
             if threading.get_ident() == thread:
