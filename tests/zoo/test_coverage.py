@@ -131,7 +131,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     elif name == "FLOPs":
 
         def compute_all(self: SplitSite, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
-            return self.mask(k, skip, self._compute(self.train, k, inputs))
+            return self.mask(k, skip, self.compute(self.train, k, inputs))
 
         monkeypatch.setattr(SplitSite, "_on_rows", compute_all)
     elif name == "all gradients":

@@ -31,6 +31,9 @@ class Branch:
         children: The paths, from the model, of the modules that the branch calls.
         masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch, and of
             a module around it that skips whole layers by itself (``layerdrop``).
+        proved: True after a call in which the branch was tested and found right; False if a call
+            has shown that its rows depend on each other, or could not be tested, which ``reason``
+            says; None before the first such call, and with ``verify=False``.
         share: The branch's share of the FLOPs of a forward pass; None without ``example_inputs``,
             since it is measured on them.
         source: Where the branch stands in the forward that was read. For torchdrop itself; it may
@@ -45,6 +48,7 @@ class Branch:
     children: tuple[str, ...]
     masks: tuple[str, ...]
     share: float | None = None
+    proved: bool | None = None
     source: BranchSource = field(default_factory=lambda: BranchSource(""), repr=False)
 
 

@@ -178,6 +178,10 @@ class BlockSite(SlotOccupant):
         self.active = snapshot["active"]
         self.verdicts = snapshot["verdicts"]
 
+    def run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
     # What looks like a forward to others ----------------------------------------------------
 
     @property
@@ -219,7 +223,7 @@ class BlockSite(SlotOccupant):
                     stacklevel=2,
                 )
 
-    def _runs_on_all_ranks(self, branch: BranchState) -> bool:
+    def runs_on_all_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` in every step, because others wait for it."""
         if not dist.is_available() or not dist.is_initialized():
             return False
@@ -311,9 +315,7 @@ class BlockSite(SlotOccupant):
             return value
         dim, entries = layout
         if not entries:  # its own shape tells, see RowLayout
-            has_rows = (
-                isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
-            )
+            has_rows = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
             return taking(value, dim=dim) if has_rows else value
         if not isinstance(value, Tensor):
             raise RuntimeError(
@@ -335,14 +337,14 @@ class BlockSite(SlotOccupant):
         self, facts: BranchFacts, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
     ) -> Tensor:
         """Return the skip alone, as a new tensor, into which an activation may write in place."""
-        unused = self._unused(facts, skip, inputs)
+        unused = self.unused(facts, skip, inputs)
         if facts.writes_skip:
             return skip.add_(with_zero_grads(skip.new_zeros(()), unused)) if unused else skip
         if dtype != skip.dtype:
             skip = skip.to(dtype)
         return with_zero_grads(skip, unused)
 
-    def _unused(self, facts: BranchFacts, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
+    def unused(self, facts: BranchFacts, skip: Tensor, inputs: Sequence[Any]) -> list[Tensor]:
         """Return the tensors that get gradients of zeros if the branch is dropped."""
         unused: list[Tensor] = []
         if self.settings.zero_grad and torch.is_grad_enabled():

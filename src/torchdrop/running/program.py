@@ -16,6 +16,7 @@ from torch import nn
 
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.modes import answers, answers_in_graph
 from torchdrop.tracing.watched_attributes import same
 
 __all__ = ["MismatchError", "Program", "Source", "call_signature", "most_varied"]
@@ -78,6 +79,8 @@ class Program:
             told by the shape of the input in each call.
         runs_own: Whether the block's own forward runs in these calls, because it adds none of the
             branches.
+        asks: Which kinds of modes (gradients, autocast, ...) the forward asks for or sets.
+        modes: The modes of these kinds for which the forward is valid.
         used: When the site used it last, counted in calls.
     """
 
@@ -93,6 +96,8 @@ class Program:
     seen: set[Any] | None = None
     assumed: set[int] = field(default_factory=set)
     runs_own: bool = False
+    asks: tuple[str, ...] = ()
+    modes: set[Any] = field(default_factory=set)
     used: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +134,18 @@ class Program:
         if list(tensors) != self.tensors or len(constants) != len(self.constants):
             raise MismatchError(f"({', '.join(self.tensors)})", f"tensors ({', '.join(tensors)})")
         return list(tensors.values())
+
+    def check_modes(self) -> None:
+        """Raise :class:`MismatchError` if modes that the block asks for are others now."""
+        if torch.compiler.is_compiling():
+            now = answers_in_graph(self.asks)
+            valid = any(_equal_in_graph(now, known) for known in self.modes)
+        else:
+            now = answers(self.asks)
+            valid = now in self.modes
+        if not valid:
+            kinds = " and ".join(self.asks)
+            raise MismatchError(f"some modes of {kinds}", f"others ({_described(now)})")
 
     def check_attributes(self, module: nn.Module) -> None:
         """Raise :class:`MismatchError` if an attribute of the block has changed."""
@@ -168,9 +185,18 @@ class Program:
             == {k: s.text for k, s in other.branches.items()}
             and (self.row_layouts, self.reuses_skip, self.tensors, self.decided, self.runs_own)
             == (other.row_layouts, other.reuses_skip, other.tensors, other.decided, other.runs_own)
+            and self.asks == other.asks
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
         )
+
+
+def _equal_in_graph(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    return all(a is None or a == b for a, b in zip(now, known, strict=True))
+
+
+def _described(modes: tuple[Any, ...]) -> str:
+    return ", ".join(str(found) for found in modes)
 
 
 def most_varied(programs: Sequence[Program]) -> str:

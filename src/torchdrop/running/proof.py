@@ -111,14 +111,14 @@ def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
         return "inference mode is active"
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
-    modules = list(site.module.modules())
-    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    modules = list(site.module.modules())[1:]
+    parameters = list(site.module.parameters())
     if any(map(is_lazy, parameters)):
         return "its parameters have no shape yet"
     if any(type(p).__name__ == "DTensor" for p in parameters) or any(
         type(m).__name__.startswith(("FSDP", "FullySharded", "DistributedData")) for m in modules
     ):
-        return "its parameters are split over ranks"
+        return "parameters of its layers are split over ranks"
     if any(p.is_meta for p in parameters):
         return "its parameters are not loaded"
     return ""

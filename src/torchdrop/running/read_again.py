@@ -143,6 +143,7 @@ def _add_program(
     for number, program in enumerate(programs):
         again = rewrite(block, splits, name, number * size)
         if program.is_like(again):
+            program.modes |= again.modes
             return program  # it fits calls of one more kind
     number = len(programs)
     if number >= _READINGS:

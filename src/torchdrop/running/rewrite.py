@@ -16,8 +16,10 @@ from torch import fx
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.finding.split import Split, outside_inputs
 from torchdrop.internals import reserve_name
+from torchdrop.running.mode_statements import ModeWriter, with_statements
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.modes import Modes, answers, modes_of
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.traced_functions import pad_like, passed_through
 
@@ -59,6 +61,8 @@ def rewrite(
         set() if block.computed else None,
         rewriter.assumed,
         runs_own=not rewriter.splits,
+        asks=block.asks,
+        modes={answers(block.asks)},
     )
 
 
@@ -71,6 +75,7 @@ class _Rewriter:
         first: int,
     ) -> None:
         self.nodes = list(block.graph.nodes)
+        self.modes = block.modes
         self.splits = {k: found for k, found in enumerate(splits, first) if found is not None}
         self.label = label
         self.branches: dict[int, Source] = {}
@@ -82,7 +87,7 @@ class _Rewriter:
         """Generate the forward, and the branches with it."""
         graph = _graph()
         env = {_SITE: graph.placeholder("site")}
-        self.emit(graph, self.nodes, env)
+        self.emit(graph, self.nodes, env, self.modes)
         self.note_reused_skips(graph)
         return _source(self.label, graph)
 
@@ -94,13 +99,20 @@ class _Rewriter:
             reserved = node.name in ("self", "site")
             env[node] = graph.placeholder(f"{node.name}_" if reserved else node.name)
         expectations = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
-        self.emit(graph, [n for n in self.nodes if n in split.inside | expectations], env)
+        region = [n for n in self.nodes if n in split.inside | expectations]
+        self.emit(graph, region, env, modes_of(split.add, self.modes))
         graph.output(env[split.branch])
         self.note_reused_skips(graph)
         return _source(f"{self.label}, branch {k}", graph)
 
-    def emit(self, graph: fx.Graph, region: list[fx.Node], env: _Environment) -> None:
-        """Copy the nodes ``region`` into ``graph``, with calls of the site for residual sums."""
+    def emit(
+        self, graph: fx.Graph, region: list[fx.Node], env: _Environment, base: Modes | None
+    ) -> None:
+        """Copy the nodes ``region`` into ``graph``, with calls of the site for residual sums.
+
+        ``base`` are the modes in which the generated code is called.
+        """
+        modes = ModeWriter(graph, base)
         here = set(region)
         sums = {split.add: k for k, (split, _) in self.splits.items() if split.add in here}
         skipped = {
@@ -114,6 +126,7 @@ class _Rewriter:
             # that of the kept rows.
             if node in skipped or node in env or is_shape_node(node) or node.op == "get_attr":
                 continue
+            modes.switch(modes_of(node, self.modes))
             if "expected" in node.meta:
                 _emit_expectation(graph, node, env)
             elif node.target is passed_through:
@@ -123,6 +136,7 @@ class _Rewriter:
                 env[node] = self.emit_sum(graph, sums[node], env)
             else:
                 env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
+        modes.end()
 
     def emit_sum(self, graph: fx.Graph, k: int, env: _Environment) -> fx.Node:
         """Add the call of the site for the sum with branch ``k``."""
@@ -166,7 +180,7 @@ class _Rewriter:
 
 def _source(label: str, graph: fx.Graph) -> Source:
     code = graph.python_code("self")
-    return Source(label, code.src, code.globals)
+    return Source(label, *with_statements(code.src, code.globals))
 
 
 def _graph() -> fx.Graph:

@@ -22,14 +22,7 @@ from torchdrop.internals import (
     has_backward_hooks,
     saved_by_producer,
 )
-from torchdrop.rows.in_graph import (
-    draw_in_graph,
-    row_count_in_graph,
-    run_uncompiled,
-    scatter_in_graph,
-    take_in_graph,
-    zero_from,
-)
+from torchdrop.rows.in_graph import run_uncompiled
 from torchdrop.rows.saved_rows import regather_in_backward
 from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
 from torchdrop.running.block_site import (
@@ -56,7 +49,8 @@ from torchdrop.running.proof import (
     why_impossible,
 )
 from torchdrop.running.read_again import read_again
-from torchdrop.running.whole_site import WholeSite
+from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
+from torchdrop.running.whole_site import WholeSite, run_whole
 from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.unchanged import unchanged
 from torchdrop.tracing.watched_attributes import same
@@ -101,7 +95,7 @@ class SplitSite(BlockSite):
         # Runs the branches while the generated forward is tested.
         self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which its reading was not its own function.
-        self._whole: WholeSite | None = None
+        self.whole: WholeSite | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The names of the arguments if a call with tensors alone needs no binding, else None.
         self._plain = train.tensors if leading == train.tensors else None
@@ -123,13 +117,13 @@ class SplitSite(BlockSite):
     def snapshot(self) -> dict[str, Any]:
         """Return what a forward pass may change of this site, for :meth:`restore`."""
         programs = list(self.train), list(self.evaluate)
-        return {**super().snapshot(), "programs": programs, "whole": self._whole}
+        return {**super().snapshot(), "programs": programs, "whole": self.whole}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to the state in which :meth:`snapshot` was called."""
         super().restore(snapshot)
         self.train[:], self.evaluate[:] = snapshot["programs"]
-        self._whole = snapshot["whole"]
+        self.whole = snapshot["whole"]
 
     # Find the program of a call -------------------------------------------------------------
 
@@ -146,6 +140,8 @@ class SplitSite(BlockSite):
         for program in programs:
             try:
                 program.check_attributes(self.module)
+                if program.asks and self.meter is None:
+                    program.check_modes()
                 tensors: Sequence[Any] = args
                 if not plain or len(args) != len(program.tensors) or program.tensors != self._plain:
                     tensors = program.bind(self.__signature__, args, kwargs)
@@ -161,8 +157,27 @@ class SplitSite(BlockSite):
             self._calls += 1
             program.used = self._calls
         if program.runs_own:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        if self.settings.verify and self.meter is None and not compiling:
+            return self.run_own(args, kwargs)
+        if compiling:  # a graph cannot be interrupted inside a try
+            return program.forward.function(self.module, self, *tensors)
+        try:
+            return self._run_program(programs, program, training, args, kwargs, tensors)
+        except MismatchError as found:  # a child returned something else than when it was read
+            program = read_again(self, programs, training, args, kwargs, found, use_items=False)
+            tensors = program.bind(self.__signature__, args, kwargs)
+            return self._run_program(programs, program, training, args, kwargs, tensors)
+
+    def _run_program(
+        self,
+        programs: list[Program],
+        program: Program,
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Any],
+    ) -> Any:
+        """Run ``program``, after a test if no call of this kind was tested before."""
+        if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number
             kind = kind_of_call(number, tensors, facts.dim, facts.rows_per_sample)
@@ -170,17 +185,13 @@ class SplitSite(BlockSite):
             if verdict is None or self.only_proves:
                 verdict = self._prove(kind, program, training, args, kwargs, tensors)
             if self.only_proves:
-                return verdict.out
+                given = verdict.out is not None
+                return verdict.out if given else self.run_own(args, kwargs)
             if verdict.own:
-                return self._run_whole(verdict, training, args, kwargs)
-        if compiling:  # a graph cannot be interrupted inside a try
-            return program.forward.function(self.module, self, *tensors)
-        try:
-            return program.forward.function(self.module, self, *tensors)
-        except MismatchError as found:  # a child returned something else than when it was read
-            program = read_again(self, programs, training, args, kwargs, found, use_items=False)
-            tensors = program.bind(self.__signature__, args, kwargs)
-            return program.forward.function(self.module, self, *tensors)
+                if verdict.whole is None or not training:
+                    raise _other_function(self.branches[0].facts, verdict)
+                return run_whole(self, verdict, args, kwargs)
+        return program.forward.function(self.module, self, *tensors)
 
     # Prove a call ---------------------------------------------------------------------------
 
@@ -194,7 +205,7 @@ class SplitSite(BlockSite):
         tensors: Sequence[Any],
     ) -> Verdict:
         """Test this kind of call, and remember what was found."""
-        if any([self._runs_on_all_ranks(branch) for branch in self.branches]):
+        if any(self.runs_on_all_ranks(branch) for branch in self.branches):
             return Verdict()  # masked, and a test would wait for the other ranks
         why = why_impossible(self, tensors)
         if why:
@@ -212,31 +223,6 @@ class SplitSite(BlockSite):
         self.verdicts[kind] = Verdict(verdict.own, whole=verdict.whole)
         warn_of_masks(self)
         return verdict
-
-    def _run_whole(
-        self, verdict: Verdict, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Drop the block as a whole, because its reading is not its own function."""
-        first = self.branches[0]
-        if verdict.whole is None or not training:
-            raise RuntimeError(
-                f"{first.facts.block} was read as another function than its own forward: "
-                f"{verdict.own}; leave the block out with select=, or wrap the whole block in "
-                f"torchdrop.StochasticDepth"
-            )
-        if self._whole is None:
-            for branch in self.branches:
-                branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.own}"
-            self._whole = WholeSite(self.module, self.settings, first, verdict.whole)
-        self._whole.block, self._whole.active = verdict.whole, True
-        self._whole._observers = self._observers
-        seen = first.counts.rows_seen, first.counts.rows_dropped
-        out = self._whole(*args, **kwargs)
-        for branch in self.branches[1:]:  # one decision for all branches
-            branch.counts.rows_seen += first.counts.rows_seen - seen[0]
-            branch.counts.rows_dropped += first.counts.rows_dropped - seen[1]
-            branch.counts.last = first.counts.last
-        return out
 
     # What a generated forward calls ---------------------------------------------------------
 
@@ -274,25 +260,25 @@ class SplitSite(BlockSite):
 
     def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
         """Return ``skip`` plus branch ``k`` of ``inputs``, computed on the kept rows only."""
-        branch, settings = self._branch(k), self.settings
+        branch, settings = self.branch(k), self.settings
         if torch.compiler.is_compiling() and self.module.training and settings.mode == "row":
-            return self._join_in_graph(k, skip, inputs)
+            return join_in_graph(self, k, skip, inputs)
         if self.meter is not None:
             return self._metered(k, skip, inputs)
         if self.proof is not None:
             programs = self.train if self.module.training or not self.evaluate else self.evaluate
-            return self.proof.join(k, skip, inputs, partial(self._compute, programs, k))
+            return self.proof.join(k, skip, inputs, partial(self.compute, programs, k))
         facts = branch.facts
         rows: Any = True
         if self.evaluate and not self.module.training:
-            run = partial(self._compute, self.evaluate, k, inputs)
+            run = partial(self.compute, self.evaluate, k, inputs)
             total = self._evaluated(branch, skip, run)
         elif (
             branch.depends
-            or self._runs_on_all_ranks(branch)
+            or self.runs_on_all_ranks(branch)
             or (facts.elementwise and self._too_small(branch, skip))
         ):
-            return self.mask(k, skip, self._compute(self.train, k, inputs))
+            return self.mask(k, skip, self.compute(self.train, k, inputs))
         else:
             rows, kept = self._draw(branch, skip)
             if rows is False:
@@ -312,9 +298,9 @@ class SplitSite(BlockSite):
 
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
         """Return ``skip`` plus ``out``, which is branch ``k`` on all rows, in the kept rows."""
-        branch = self._branch(k)
+        branch = self.branch(k)
         if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
-            return self._mask_in_graph(k, skip, out)
+            return mask_in_graph(self, k, skip, out)
         facts = branch.facts
         if self.meter is not None:
             return add_whole(skip, out, facts.gain, branch_first=facts.branch_first)
@@ -327,7 +313,7 @@ class SplitSite(BlockSite):
         else:
             if out.shape != skip.shape:
                 _check_shapes(facts, skip, out)
-            self._runs_on_all_ranks(branch)
+            self.runs_on_all_ranks(branch)
             rows, kept = self._draw(branch, skip)
             if rows is False:
                 dtype = torch.promote_types(skip.dtype, out.dtype)
@@ -347,7 +333,7 @@ class SplitSite(BlockSite):
 
     def padded(self, k: int, dim: int, skip: Tensor, *inputs: Any) -> Tensor:
         """Return ``skip`` with zeros on ``dim``, up to the size of branch ``k`` of ``inputs``."""
-        branch = self._branch(k)
+        branch = self.branch(k)
         if k not in branch.sizes:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
@@ -360,35 +346,36 @@ class SplitSite(BlockSite):
             # The FLOPs of this run are not part of the measured work.
             unmetered = nullcontext() if self.meter is None else disable_dispatch_modes()
             with torch.no_grad(), unchanged(*inner, devices=[skip.device]), unmetered:
-                branch.sizes[k] = self._compute(programs, k, inputs).shape[dim]
+                branch.sizes[k] = self.compute(programs, k, inputs).shape[dim]
         return pad_like(skip, branch.sizes[k], dim)
 
     # Compute a sum --------------------------------------------------------------------------
 
-    def _branch(self, k: int) -> BranchState:
+    def branch(self, k: int) -> BranchState:
+        """Return the branch that programs call ``k``."""
         return self.branches[k % len(self.branches)]
 
-    def _compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
+    def compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
         """Run branch ``k`` on ``inputs``."""
         program = programs[k // len(self.branches)]
         return program.branches[k].function(self.module, self, *inputs)
 
     def _metered(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
         """Return ``skip`` plus branch ``k`` on all rows, and add its FLOPs to its share."""
-        branch, meter = self._branch(k), self.meter
+        branch, meter = self.branch(k), self.meter
         assert meter is not None
         before, version = meter(), modifications(skip)
-        out = self._compute(self.train, k, inputs)
+        out = self.compute(self.train, k, inputs)
         _check_separable(branch.facts, skip, version, out)
         branch.share = (branch.share or 0.0) + meter() - before
         return add_whole(skip, out, branch.facts.gain, branch_first=branch.facts.branch_first)
 
     def _on_all_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], gain: float) -> Tensor:
         """Return ``skip`` plus ``gain`` times branch ``k`` on all rows."""
-        branch = self._branch(k)
+        branch = self.branch(k)
         facts, first_time = branch.facts, not branch.dtypes
         version = modifications(skip) if first_time else None
-        out = self._compute(self.train, k, inputs)
+        out = self.compute(self.train, k, inputs)
         if first_time:
             _check_separable(facts, skip, version, out)
         first, written = facts.branch_first, facts.writes_skip
@@ -398,10 +385,10 @@ class SplitSite(BlockSite):
         self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor, gain: float
     ) -> Tensor:
         """Return ``skip`` plus ``gain`` times branch ``k`` on ``rows``, some of the batch."""
-        facts = self._branch(k).facts
+        facts = self.branch(k).facts
         dim = facts.dim
         batch = skip.shape[dim]
-        computed = self._rows_to_compute(self._branch(k), rows, skip)
+        computed = self._rows_to_compute(self.branch(k), rows, skip)
         on_device = to_device_of(computed, skip)
         program = self.train[k // len(self.branches)]
         known = program.row_layouts[k]
@@ -422,57 +409,15 @@ class SplitSite(BlockSite):
         version = modifications(taken)
         if again:
             with regather_in_backward(again, on_device, dim):
-                out = self._compute(self.train, k, cut)
+                out = self.compute(self.train, k, cut)
         else:
-            out = self._compute(self.train, k, cut)
+            out = self.compute(self.train, k, cut)
         if modifications(taken) != version:
             raise _writes_into_its_input(facts)
         if computed is not rows:
             out, on_device = drop_spare_row(out, computed, rows, dim)
         written, reuses_skip = facts.writes_skip, k in program.reuses_skip and taken is not skip
         return add_rows(whole, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip)
-
-    def _join_in_graph(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
-        """Join inside a compiled graph: plain operations on a number of rows fixed by the rate."""
-        branch = self._branch(k)
-        facts, rate = branch.facts, branch.rate
-        dim, batch = facts.dim, skip.shape[facts.dim]
-        if rate.always is False:
-            unused = self._unused(facts, skip, inputs)
-            if facts.writes_skip:
-                return skip.add_(zero_from(unused)) if unused else skip
-            return skip + zero_from(unused) if unused else skip.clone()
-        # If each row is drawn by itself, any number of them may be kept, up to the whole batch.
-        bounded = rate.always is None and self.settings.sampling != "independent"
-        whole_samples = facts.rows_per_sample > 1
-        if not bounded or whole_samples or branch.depends or self._runs_on_all_ranks(branch):
-            return self.mask(k, skip, self._compute(self.train, k, inputs))
-        size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
-        drawn = draw_in_graph(rate.number, batch, size, skip)
-        known = self.train[k // len(self.branches)].row_layouts[k]
-        taking = partial(take_in_graph, drawn=drawn)
-        layouts = known or [RowLayout(dim, 1)] * len(inputs)
-        cut = [
-            self.cut(facts, value, taking, layout, batch, known is not None)
-            for value, layout in zip(inputs, layouts, strict=True)
-        ]
-        out = _weighted(self._compute(self.train, k, cut), drawn.weights, dim)
-        out = scatter_in_graph(out, drawn, dim)
-        return skip.add_(out) if facts.writes_skip else skip + out
-
-    def _mask_in_graph(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
-        """Mask inside a compiled graph."""
-        branch = self._branch(k)
-        facts, rate = branch.facts, branch.rate
-        batch = skip.shape[facts.dim]
-        if rate.always is None:
-            drawn = draw_in_graph(rate.number, batch, batch, skip)
-            out = _weighted(out, drawn.weights.index_select(0, drawn.positions), facts.dim)
-        elif rate.always:
-            out = out * facts.gain if facts.gain != 1.0 else out
-        else:
-            out = out * 0.0 if facts.writes_skip else zero_from([out])
-        return skip.add_(out) if facts.writes_skip else skip + out
 
     @staticmethod
     def _too_small(branch: BranchState, skip: Tensor) -> bool:
@@ -492,17 +437,8 @@ class SplitSite(BlockSite):
 
     def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
         """Return the dtype of the sum, which must not depend on whether the branch is dropped."""
-        run = partial(self._compute, self.train, k, inputs)
-        return self._dtype_of(self._branch(k), skip, inputs, run)
-
-
-def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Return ``out`` times a weight for each row; zero for weight 0 even if ``out`` is infinite."""
-    shape = [1] * out.dim()
-    shape[dim] = -1
-    weights = weights.view(shape)
-    # multiplied in the precision of the weights: 1/0.9 in bfloat16 would be 1.109375
-    return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
+        run = partial(self.compute, self.train, k, inputs)
+        return self._dtype_of(self.branch(k), skip, inputs, run)
 
 
 def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: Tensor) -> None:
@@ -523,6 +459,13 @@ def _writes_into_its_input(facts: BranchFacts) -> Exception:
     return RuntimeError(
         f"the branch {facts.name} writes into its input, which the skip uses, too; "
         f"use compute='mask', or leave the block out with select="
+    )
+
+
+def _other_function(facts: BranchFacts, verdict: Verdict) -> Exception:
+    return RuntimeError(
+        f"{facts.block} was read as another function than its own forward: {verdict.own}; leave "
+        f"the block out with select=, or wrap the whole block in torchdrop.StochasticDepth"
     )
 
 

@@ -19,6 +19,7 @@ from torchdrop.internals import (
     DropoutBase,
     disable_dispatch_modes,
     hooks_suspended,
+    innermost_saved_tensor_hooks,
 )
 from torchdrop.tracing.unchanged import unchanged
 
@@ -48,7 +49,8 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         stack.enter_context(unchanged(*modules, devices=devices))
         stack.enter_context(hooks_suspended(m for top in modules for m in top.modules()))
         stack.enter_context(disable_dispatch_modes())
-        stack.enter_context(saved_tensors_hooks(_same, _same))
+        if innermost_saved_tensor_hooks()[0]:  # else nobody sees what is saved
+            stack.enter_context(saved_tensors_hooks(_same, _same))
         stack.enter_context(held_still(*modules))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # a warning of the user's own comes with the real call
@@ -57,21 +59,29 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def held_still(*modules: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use its running statistics, and dropout keep everything, in ``modules``."""
-    flags = [
+    """Let BatchNorm use its running statistics, and dropout keep everything, in ``modules``.
+
+    The observers of quantisation-aware training observe nothing. They stay so: their flag is a
+    buffer, which the caller restores.
+    """
+    inside = [module for top in modules for module in top.modules()]
+    flags: list[tuple[nn.Module, bool]] = [
         (module, module.training)
-        for top in modules
-        for module in top.modules()
+        for module in inside
         if isinstance(module, BatchNormBase | DropoutBase) and module.training
     ]
     try:
-        for module, _ in flags:
-            module.training = False
+        for norm, _ in flags:
+            norm.training = False
+        for module in inside:
+            observes = module.__dict__.get("_buffers", {}).get("observer_enabled")
+            if observes is not None:
+                observes.zero_()
         with _WithoutDropout():
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for norm, training in flags:
+            norm.training = training
 
 
 _DROPOUTS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,10 @@ from torchdrop.running.proof import (
 )
 from torchdrop.tracing.call_arguments import flatten_arguments
 
-__all__ = ["WholeSite"]
+if TYPE_CHECKING:
+    from torchdrop.running.split_site import SplitSite
+
+__all__ = ["WholeSite", "run_whole"]
 
 
 class WholeSite(BlockSite):
@@ -82,7 +85,7 @@ class WholeSite(BlockSite):
             rows = rows if isinstance(rows, bool) else rows[:kept]
             # read before the block runs: code in the block may set another rate
             gain = 0.0 if rows is False else branch.rate.gain_in_training()
-        masked = branch.action == "mask" or self._runs_on_all_ranks(branch)
+        masked = branch.action == "mask" or self.runs_on_all_ranks(branch)
         if self._assumed and not self.settings.verify and self._assumed & tensors.keys():
             branch.note(f"in calls with {', '.join(self._assumed)}: masked, use verify=True")
             masked = True
@@ -226,6 +229,28 @@ class WholeSite(BlockSite):
             return total
         place = int(self.block.sum_item)
         return type(out)([*out[:place], total, *out[place + 1 :]])
+
+
+def run_whole(
+    site: SplitSite, verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Drop the block of ``site`` as a whole, because its reading is not its own function."""
+    first, block = site.branches[0], verdict.whole
+    assert block is not None
+    if site.whole is None:
+        for branch in site.branches:
+            branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.own}"
+        site.whole = WholeSite(site.module, site.settings, first, block)
+    whole = site.whole
+    whole.block, whole.active = block, True
+    whole._observers = site._observers
+    seen = first.counts.rows_seen, first.counts.rows_dropped
+    out = whole(*args, **kwargs)
+    for branch in site.branches[1:]:  # one decision for all branches
+        branch.counts.rows_seen += first.counts.rows_seen - seen[0]
+        branch.counts.rows_dropped += first.counts.rows_dropped - seen[1]
+        branch.counts.last = first.counts.last
+    return out
 
 
 def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
