@@ -205,7 +205,7 @@ class Around(nn.Module):
 def test_a_child_that_overwrites_the_skip_unseen_is_an_error_not_another_result() -> None:
     model, x = written.Stack(Around(), Around()), torch.randn(B, W)
     dense = copy.deepcopy(model)
-    plan = torchdrop.add_stochastic_depth(model, [0.5, 0.5])
+    plan = torchdrop.add_stochastic_depth(model, [0.5, 0.5], verify=False)
     with (
         torch.no_grad(),
         pytest.raises(RuntimeError, match=r"blocks\.0 writes into.*compute='mask'"),
@@ -217,6 +217,25 @@ def test_a_child_that_overwrites_the_skip_unseen_is_an_error_not_another_result(
     plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], compute="mask")
     with torch.no_grad():
         assert_same(model(x.clone()), dense(x.clone()))
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_proof_masks_a_child_that_overwrites_the_skip_unseen(example: bool) -> None:
+    """What the branch writes stays written in every row, as with a DropPath at its place."""
+    model, x = written.Stack(Around(), Around()), torch.randn(B, W)
+    given = {"example_inputs": x} if example else {}
+    blocks = copy.deepcopy(model).blocks
+    with pytest.warns(UserWarning, match=r"blocks\.0 is computed for all rows.*writes into"):
+        plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", **given)
+        out = model(x.clone().requires_grad_().clone())
+    assert [block.action for block in plan.blocks] == ["mask", "mask"]
+    for block, rows in zip(blocks, plan.last_kept().values(), strict=True):
+        keep = torch.zeros(B, 1)
+        keep[rows] = 2.0
+        x = x.clone()
+        branch = block.child(x)  # which overwrites x
+        x = x + keep * branch
+    assert_same(out, x, 1e-6)
 
 
 class WithShortcut(nn.Module):
@@ -280,10 +299,12 @@ def test_it_is_noticed_as_soon_as_the_child_runs(mode: str, example: bool) -> No
     message = r"blocks\.0 writes into.*compute='mask'"
     if example:
         with pytest.raises(RuntimeError, match=message):
-            torchdrop.add_stochastic_depth(model, [1.0, 1.0], mode=mode, example_inputs=x)
+            torchdrop.add_stochastic_depth(
+                model, [1.0, 1.0], mode=mode, example_inputs=x, verify=False
+            )
         assert not torchdrop.has_stochastic_depth(model)
         return
-    plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], mode=mode)
+    plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], mode=mode, verify=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match=message):
         model(x.clone())
     plan.set_p([1.0, 1.0])

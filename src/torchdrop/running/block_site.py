@@ -161,7 +161,7 @@ class BlockSite(SlotOccupant):
 
     def _note_proved(self) -> None:
         for branch in self.branches:
-            branch.proof = branch.proof or "proved"
+            branch.proof = "proved"
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a forward pass may change of this site, for :meth:`restore`."""

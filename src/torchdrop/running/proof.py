@@ -144,14 +144,18 @@ def _cloned(arguments: dict[str, Any]) -> dict[str, Any]:
 
     def copied(path: str, value: Tensor) -> Tensor:
         if id(value) not in copies:
-            copy = value.detach().clone()
-            if value.requires_grad:
-                # not a leaf: a block may write into its input
-                copy = copy.requires_grad_().clone() if torch.is_grad_enabled() else copy
-            copies[id(value)] = copy
+            copies[id(value)] = _copy(value)
         return copies[id(value)]
 
     return flatten_arguments(arguments, copied)[0]
+
+
+def _copy(value: Tensor) -> Tensor:
+    """Return a copy of ``value``, which requires a gradient if ``value`` does."""
+    copy = value.detach()
+    if value.requires_grad and torch.is_grad_enabled():
+        copy.requires_grad_()
+    return copy.clone()  # of a leaf, but not one itself: a block may write into its input
 
 
 def _values(out: Any) -> list[Tensor]:
@@ -195,11 +199,14 @@ class SplitProof:
         branch = site.branches[k % len(site.branches)]
         facts = branch.facts
         values = [v.detach() if isinstance(v, Tensor) else v for v in inputs]
-        versions = [modifications_of(v) if isinstance(v, Tensor) else None for v in values]
+        copies = [_copy(v) if isinstance(v, Tensor) else v for v in inputs]
+        versions = [modifications_of(c) for c in copies if isinstance(c, Tensor)]
         before = RandomStates([skip.device])
-        out = run(values)
-        if [modifications_of(v) if isinstance(v, Tensor) else None for v in values] != versions:
+        out = run(copies)
+        if [modifications_of(c) for c in copies if isinstance(c, Tensor)] != versions:
             branch.mask("it writes into its input, which the skip uses, too")
+            before.restore()
+            out = run(values)
         elif self._rows_matter and not branch.depends and facts.dim < skip.dim():
             self._test(k, branch, skip, Tested(values, out, before), run)
         return add_whole(

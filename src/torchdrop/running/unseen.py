@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from torchdrop.internals import (
@@ -19,17 +18,13 @@ from torchdrop.internals import (
     DropoutBase,
     disable_dispatch_modes,
     hooks_suspended,
-    innermost_saved_tensor_hooks,
+    own_saved_tensor_hooks,
 )
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = ["held_still", "plain_attributes_restored", "unseen"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 @contextmanager
@@ -49,8 +44,7 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         stack.enter_context(unchanged(*modules, devices=devices))
         stack.enter_context(hooks_suspended(m for top in modules for m in top.modules()))
         stack.enter_context(disable_dispatch_modes())
-        if innermost_saved_tensor_hooks()[0]:  # else nobody sees what is saved
-            stack.enter_context(saved_tensors_hooks(_same, _same))
+        stack.enter_context(own_saved_tensor_hooks())
         stack.enter_context(held_still(*modules))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # a warning of the user's own comes with the real call

@@ -125,7 +125,8 @@ class WholeSite(BlockSite):
         prove_whole(self, bound)
         self._note_proved()
         self.verdicts[kind] = Verdict()
-        warn_of_masks(self)
+        if not self.only_proves:
+            warn_of_masks(self)
 
     def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """Return the tensors among the arguments.
