@@ -169,6 +169,39 @@ def _() -> None:
     assert module.weight.item() == 1.0
 
 
+@probe(
+    "hooks_suspended",
+    api="nn.Module._forward_hooks and its siblings, torch.nn.modules.module._global_forward_hooks",
+    purpose="test a block unseen by the hooks of the user",
+)
+def _() -> None:
+    from torch.nn.modules import module as everywhere
+
+    called: list[str] = []
+    layer = nn.Linear(2, 2)
+    handles = [
+        layer.register_forward_hook(lambda *args: called.append("forward")),
+        layer.register_forward_pre_hook(lambda *args: called.append("before")),
+        layer.register_full_backward_hook(lambda *args: called.append("backward")),
+        layer.register_full_backward_pre_hook(lambda *args: called.append("before backward")),
+        everywhere.register_module_forward_hook(lambda *args: called.append("any forward")),
+        everywhere.register_module_forward_pre_hook(lambda *args: called.append("any before")),
+        everywhere.register_module_full_backward_hook(lambda *args: called.append("any backward")),
+    ]
+    try:
+        with internals.hooks_suspended([layer]):
+            layer(torch.ones(1, 2, requires_grad=True)).sum().backward()
+        assert called == []
+        layer(torch.ones(1, 2, requires_grad=True)).sum().backward()
+        assert sorted(called) == sorted(
+            ["forward", "before", "backward", "before backward"]
+            + ["any forward", "any before", "any backward"]
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.names[0])
 def test_a_private_api_behaves_as_torchdrop_needs_it(found: Probe) -> None:
     check(found)

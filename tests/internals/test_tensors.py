@@ -219,6 +219,26 @@ def _() -> None:
         assert inner is None
 
 
+@probe(
+    "is_python_autograd_node",
+    api="torch.autograd.function.BackwardCFunction",
+    purpose="compare the gradients of functions that are written in Python",
+)
+def _() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return 2.0 * grads[0]
+
+    leaf = torch.ones(2, requires_grad=True)
+    assert internals.is_python_autograd_node(Twice.apply(leaf).grad_fn)
+    assert not internals.is_python_autograd_node((2.0 * leaf).grad_fn)
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.names[0])
 def test_a_private_api_behaves_as_torchdrop_needs_it(found: Probe) -> None:
     check(found)

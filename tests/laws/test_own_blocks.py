@@ -225,9 +225,13 @@ def test_a_proof_masks_a_child_that_overwrites_the_skip_unseen(example: bool) ->
     model, x = written.Stack(Around(), Around()), torch.randn(B, W)
     given = {"example_inputs": x} if example else {}
     blocks = copy.deepcopy(model).blocks
-    with pytest.warns(UserWarning, match=r"blocks\.0 is computed for all rows.*writes into"):
+
+    def attach_and_run() -> tuple[Any, Tensor]:
         plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", **given)
-        out = model(x.clone().requires_grad_().clone())
+        return plan, model(x.clone().requires_grad_().clone())
+
+    with pytest.warns(UserWarning, match=r"blocks\.0 is computed for all rows.*writes into"):
+        plan, out = attach_and_run()
     assert [block.action for block in plan.blocks] == ["mask", "mask"]
     for block, rows in zip(blocks, plan.last_kept().values(), strict=True):
         keep = torch.zeros(B, 1)
