@@ -14,7 +14,16 @@ If an API is missing, one of three things happens:
   notice it, and only the test does.
 """
 
-from torchdrop.internals import compilers, counting, graphs, modules, surroundings, tensors
+from torchdrop.internals import (
+    asked_modes,
+    compilers,
+    counting,
+    graphs,
+    modules,
+    surroundings,
+    tensors,
+)
+from torchdrop.internals.asked_modes import *  # noqa: F403
 from torchdrop.internals.compilers import *  # noqa: F403
 from torchdrop.internals.counting import *  # noqa: F403
 from torchdrop.internals.graphs import *  # noqa: F403
@@ -26,6 +35,7 @@ __all__ = [
     *compilers.__all__,
     *counting.__all__,
     *graphs.__all__,
+    *asked_modes.__all__,
     *modules.__all__,
     *surroundings.__all__,
     *tensors.__all__,

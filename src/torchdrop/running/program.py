@@ -16,8 +16,10 @@ from torch import nn
 
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.constants import Constant
 from torchdrop.tracing.modes import answers, answers_in_graph
 from torchdrop.tracing.watched_attributes import same
+from torchdrop.tracing.watched_globals import WatchedGlobals
 
 __all__ = ["MismatchError", "Program", "Source", "call_signature", "most_varied"]
 
@@ -81,6 +83,7 @@ class Program:
             branches.
         asks: Which kinds of modes (gradients, autocast, ...) the forward asks for or sets.
         modes: The modes of these kinds for which the forward is valid.
+        names: The values of global variables for which the forward is valid; None if it names none.
         used: When the site used it last, counted in calls.
     """
 
@@ -98,6 +101,7 @@ class Program:
     runs_own: bool = False
     asks: tuple[str, ...] = ()
     modes: set[Any] = field(default_factory=set)
+    names: WatchedGlobals | None = None
     used: int = 0
 
     def __post_init__(self) -> None:
@@ -148,7 +152,11 @@ class Program:
             raise MismatchError(f"some modes of {kinds}", f"others ({_described(now)})")
 
     def check_attributes(self, module: nn.Module) -> None:
-        """Raise :class:`MismatchError` if an attribute of the block has changed."""
+        """Raise :class:`MismatchError` if an attribute of the block, or a global, has changed."""
+        if self.names is not None:
+            difference = self.names.changed(type(module).forward)
+            if difference is not None:
+                raise MismatchError(*difference)
         if (
             torch.compiler.is_compiling()
         ):  # dynamo cannot trace an attrgetter made outside the graph
@@ -185,10 +193,17 @@ class Program:
             == {k: s.text for k, s in other.branches.items()}
             and (self.row_layouts, self.reuses_skip, self.tensors, self.decided, self.runs_own)
             == (other.row_layouts, other.reuses_skip, other.tensors, other.decided, other.runs_own)
-            and self.asks == other.asks
+            and (self.asks, self.names) == (other.asks, other.names)
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
+            and same(self._tensors_of_others(), other._tensors_of_others())
         )
+
+    def _tensors_of_others(self) -> list[Any]:
+        """Return the tensors, such as tables in a cache, that the generated functions use."""
+        sources = (self.forward, *self.branches.values())
+        found = (name for source in sources for name in source.names.values())
+        return [constant.value for constant in found if isinstance(constant, Constant)]
 
 
 def _equal_in_graph(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
@@ -203,7 +218,12 @@ def most_varied(programs: Sequence[Program]) -> str:
     """Return the name of what differs most between programs: an attribute or an argument."""
     values: dict[str, list[Any]] = {}
     for program in programs:
-        fixed = {**{f"self.{k}": v for k, v in program.attributes.items()}, **program.constants}
+        names = {} if program.names is None else program.names.known
+        fixed = {
+            **{f"self.{k}": v for k, v in program.attributes.items()},
+            **{expression: v for (_, expression), v in names.items()},
+            **program.constants,
+        }
         for name, value in fixed.items():
             known = values.setdefault(name, [])
             if not any(same(other, value) for other in known):

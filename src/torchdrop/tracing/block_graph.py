@@ -12,7 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +20,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
+from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
-from torchdrop.tracing.random_states import RandomStates, TorchDraws
+from torchdrop.tracing.random_states import RandomStates
 from torchdrop.tracing.traced_functions import passed_through
-from torchdrop.tracing.tracer import Reader, RecordFactories
+from torchdrop.tracing.tracer import Reader
 from torchdrop.tracing.untraceable import UntraceableError
+from torchdrop.tracing.watched_globals import WatchedGlobals
 
 __all__ = ["BlockGraph", "PlainValue", "trace_block"]
 
@@ -59,6 +61,12 @@ class BlockGraph:
         inlined: The paths of the children whose forwards are part of the graph.
         items: For each child of which single items were taken as known: what it returned, as
             ``Recording.items`` has it, by its path.
+        modes: The modes (gradients, autocast and the like) under which the forward was read. A node
+            that was recorded under others has them in ``node.meta["modes"]``.
+        asks: Which kinds of modes the forward asks for or sets. The graph holds only where these
+            are the same.
+        names: The values of the global variables that the forward names, which are fixed in the
+            graph; None if it names none.
     """
 
     module: nn.Module
@@ -72,6 +80,9 @@ class BlockGraph:
     computed: bool
     inlined: list[str]
     items: dict[str, Sequence[Any]]
+    modes: Modes | None = None
+    asks: tuple[str, ...] = ()
+    names: WatchedGlobals | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ def trace_block(
         except UntraceableError:
             generators.restore()
             raise
+    with _errors_with_line(module):
+        reader.made.finish(graph)
     for node in graph.nodes:
         # with it the text that fx writes would wrap the function for every trace to come
         call_by_full_name(node)
@@ -138,6 +151,9 @@ def trace_block(
         computed=reader.computed,
         inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
         items=_known_items(graph, module, outputs or {}),
+        modes=reader.modes_outside,
+        names=WatchedGlobals(reader.calls.functions, type(module).forward) or None,
+        asks=tuple(kind for kind in MODE_KINDS if kind in reader.calls.modes),
     )
 
 
@@ -149,26 +165,26 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tuple[Reader, fx.Graph]:
     """Trace the forward of ``module``, and make sure that it draws no random number in Python.
 
-    The graph would hold the same decision in every call. Other threads may draw numbers meanwhile.
-    Those of torch can be told apart by thread. Those of Python and NumPy cannot, so the forward is
-    read again if some were drawn.
+    The graph would hold the same decision in every call. Other threads may draw numbers of Python
+    and NumPy meanwhile, so the forward is read again if some were drawn.
     """
     alone = threading.active_count() == 1
     for left in reversed(range(1 if alone else _ATTEMPTS_WITH_OTHER_THREADS)):
         reader = make_reader()
-        draws = TorchDraws()  # type: ignore[no-untyped-call]
-        generators = RandomStates()
-        with (
-            own_saved_tensor_hooks() as hooks,
-            reader.watch.watching(module, reader.works_out_shapes),
-            RecordFactories(reader),
-            nullcontext() if alone else draws,
-        ):
-            reader.saved_tensor_hooks = hooks
-            graph = reader.trace(module)
-        if not draws.drawn and not generators.changed(alone=alone):
+        draws, generators = reader.made.draws, RandomStates()
+        try:
+            with (
+                own_saved_tensor_hooks() as hooks,
+                reader.watch.watching(module, reader.works_out_shapes),
+                reader.made,
+            ):
+                reader.saved_tensor_hooks = hooks
+                graph = reader.trace(module)
+        finally:
+            draws.undo()
+        if not generators.changed(alone=alone):
             return reader, graph
-        if draws.drawn or not left:
+        if not left:
             break
     raise UntraceableError("it draws random numbers in Python")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchdrop.internals import TorchDispatchMode
 
-__all__ = ["RandomStates", "TorchDraws"]
+__all__ = ["RandomStates", "TorchDraws", "device_state", "set_device_state"]
 
 
 class RandomStates:
@@ -28,7 +28,7 @@ class RandomStates:
         self._torch = torch.get_rng_state()
         self._numpy = numpy.random.get_state() if numpy is not None else None
         self._devices = {
-            device: _device_state(device) for device in devices if device.type not in _NO_GENERATOR
+            device: device_state(device) for device in devices if device.type not in _NO_GENERATOR
         }
 
     def changed(self, *, alone: bool) -> bool:
@@ -57,21 +57,30 @@ class RandomStates:
     def restore(self) -> None:
         """Put all generators back into these states."""
         random.setstate(self._python)
-        torch.set_rng_state(self._torch)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
         for device, state in self._devices.items():
-            module: Any = torch.get_device_module(device)
-            module.set_rng_state(state, *_index(device))
+            set_device_state(device, state)
 
 
 _NO_GENERATOR = ("cpu", "meta")  # that of the host is saved apart from those of the devices
 
 
-def _device_state(device: torch.device) -> Tensor:
+def device_state(device: torch.device) -> Tensor:
+    """Return the state of the generator of ``device``, another one than the host."""
     module: Any = torch.get_device_module(device)
     state: Tensor = module.get_rng_state(*_index(device))
     return state
+
+
+def set_device_state(device: torch.device, state: Tensor) -> None:
+    """Put the generator of ``device`` into ``state``."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+        return
+    module: Any = torch.get_device_module(device)
+    module.set_rng_state(state, *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:

@@ -25,6 +25,7 @@ from torchdrop.internals import (
     tree_map_only,
     writes_into_arguments,
 )
+from torchdrop.tracing.modes import under
 
 __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
@@ -143,7 +144,7 @@ class ShapeFacts:
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         try:
-            with _unobserved(), self._mode, self._real:
+            with _unobserved(), under(node.meta.get("modes")), self._mode, self._real:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise

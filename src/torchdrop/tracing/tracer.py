@@ -19,16 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from torchdrop.internals import (
     NotAParameter,
+    count_dispatch_modes,
+    function_modes,
     innermost_saved_tensor_hooks,
     tensors_of_tracer,
     wrap_functions_of,
 )
 from torchdrop.tracing.asked_class import asked_by_isinstance
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
+from torchdrop.tracing.calls_of_forward import CallWatch
+from torchdrop.tracing.constants import Constants
+from torchdrop.tracing.modes import Modes, current_modes, kinds_of_change
 from torchdrop.tracing.nodes import is_shape_node, reads_device
 from torchdrop.tracing.operations import (
     factories,
@@ -36,13 +40,14 @@ from torchdrop.tracing.operations import (
     is_function_of_table,
     layers_with,
     named,
+    writes_first_argument,
 )
 from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 from torchdrop.tracing.watched_attributes import AttributeWatch
 
-__all__ = ["Reader", "RecordFactories"]
+__all__ = ["Reader"]
 
 # The generated forward would run this part without the checkpoint, so with more memory.
 _CHECKPOINTED = "it runs a part of itself under torch.utils.checkpoint or other saved-tensor hooks"
@@ -111,33 +116,6 @@ for _in_place, _plain in in_place_operators():
 _FACTORIES = factories()
 
 
-class RecordFactories(TorchFunctionMode):
-    """Records calls that make a tensor from nothing, such as ``torch.rand``.
-
-    Otherwise the graph would hold the tensor that was made while tracing, and each call would use
-    the same random numbers.
-    """
-
-    def __init__(self, tracer: fx.Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-def _modes() -> tuple[Any, ...]:
-    """Return the modes under which an operation runs and which a graph does not show."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
-    )
-
-
 def _without_values(path: str, value: Any) -> Any:
     """Return a tensor without data in place of ``value``, for its shape, dtype and the like."""
     if value is A_TENSOR or value.is_nested:
@@ -167,6 +145,9 @@ class Reader(fx.Tracer):
         arguments: The arguments by name that the forward is read with.
         tensors: The names of the arguments that are tensors, which are the placeholders.
         constants: The other arguments, by name.
+        made: The tensors that the forward makes or takes from elsewhere.
+        modes_outside: The modes that are active around the forward.
+        calls: Which functions the forward calls.
         watch: What the forward gets in place of its attributes, and which of them it read.
         decisions: The nodes that the forward branched on and whose values follow from the arguments
             without computing anything, with their truth values.
@@ -190,11 +171,14 @@ class Reader(fx.Tracer):
         self._arguments_of_call = arguments
         self._training = training
         self._thread = threading.get_ident()
-        self._modes_outside = _modes()
+        self.modes_outside = current_modes()
+        self._function_modes, self._dispatch_modes = function_modes(), count_dispatch_modes()
         self.arguments: dict[str, Any] = {}
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
         self.watch = AttributeWatch()
+        self.made = Constants(self, _FACTORIES)
+        self.calls = CallWatch()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
         self.saved_tensor_hooks: Any = None  # that are innermost around the forward
@@ -251,25 +235,40 @@ class Reader(fx.Tracer):
             spelled_out = None
         if spelled_out is not None and _accepts(spelled_out, args, kwargs):
             return spelled_out(*args, **kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        self.made.note_write(writes_first_argument(proxy.node), args, kwargs)
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add an operation to the graph; raise if it runs under a mode that a graph cannot show."""
-        if _modes() != self._modes_outside:
-            raise UntraceableError(
-                "a part of it, or the method itself, runs under torch.no_grad, autocast or the like"
-            )
+        modes = self._modes_now()
         if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
             raise UntraceableError(_CHECKPOINTED)
         node = super().create_node(*args, **kwargs)
         if self._inlined_path:
             node.meta["inlined"] = self._inlined_path
+        if modes != self.modes_outside:
+            node.meta["modes"] = modes
+            self.calls.modes |= kinds_of_change(self.modes_outside, modes)
         return node
+
+    def _modes_now(self) -> Modes:
+        """Return the modes that are active; raise if the forward entered a mode of its own."""
+        own = [m for m in function_modes() if not isinstance(m, Constants)]
+        if count_dispatch_modes() > self._dispatch_modes or any(
+            all(mode is not other for other in self._function_modes) for mode in own
+        ):
+            raise UntraceableError(
+                "a part of it runs under a TorchFunctionMode or TorchDispatchMode of its own"
+            )
+        return current_modes()
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Return the forward and its arguments, with a proxy for each tensor."""
+        self.modes_outside = current_modes()
+        self._function_modes, self._dispatch_modes = function_modes(), count_dispatch_modes()
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         for parameter in parameters:
             name = parameter.name
@@ -308,7 +307,12 @@ class Reader(fx.Tracer):
                 by_name[parameter.name] = value
             else:
                 positional.append(value)
-        return (lambda *args: root_fn(*args, **by_name)), positional
+
+        def forward(*args: Any) -> Any:
+            with self.calls.watching(root_fn, self.works_out_shapes):
+                return root_fn(*args, **by_name)
+
+        return forward, positional
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of ``obj`` if it follows from shapes, dtypes and devices."""
@@ -400,7 +404,6 @@ class Reader(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in tensors_of_tracer(self) or any(a is b for b in self.root.buffers())
-            if not known:
-                # fx would store it on the user's module, and later calls would use it again
-                raise UntraceableError("it makes a tensor that does not come from its inputs")
+            if not known:  # fx would store it on the user's module
+                return self.made.node_of(a)
         return super().create_arg(a)

@@ -1,0 +1,118 @@
+"""The functions of PyTorch that ask for a mode or set one, and modes without a public function."""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torchdrop.internals.missing import import_error
+
+try:
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+except ImportError as error:
+    raise import_error(error) from error
+
+__all__ = [
+    "default_device",
+    "function_modes",
+    "mode_of_builtin",
+    "mode_of_code",
+    "sdpa_backends",
+]
+
+# In the namespaces of torch and torch._C: the functions that ask for a mode or set one, by the kind
+# of the mode. If PyTorch uses another function, what it answered while a block was read is held
+# fixed, and only the proof notices.
+_FUNCTIONS = {
+    "grad": ("is_grad_enabled", "_set_grad_enabled", "is_inference_mode_enabled"),
+    "autocast": (
+        "is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype",
+        "is_autocast_cpu_enabled", "set_autocast_cpu_enabled", "get_autocast_cpu_dtype",
+        "set_autocast_cpu_dtype", "get_autocast_gpu_dtype", "set_autocast_gpu_dtype",
+        "is_autocast_cache_enabled", "set_autocast_cache_enabled", "_is_any_autocast_enabled",
+    ),
+    "dtype": ("get_default_dtype", "_set_default_dtype"),
+    "device": ("_push_on_torch_function_stack",),
+    "attention": (
+        "_get_cudnn_sdp_enabled", "_get_flash_sdp_enabled", "_get_math_sdp_enabled",
+        "_get_mem_efficient_sdp_enabled", "_get_overrideable_sdp_enabled",
+        "_get_sdp_priority_order", "_set_sdp_use_cudnn", "_set_sdp_use_flash", "_set_sdp_use_math",
+        "_set_sdp_use_mem_efficient", "_set_sdp_use_overrideable", "_set_sdp_priority_order",
+    ),
+    "cudnn": (
+        "_get_cudnn_enabled", "_get_cudnn_benchmark", "_get_cudnn_deterministic",
+        "_get_cudnn_allow_tf32", "_set_cudnn_enabled", "_set_cudnn_benchmark",
+        "_set_cudnn_deterministic", "_set_cudnn_allow_tf32",
+    ),
+}  # fmt: skip
+
+# By id, because a builtin that is bound to an object without a hash has no hash either. The
+# functions stay alive, so no other object has their id.
+_BY_ID = {
+    id(found): kind
+    for kind, names in _FUNCTIONS.items()
+    for name in names
+    for place in (torch, torch._C)
+    if (found := getattr(place, name, None)) is not None
+}
+
+# Functions in Python that call none of the above.
+_ENTERED = {
+    torch.inference_mode.__enter__.__code__: "grad",
+    torch.get_default_device.__code__: "device",
+}
+
+
+def mode_of_builtin(function: Any) -> str | None:
+    """Return which kind of mode a builtin of PyTorch asks for or sets; None: none."""
+    return _BY_ID.get(id(function))
+
+
+def mode_of_code(code: CodeType) -> str | None:
+    """Return which kind of mode a function of PyTorch in Python asks for or sets; None: none."""
+    return _ENTERED.get(code)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Return the active modes that see calls of functions, without those of ``torch.device``.
+
+    Uses ``torch.overrides._get_current_function_mode_stack``. A forward that enters a mode of the
+    user's cannot be read. Without it torchdrop cannot be imported.
+    """
+    active: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [mode for mode in active if not isinstance(mode, DeviceContext)]
+
+
+def default_device() -> str | None:
+    """Return the device on which tensors are made by default; None if none was set.
+
+    Uses ``torch.utils._device.DeviceContext``, because ``torch.get_default_device`` makes a tensor
+    to find out the index. Without it torchdrop cannot be imported.
+    """
+    for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        if isinstance(mode, DeviceContext):
+            return str(mode.device)
+    return None
+
+
+def sdpa_backends() -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the names of the kernels that attention may use, and in which order they are tried.
+
+    Uses ``torch._C._get_flash_sdp_enabled`` and its relatives. Without them the call raises an
+    AttributeError while a block is read.
+    """
+    functions: Any = torch._C
+    flags = (
+        ("FLASH_ATTENTION", functions._get_flash_sdp_enabled()),
+        ("EFFICIENT_ATTENTION", functions._get_mem_efficient_sdp_enabled()),
+        ("MATH", functions._get_math_sdp_enabled()),
+        ("CUDNN_ATTENTION", functions._get_cudnn_sdp_enabled()),
+        ("OVERRIDEABLE", functions._get_overrideable_sdp_enabled()),
+    )
+    return tuple(name for name, enabled in flags if enabled), tuple(
+        functions._get_sdp_priority_order()
+    )

@@ -1,0 +1,97 @@
+"""Watch which functions a forward calls while it is traced.
+
+A profiler sees every function, however the forward got hold of it: ``from torch import
+is_grad_enabled``, a context manager of another library, a helper in another module.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from torchdrop.internals import mode_of_builtin, mode_of_code
+from torchdrop.tracing.modes import MODE_KINDS
+from torchdrop.tracing.untraceable import UntraceableError
+
+__all__ = ["CallWatch"]
+
+_OF_TORCH = ("torch", "contextlib")
+
+
+class CallWatch:
+    """Notes which functions of the user's a forward runs, and whether it asks for a mode.
+
+    Attributes:
+        modes: Which kinds of modes the forward, or a function that it calls, asks for or sets, as
+            in :data:`MODE_KINDS`. All of them if that cannot be known, because a profiler of
+            somebody else is active.
+        functions: The code of each function that ran, other than those of torch, torchdrop and
+            Python itself, with its global variables.
+    """
+
+    def __init__(self) -> None:
+        self.modes: set[str] = set()
+        self.functions: dict[CodeType, dict[str, Any]] = {}
+        self._known: set[CodeType] = set()
+        self._paused: Callable[[], bool] = lambda: False
+
+    @contextmanager
+    def watching(self, forward: Callable[..., Any], paused: Callable[[], bool]) -> Iterator[None]:
+        """Watch the calls that are made inside, in this thread.
+
+        Args:
+            forward: The forward that will run.
+            paused: Whether calls do not count at the moment.
+        """
+        self._paused = paused
+        if sys.getprofile() is not None:
+            self.modes.update(MODE_KINDS)
+            if isinstance(forward, FunctionType):
+                self._note(forward.__code__, forward.__globals__)
+            yield
+            return
+        sys.setprofile(self._seen)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def _seen(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code not in self._known and not self._paused():
+                mode = mode_of_code(code)
+                if mode is not None:
+                    self._note_mode(mode, frame)
+                else:
+                    self._note(code, frame.f_globals)
+        elif event == "c_call":
+            mode = mode_of_builtin(called)
+            if mode is not None:
+                self._note_mode(mode, frame)
+
+    def _note_mode(self, mode: str, frame: FrameType | None) -> None:
+        if mode in self.modes or self._paused():
+            return
+        while frame is not None and _package_of(frame.f_globals) in _OF_TORCH:
+            frame = frame.f_back
+        if frame is None or _package_of(frame.f_globals) != "torchdrop":
+            self.modes.add(mode)
+
+    def _note(self, code: CodeType, names: dict[str, Any]) -> None:
+        self._known.add(code)
+        package = _package_of(names)
+        if package in ("torch", "torchdrop") or package in sys.stdlib_module_names:
+            return
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                raise UntraceableError(f"it sets the global variable {instruction.argval}")
+        self.functions[code] = names
+
+
+def _package_of(names: dict[str, Any]) -> str:
+    return str(names.get("__name__", "")).partition(".")[0]

@@ -1,0 +1,402 @@
+"""Compute what a forward computes from constants while it is read, as a plain call would.
+
+A table in a cache has to be a tensor, so operations that get no proxy are run. They are recorded
+as well: what nobody keeps is made anew in each call, random numbers included. What somebody keeps,
+such as a cache, is used as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from torchdrop.internals import DisableTorchFunction
+from torchdrop.tracing.operations import named
+from torchdrop.tracing.random_states import TorchDraws, device_state, set_device_state
+from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
+
+__all__ = ["Constant", "Constants"]
+
+# What a forward asks for the value of a tensor with, in Python.
+_VALUE_READERS = {
+    "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
+    "__complex__", "__contains__", "equal", "allclose", "is_nonzero",
+}  # fmt: skip
+
+_NOT_MADE_HERE = "it makes a tensor that does not come from its inputs"
+
+
+class Constant:
+    """A tensor that somebody else keeps, as a function of a graph that returns it."""
+
+    def __init__(self, value: Tensor | None = None) -> None:
+        self.value = value
+        self.__name__ = "constant"
+
+    def __call__(self) -> Tensor | None:
+        """Return the tensor."""
+        return self.value
+
+
+class _Draws:
+    """Notices which operations draw random numbers of torch, and puts the generators back."""
+
+    def __init__(self) -> None:
+        self._alone = threading.active_count() == 1
+        self._before: dict[Any, Tensor] = {}  # by device or generator
+
+    def states(self, leaves: Iterable[Any]) -> dict[Any, Tensor]:
+        """Return the states of the generators that an operation with these arguments may use."""
+        found: dict[Any, Tensor] = {_CPU: torch.get_rng_state()}
+        for leaf in leaves:
+            if isinstance(leaf, torch.Generator):
+                found[leaf] = leaf.get_state()
+                continue
+            device = leaf.device if isinstance(leaf, Tensor) else leaf
+            if isinstance(device, torch.device) and device.type not in ("cpu", "meta"):
+                found[device] = device_state(device)
+        return found
+
+    def run(self, function: Callable[[], Any], leaves: Iterable[Any]) -> tuple[Any, bool]:
+        """Return what ``function`` returns, and whether it draws random numbers.
+
+        Args:
+            function: The operation.
+            leaves: Its arguments, without containers.
+        """
+        before = self.states(leaves)
+        # Other threads move the same generators. Dispatch modes are slow to import, so one is only
+        # used where there are any.
+        draws = None if self._alone else TorchDraws()  # type: ignore[no-untyped-call]
+        with _kept_by_any_call(), draws or nullcontext():
+            result = function()
+        if draws is not None and not draws.drawn:
+            return result, False
+        moved = {
+            key: state
+            for key, state in before.items()
+            if not torch.equal(state, self.states([key])[key])
+        }
+        for key, state in moved.items():
+            self._before.setdefault(key, state)
+        if not self._alone:  # others must not draw the same numbers again for long
+            self.undo()
+        return result, bool(moved)
+
+    def undo(self) -> None:
+        """Put the generators back."""
+        for key, state in self._before.items():
+            if isinstance(key, torch.Generator):
+                key.set_state(state)
+            else:
+                set_device_state(key, state)
+        self._before.clear()
+
+
+_CPU = torch.device("cpu")
+
+
+class Constants(TorchFunctionMode):
+    """Runs and records the operations of one reading that get no proxy.
+
+    Args:
+        tracer: The tracer. Its ``create_arg`` asks :meth:`node_of` about each tensor.
+        factories: The functions that make a tensor from nothing.
+
+    Attributes:
+        draws: Notices the random numbers that are drawn.
+    """
+
+    def __init__(self, tracer: fx.Tracer, factories: Iterable[Callable[..., Any]]) -> None:
+        super().__init__()
+        self.draws = _Draws()
+        self._tracer = tracer
+        self._factories = frozenset(factories)
+        self._tensors: dict[int, Tensor] = {}  # of which a node is known
+        self._nodes: dict[int, fx.Node] = {}
+        self._unrecorded: dict[int, str] = {}  # why there is none
+        self._run: dict[fx.Node, int | None] = {}  # recorded after it was run; the tensor
+        self._memory_of: dict[fx.Node, Any] = {}
+        self._writes: dict[fx.Node, Any] = {}  # the memory that it writes into
+        self._drew: set[fx.Node] = set()
+        self._random: set[Any] = set()  # memory with random numbers
+        self._written: set[Any] = set()  # memory that operations with proxies write into
+        self._from_state: set[int] = set()  # tensors that depend on parameters or buffers
+        self._foreign: dict[int, tuple[Constant, Any]] = {}  # and its memory
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = list(_leaves((args, kwargs)))
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            if func in self._factories:
+                return self._tracer.create_proxy("call_function", func, args, kwargs)
+            if func in (Tensor.__getitem__, Tensor.__setitem__):
+                target = operator.getitem if func is Tensor.__getitem__ else operator.setitem
+                return self._tracer.create_proxy("call_function", target, args, kwargs)
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if _reads_metadata(func):
+            return func(*args, **kwargs)
+        written = _written_by(func, args, kwargs)
+        if any(_memory(t) in self._written for t in tensors) or (
+            written is not None and self._is_foreign(written)
+        ):
+            kind, target, args = _spelled(func, args)
+            return self._tracer.create_proxy(kind, target, args, kwargs)
+        return self._run_and_record(func, args, kwargs, tensors, written)
+
+    def _run_and_record(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], written: Tensor | None
+    ) -> Any:
+        result, drew = self.draws.run(partial(func, *args, **kwargs), _leaves((args, kwargs)))
+        made = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
+        random = drew or any(_memory(t) in self._random for t in tensors)
+        state = any(id(t) in self._from_state or self._is_state(t) for t in tensors)
+        if state:
+            self._from_state.update(map(id, made))
+        if not made and _name(func) in _VALUE_READERS:
+            if random:
+                raise UntraceableError("it draws random numbers in Python")
+            if state:
+                raise DataDependentError("it uses a value of a tensor as a Python number")
+        if random:
+            self._random.update(map(_memory, made if written is None else [*made, written]))
+        if made or written is not None:
+            self._record(func, args, kwargs, result, written, drew)
+        return result
+
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, result: Any, written: Tensor | None, drew: bool
+    ) -> None:
+        """Add to the graph what was run."""
+        kind, target, given = _spelled(func, args)
+        tracer = self._tracer
+        try:
+            nodes: Any = tracer.create_arg(given), tracer.create_arg(kwargs)
+            node = tracer.create_node(kind, target, *nodes)
+        except Exception as error:  # an argument that no graph can hold, such as an array
+            why = str(error) if isinstance(error, UntraceableError) else _NOT_MADE_HERE
+            for tensor in [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]:
+                self._keep(tensor)
+                self._unrecorded[id(tensor)] = why
+            if written is not None:
+                self._keep(written)
+                self._unrecorded[id(written)] = why
+            return
+        self._run[node] = None
+        if drew:
+            self._drew.add(node)
+        if written is not None:
+            self._writes[node] = _memory(written)
+        self._name_parts(node, result)
+
+    def _name_parts(self, node: fx.Node, result: Any) -> None:
+        """Note which node stands for each tensor in ``result``."""
+        if isinstance(result, Tensor):
+            self._keep(result)
+            self._nodes[id(result)] = node
+            self._run[node] = id(result)
+            self._memory_of[node] = _memory(result)
+        elif isinstance(result, tuple | list):
+            for i, item in enumerate(result):
+                part = self._tracer.graph.create_node("call_function", operator.getitem, (node, i))
+                self._run[part] = None
+                self._name_parts(part, item)
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._tensors[id(tensor)] = tensor
+
+    def _is_foreign(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has memory that was not made in this reading."""
+        memory = _memory(tensor)
+        made = id(tensor) in self._tensors or memory in self._memory_of.values()
+        return not made or any(memory == known for _, known in self._foreign.values())
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a parameter or a buffer of the block."""
+        root: Any = self._tracer.root
+        return any(tensor is t for t in (*root.parameters(), *root.buffers()))
+
+    def note_write(self, writes: bool, args: Any, kwargs: Any) -> None:
+        """Note into which tensors an operation of the graph writes.
+
+        Args:
+            writes: Whether it writes into its first argument.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        for tensor in (args[0] if writes and args else None, kwargs.get("out")):
+            if tensor is not None and not isinstance(tensor, fx.Proxy):
+                with DisableTorchFunction():
+                    if isinstance(tensor, Tensor):
+                        self._written.add(_memory(tensor))
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """Return the node that stands for ``tensor``."""
+        key = id(tensor)
+        if key in self._unrecorded:
+            raise UntraceableError(self._unrecorded[key])
+        if key not in self._nodes:
+            constant = Constant()
+            self._nodes[key] = self._tracer.graph.create_node("call_function", constant)
+            with DisableTorchFunction():
+                self._foreign[key] = constant, _memory(tensor)
+            self._keep(tensor)
+        return self._nodes[key]
+
+    # After the forward ------------------------------------------------------------------------
+
+    def finish(self, graph: fx.Graph) -> None:
+        """Leave of what was run in ``graph`` only what each call has to make anew.
+
+        Raises:
+            UntraceableError: It holds a tensor that nobody keeps and that was not recorded.
+        """
+        with DisableTorchFunction():
+            kept = self._kept_by_others()
+            memory_kept = {_memory(t) for t in kept.values()}
+        for foreign, (constant, _) in self._foreign.items():
+            if foreign not in kept:
+                raise UntraceableError(_NOT_MADE_HERE)
+            constant.value = kept[foreign]
+        made_once = set()
+        constants: dict[int, fx.Node] = {}
+        for node, key in self._run.items():
+            if key is None or key not in kept:
+                continue
+            made_once.add(node)
+            if key not in constants:
+                with graph.inserting_before(node):
+                    constants[key] = graph.create_node("call_function", Constant(kept[key]))
+            node.replace_all_uses_with(constants[key])
+        self._erase(graph, self._needed(made_once, memory_kept))
+
+    def _kept_by_others(self) -> dict[int, Tensor]:
+        """Return the tensors that somebody else keeps, by their ids; forget the others."""
+        references = {key: weakref.ref(tensor) for key, tensor in self._tensors.items()}
+        self._tensors.clear()
+        kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
+        frozen = self._random | self._written
+        if any(_memory(t) in frozen for t in kept.values()):
+            kept.clear()
+            gc.collect()  # a function that calls itself keeps what it made until then
+            kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
+        return kept
+
+    def _needed(self, made_once: set[fx.Node], memory_kept: set[Any]) -> set[fx.Node]:
+        """Return which of the recorded operations each call has to run."""
+        sources: set[fx.Node] = set()  # of what is made once
+        pending = list(made_once)
+        while pending:
+            for node in pending.pop().all_input_nodes:
+                if node not in sources:
+                    sources.add(node)
+                    pending.append(node)
+        needed: set[fx.Node] = set()
+        pending = [
+            node
+            for node in self._run
+            if any(user not in self._run for user in node.users)
+            or (node in self._drew and node not in sources | made_once)
+        ]
+        writes = {n: m for n, m in self._writes.items() if m not in memory_kept}
+        while pending:
+            node = pending.pop()
+            if node in needed or node not in self._run:
+                continue
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+            memory = self._memory_of.get(node)
+            pending.extend(n for n, written in writes.items() if written == memory)
+        return needed
+
+    def _erase(self, graph: fx.Graph, needed: set[fx.Node]) -> None:
+        for node in reversed(list(graph.nodes)):
+            unused = node in self._run and node not in needed
+            if unused or (isinstance(node.target, Constant) and not node.users):
+                graph.erase_node(node)
+
+
+@contextmanager
+def _kept_by_any_call() -> Iterator[None]:
+    """Make tensors that calls of every kind can use: none under inference mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what containers hold, at every depth."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, slice):
+        yield from (value.start, value.stop, value.step)
+    else:
+        yield value
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Return what is the same for all tensors that share the memory of ``tensor``."""
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except Exception:  # a sparse tensor, or one without data
+        address = 0
+    return address or ("tensor", id(tensor))
+
+
+def _name(func: Any) -> str:
+    """Return the name of a function or method; of the getter of an attribute, the attribute's."""
+    name: str = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def _reads_metadata(func: Any) -> bool:
+    """Whether ``func`` reads the shape, dtype or device of a tensor, or sets an attribute of it."""
+    if getattr(func, "__name__", "") == "__get__":
+        return _name(func) not in _ATTRIBUTES_WITH_VALUES
+    return named(_name(func)).reads_shape
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Return the tensor that a call of ``func`` writes into; None if it writes into none."""
+    name = _name(func)
+    private = name.startswith("__")
+    writes = name in ("__setitem__", "__set__") or (private and name in _IN_PLACE_OPERATORS)
+    writes = writes or (not private and name.endswith("_")) or kwargs.get("inplace") is True
+    target = kwargs.get("out", args[0] if writes and args else None)
+    return target if isinstance(target, Tensor) else None
+
+
+_ATTRIBUTES_WITH_VALUES = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
+
+_IN_PLACE_OPERATORS = {
+    f"__{name}__" for name in vars(operator) if name.startswith("i") and not name.startswith("is")
+}
+
+
+def _spelled(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Return how a graph calls ``func``: the kind of node, the target, the arguments."""
+    if not is_tensor_method_or_property(func):
+        return "call_function", func, args
+    name = func.__name__
+    if name == "__get__":
+        return "call_function", getattr, (args[0], _name(func))
+    if name.startswith("__") and hasattr(operator, name):
+        return "call_function", getattr(operator, name), args
+    return "call_method", name, args

@@ -1,0 +1,229 @@
+"""Find the global variables whose values a forward holds fixed, and compare them in later calls.
+
+``SETTINGS["alpha"] * self.f(x)`` is read with one value of ``SETTINGS["alpha"]``, which is a number
+in the graph. The names are taken from the bytecode of the functions that ran: a global variable,
+attributes of modules, classes and plain objects that are reached from it, items by a constant key.
+"""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+from collections.abc import Mapping
+from enum import Enum, EnumMeta
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdrop.tracing.watched_attributes import same
+
+__all__ = ["WatchedGlobals"]
+
+_PLAIN: tuple[type, ...] = (
+    int, float, complex, str, bytes, bool, type(None), Enum, slice, range,
+    torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size,
+)  # fmt: skip
+
+# A larger container is not compared in every call.
+_ITEMS = 256
+
+_ABSENT = object()
+
+
+class WatchedGlobals:
+    """The values of the global variables that a forward named when it was read.
+
+    It can be pickled: the variables are found by the names of their modules.
+
+    Args:
+        functions: The functions that the forward ran, as ``CallWatch.functions`` has them.
+        forward: The forward itself, of which variables of functions around it are watched, too.
+
+    Attributes:
+        known: The values, by the name of the module and the expression for the variable.
+    """
+
+    def __init__(self, functions: Mapping[CodeType, dict[str, Any]], forward: Any = None) -> None:
+        self.known: dict[tuple[str, str], Any] = {}
+        for code, names in functions.items():
+            module = str(names.get("__name__"))
+            if getattr(sys.modules.get(module), "__dict__", None) is not names:
+                continue  # it could not be found again
+            for expression, value in _named(code, names):
+                self.known[module, expression] = _copied(value)
+        self._cells = _cells_of(forward)
+        self._readers: list[tuple[FunctionType, list[Any]]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.known or self._cells)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": None}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WatchedGlobals):
+            return NotImplemented
+        return same(self.known, other.known) and same(
+            [(name, value) for name, _, value in self._cells],
+            [(name, value) for name, _, value in other._cells],
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def changed(self, forward: Any) -> tuple[str, str] | None:
+        """Return the value of a variable when it was read, and now, if it is another one.
+
+        Args:
+            forward: The forward of the class of the block.
+        """
+        if self._readers is None:
+            self._readers = self._make_readers()
+        for read, known in self._readers:
+            try:
+                now = read()
+            except (NameError, AttributeError, LookupError, TypeError):
+                return "a global variable that is no longer there", read.__name__
+            for a, b in zip(known, now, strict=True):
+                if a is not b and not same(a, b):
+                    return self._difference()
+        for name, place, value in self._cells:
+            now = forward.__closure__[place].cell_contents
+            if now is not value and not same(value, now):
+                return f"{name} = {value!r}", f"{name} = {now!r}"
+        return None
+
+    def _make_readers(self) -> list[tuple[FunctionType, list[Any]]]:
+        """Return functions that read the variables of one module each, and what they returned."""
+        by_module: dict[str, list[str]] = {}
+        for module, expression in self.known:
+            by_module.setdefault(module, []).append(expression)
+        readers = []
+        for module, expressions in by_module.items():
+            # Its globals are those of the module, so that a compiler guards the variables.
+            names = sys.modules[module].__dict__ if module in sys.modules else {}
+            code = compile(f"lambda: ({', '.join(expressions)},)", f"<torchdrop {module}>", "eval")
+            function = FunctionType(code.co_consts[0], names, f"{module}: {', '.join(expressions)}")
+            readers.append((function, [self.known[module, e] for e in expressions]))
+        return readers
+
+    def _difference(self) -> tuple[str, str]:
+        for (module, expression), value in self.known.items():
+            now = eval(expression, sys.modules[module].__dict__)
+            if not same(value, now):
+                return f"{expression} = {value!r}", f"{expression} = {now!r}"
+        return "a global variable", "another value"
+
+
+def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
+    """Return the plain variables of the functions around ``forward``: name, place, value."""
+    if not isinstance(forward, FunctionType) or not forward.__closure__:
+        return []
+    found = []
+    for place, (name, cell) in enumerate(
+        zip(forward.__code__.co_freevars, forward.__closure__, strict=True)
+    ):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not set yet
+            continue
+        if _is_plain(value):
+            found.append((name, place, _copied(value)))
+    return found
+
+
+def _named(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the plain values that ``code`` names, with the expressions for them."""
+    found: dict[str, Any] = {}
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL")]
+    for i, instruction in enumerate(instructions):
+        if instruction.opname != "LOAD_GLOBAL":
+            continue
+        expression = str(instruction.argval)
+        value = names.get(expression, _ABSENT)
+        rest = instructions[i + 1 :]
+        while rest and _may_hold(value):
+            step = rest.pop(0)
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                value = _attribute(value, str(step.argval))
+                expression += f".{step.argval}"
+            elif (
+                step.opname == "LOAD_CONST"
+                and rest
+                and rest[0].opname in ("BINARY_SUBSCR", "BINARY_OP")
+                and rest[0].argrepr in ("", "[]")
+                and isinstance(value, dict | list | tuple)
+                and isinstance(step.argval, str | int)
+            ):
+                rest.pop(0)
+                expression += f"[{step.argval!r}]"
+                try:
+                    value = operator.getitem(value, step.argval)
+                except LookupError:
+                    value = _ABSENT
+            else:
+                break
+        if _is_plain(value):
+            found[expression] = value
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(_named(constant, names))
+    return list(found.items())
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether attributes or items of ``value`` may be plain values that somebody changes."""
+    if isinstance(value, ModuleType):
+        package = value.__name__.partition(".")[0]
+        return package not in ("torch", "torchdrop") and package not in sys.stdlib_module_names
+    if value is _ABSENT or isinstance(value, (Tensor, nn.Module, *_PLAIN)):
+        return False
+    return not isinstance(value, (FunctionType, BuiltinFunctionType, EnumMeta))
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """Return an attribute that can be read without running code of the user's."""
+    if isinstance(value, type):
+        places: list[Any] = [vars(kind) for kind in value.__mro__]
+    else:
+        places = [getattr(value, "__dict__", {})]
+        if not isinstance(value, ModuleType):
+            places += [vars(kind) for kind in type(value).__mro__]
+    for place in places:
+        found = place.get(name, _ABSENT)
+        if found is not _ABSENT:
+            return _ABSENT if hasattr(type(found), "__get__") else found
+    return _ABSENT
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is a number, a string or the like, or a container of such values."""
+    return _count(value) <= _ITEMS
+
+
+def _count(value: Any) -> float:
+    """Return how many values ``value`` consists of; infinite if one of them is not plain."""
+    if isinstance(value, _PLAIN):
+        return 1
+    if type(value) is dict:
+        return _total([*value, *value.values()])
+    if type(value) in (list, tuple, set, frozenset):
+        return _total(value)
+    return float("inf")
+
+
+def _total(values: Any) -> float:
+    if len(values) > 2 * _ITEMS:
+        return float("inf")
+    return 1 + sum(map(_count, values))
+
+
+def _copied(value: Any) -> Any:
+    """Return ``value`` with its containers copied, so that changes of them are seen."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return set(value) if type(value) is set else value
