@@ -542,6 +542,47 @@ def test_whole_samples_are_dropped_where_their_rows_are_known(sampling: str) -> 
     assert sum(dropped) / len(dropped) == pytest.approx(0.5, abs=0.06)
 
 
+class Independent(Frames):
+    """Clips of frames as rows, and no branch looks at another frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(INDEPENDENT["linear"]) for _ in range(2)))
+
+
+class OtherOrder(Independent):
+    """The rows of a clip are not neighbours."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.blocks(clips.transpose(0, 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "actions", "together"),
+    [(Independent, "skip", True), (Frames, "mask", True), (OtherOrder, "skip", False)],
+)
+def test_the_rows_of_a_sample_are_found_from_two_batch_sizes(
+    kind: type[Frames], actions: str, together: bool
+) -> None:
+    torch.manual_seed(0)
+    model, clips = kind().double(), torch.randn(6, Frames.T, W, dtype=torch.double)
+    dense = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the masks
+        plan, _ = attach_and_run(model, example_inputs=torch.randn(2, Frames.T, W).double())
+    rows = clips.transpose(0, 1) if kind is OtherOrder else clips
+    apart = 0
+    for _ in range(5):
+        out = model(clips)
+        kept = plan.last_kept()
+        torch.testing.assert_close(out, by_hand(dense.blocks, rows.flatten(0, 1), kept))
+        apart += sum(len(set((k // Frames.T).tolist())) * Frames.T != len(k) for k in kept.values())
+    assert [block.action for block in plan.blocks] == [actions] * 2
+    assert (apart == 0) == together
+    assert ("each sample has 4 rows, which are dropped together" in repr(plan)) == together
+    model(torch.randn(3, 3, W).double() if kind is Independent else clips)  # another number
+
+
 def test_without_it_rows_of_a_clip_are_masked_one_by_one() -> None:
     model, clips = Frames().double(), torch.randn(6, Frames.T, W, dtype=torch.double)
     dense = copy.deepcopy(model)

@@ -161,7 +161,7 @@ def add_stochastic_depth(
         refuse_unreadable(model, found, example is not None)
     refuse_doubled(model, chosen)
     check_batch_dims(chosen)
-    sites = prepare_sites(model, chosen, settings, compute)
+    sites = prepare_sites(model, chosen, settings, compute, example)
     branches = [branch for site in sites for branch in site.branches]
     rates = resolve_rates(p, branches, settings.blocks, schedule)
 

@@ -9,6 +9,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import inlined_drop
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.finding.residual_sums import read_residual_sums
@@ -42,7 +43,11 @@ _MASKED_IF_SMALL = (
 
 
 def prepare_sites(
-    model: nn.Module, chosen: Sequence[Residual], settings: Settings, compute: str
+    model: nn.Module,
+    chosen: Sequence[Residual],
+    settings: Settings,
+    compute: str,
+    example: Example | None,
 ) -> list[BlockSite]:
     """Return a site for each forward that adds chosen branches, in the order of depth.
 
@@ -53,7 +58,7 @@ def prepare_sites(
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise ValueError(f"select took branches of one name more than once: {', '.join(twice)}")
-    preparation = _Preparation(model, chosen, settings, compute)
+    preparation = _Preparation(model, chosen, settings, compute, example)
     settings.blocks = len(preparation.indices)
     settings.masks_all = compute == "mask"
     by_owner: dict[str, list[tuple[Residual, Branch]]] = {}
@@ -68,9 +73,15 @@ class _Preparation:
     """What the sites of one model have in common."""
 
     def __init__(
-        self, model: nn.Module, chosen: Sequence[Residual], settings: Settings, compute: str
+        self,
+        model: nn.Module,
+        chosen: Sequence[Residual],
+        settings: Settings,
+        compute: str,
+        example: Example | None,
     ) -> None:
         self.model = model
+        self.example = example
         self.settings = settings
         self.compute = compute
         # The number of each block, and of each branch, in the order of depth.
@@ -182,8 +193,15 @@ class _Preparation:
             row_layouts=None if split is None else split.row_layouts,
             sampling=self.settings.sampling,
             scale=self.settings.scale,
-            rows_per_sample=self.settings.rows_per_sample or 1,
+            rows_per_sample=self.rows_per_sample(branch, _batch_dim(branch, split)),
+            samples_given=self.settings.rows_per_sample is not None,
         )
+
+    def rows_per_sample(self, branch: Branch, dim: int) -> int:
+        """Return how many rows each sample has in a branch, as given or as the example shows."""
+        if self.settings.rows_per_sample is not None or self.settings.mode == "batch":
+            return self.settings.rows_per_sample or 1
+        return 1 if self.example is None else self.example.rows_per_sample(branch.source.owner, dim)
 
 
 def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, split: Split) -> None:

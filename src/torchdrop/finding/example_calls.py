@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torchdrop.finding.row_layout import differing_dims, same_rows
 from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.modes import under
 from torchdrop.tracing.unchanged import attention_fast_path_off, unchanged
 from torchdrop.tracing.watched_attributes import same
 
@@ -200,16 +202,42 @@ class Example:
         self.first = record(model, example_inputs)
         self._model = model
         self._inputs = example_inputs
+        self._samples = 1  # how many samples the inputs hold; known with ``larger``
 
     @cached_property
     def larger(self) -> Recording | None:
         """The recording with a batch twice as large; None if the model does not take one."""
         for dims in self._guesses():
             try:
-                return record(self._model, self._twice(dims))
+                found = record(self._model, self._twice(dims))
             except Exception:  # the model may raise anything if the assumption is wrong
                 continue
+            tensors = flatten_arguments({"": self._given()})[1].values()
+            sizes = [t.shape[d] for t, d in zip(tensors, dims, strict=True) if d is not None]
+            self._samples = sizes[0]
+            return found
         return None
+
+    def rows_per_sample(self, name: str, dim: int) -> int:
+        """Return how many neighbouring rows each sample has in the block ``name``; 1 if unknown.
+
+        A clip may be flattened into its frames, an image into its windows. Their number follows
+        from two batch sizes, and their order from the values of the arguments.
+
+        Args:
+            name: The path of the block.
+            dim: The dimension of its arguments that carries the rows.
+        """
+        for path, (one, two) in self.argument_shapes(name).items():
+            if differing_dims(one, two) != [dim] or self.larger is None:
+                continue
+            rows, rest = divmod(one[dim], self._samples)
+            if rest or rows < 2 or two[dim] != 2 * one[dim]:
+                continue
+            few, many = (flatten_arguments(r.calls[name])[1] for r in (self.first, self.larger))
+            if same_rows(few[path], many[path], dim):
+                return rows
+        return 1
 
     def expect(self, batch_dim: int) -> None:
         """Assume that the inputs carry the batch on dimension ``batch_dim``, before others."""
@@ -317,7 +345,8 @@ class Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run the node ``n`` and record the shape of its value."""
-        value = super().run_node(n)
+        with under(n.meta.get("modes")):
+            value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
             if n.op == "placeholder":

@@ -84,6 +84,8 @@ class BranchFacts:
         sampling: How rows are chosen, as in :class:`Settings`.
         scale: When branches are scaled, as in :class:`Settings`.
         rows_per_sample: How many neighbouring rows belong to one sample; they are dropped together.
+        samples_given: Whether the user gave that number. Else it was measured on the example, other
+            calls may have another one, and a branch is masked if it mixes the rows of a sample.
     """
 
     name: str
@@ -108,6 +110,7 @@ class BranchFacts:
     sampling: str
     scale: str
     rows_per_sample: int = 1
+    samples_given: bool = False
 
 
 @dataclass(eq=False)
@@ -177,6 +180,8 @@ class BranchRate:
         if group == 1:
             return draw_row_order(batch, self.p, facts.sampling)
         samples, rest = divmod(batch, group)
+        if rest and not facts.samples_given:
+            return draw_row_order(batch, self.p, facts.sampling)  # another number than measured
         if rest:
             raise ValueError(
                 f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
@@ -262,7 +267,9 @@ class BranchState:
     def full_reason(self) -> str:
         """Return why the action is what it is, and what calls have shown besides."""
         found = self.proof if self.proof.startswith("not proved") else ""
-        return "; ".join(filter(None, (self.reason, *self.notes, self.normalises, found)))
+        rows = self.facts.rows_per_sample
+        samples = f"each sample has {rows} rows, which are dropped together" if rows > 1 else ""
+        return "; ".join(filter(None, (self.reason, *self.notes, self.normalises, samples, found)))
 
     def proved(self) -> bool | None:
         """Whether the branch was proved; None if no call was tested yet."""

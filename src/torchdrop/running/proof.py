@@ -222,7 +222,7 @@ class SplitProof:
         run: Callable[..., Tensor],
     ) -> None:
         site, facts = self._site, branch.facts
-        batch, group = skip.shape[facts.dim], facts.rows_per_sample
+        batch, group = skip.shape[facts.dim], site.settings.rows_per_sample or 1
         if batch % group or batch < 2 * group:
             return
         known = site.train[k // len(site.branches)].row_layouts[k]
@@ -382,7 +382,7 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
     branch, block = site.branches[0], site.block
     tensors = flatten_arguments(bound.arguments)[1]
     facts, x = branch.facts, tensors[block.x]
-    batch, group = x.shape[facts.dim], facts.rows_per_sample
+    batch, group = x.shape[facts.dim], site.settings.rows_per_sample or 1
     paths = list(tensors)
 
     def run(values: list[Any]) -> Tensor:

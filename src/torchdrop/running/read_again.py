@@ -121,7 +121,7 @@ def _splits_of(
 
 
 def _action_of(site: SplitSite, branch: BranchState, entry: ResidualSum) -> tuple[str, str]:
-    """Return whether a branch is skipped or masked in another kind of call, and why it is masked."""
+    """Return whether a branch is skipped or masked in another kind of call, and why."""
     if site.settings.masks_all or branch.masked_when_attached:
         return "mask", branch.reason
     if entry.split.assumed and not site.settings.verify:

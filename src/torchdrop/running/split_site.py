@@ -180,7 +180,7 @@ class SplitSite(BlockSite):
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number
-            kind = kind_of_call(number, tensors, facts.dim, facts.rows_per_sample)
+            kind = kind_of_call(number, tensors, facts.dim, self.settings.rows_per_sample or 1)
             verdict = self.verdicts.get(kind)
             if verdict is None or self.only_proves:
                 verdict = self._prove(kind, program, training, args, kwargs, tensors)

@@ -37,10 +37,14 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
         return skip + zero_from(unused) if unused else skip.clone()
     # If each row is drawn by itself, any number of them may be kept, up to the whole batch.
     bounded = rate.always is None and site.settings.sampling != "independent"
-    whole_samples = facts.rows_per_sample > 1
-    if not bounded or whole_samples or branch.depends or site.runs_on_all_ranks(branch):
+    if not bounded or branch.depends or site.runs_on_all_ranks(branch):
         return site.mask(k, skip, site.compute(site.train, k, inputs))
-    size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
+    group = facts.rows_per_sample
+    if group == 1:
+        size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
+    else:
+        samples = row_count_in_graph(rate.number, (batch + group - 1) // group, 1)
+        size = torch.sym_min(batch, samples * group)
     drawn = draw_in_graph(rate.number, batch, size, skip)
     known = site.train[k // len(site.branches)].row_layouts[k]
     taking = partial(take_in_graph, drawn=drawn)

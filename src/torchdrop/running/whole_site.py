@@ -115,7 +115,7 @@ class WholeSite(BlockSite):
         """Test the block on this call, if no call of its kind was tested before."""
         facts = self.branches[0].facts
         values = list(tensors.values())
-        kind = kind_of_call(0, values, facts.dim, facts.rows_per_sample)
+        kind = kind_of_call(0, values, facts.dim, self.settings.rows_per_sample or 1)
         if kind in self.verdicts:
             return
         why = why_impossible(self, values)
