@@ -88,19 +88,6 @@ class TellingItsChild(Base):
         return x + self.f(x)
 
 
-class WithoutGradients(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = self.f(x)
-        return x + self.g(y)
-
-
-class UnderAutocast(Base):
-    @torch.autocast("cpu", dtype=torch.bfloat16)
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
-
-
 class Branching(Base):
     def forward(self, x: Tensor) -> Tensor:
         if x.mean() > 0:
@@ -116,8 +103,6 @@ UNREADABLE: dict[type[Base], str] = {
     Counting: r"it sets self\.calls",
     Appending: r"it changes self\.seen",
     TellingItsChild: r"it sets size of a Sequential",
-    WithoutGradients: r"torch\.no_grad, autocast or the like",
-    UnderAutocast: r"torch\.no_grad, autocast or the like",
     Branching: r"test_block_graph\.py:\d+ \(if x\.mean\(\) > 0:\)",
 }
 

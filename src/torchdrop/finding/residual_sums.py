@@ -25,6 +25,7 @@ from torchdrop.finding.row_layout import (
 )
 from torchdrop.finding.split import ResidualSum, Split, called_modules, outside_inputs
 from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.modes import modes_of
 from torchdrop.tracing.nodes import Summands, is_shape_node, summands
 from torchdrop.tracing.operations import layers_with, operation_of
 from torchdrop.tracing.traced_functions import passed_through
@@ -347,6 +348,9 @@ class ResidualSums:
 
     def _why_not_deferred(self, split: Split) -> str:
         """Say why the branch cannot be computed later than in the forward; empty if it can."""
+        modes = [modes_of(node, self.block.modes) for node in (*split.inside, split.add)]
+        if len({found.inference for found in modes if found is not None}) > 1:
+            return "a part of it runs in inference mode, and another part does not"
         for node in split.inside:
             target = self.children.written(node, self.owner)
             if target is not None and target not in split.inside:

@@ -16,7 +16,7 @@ from torch import nn
 
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
-from torchdrop.tracing.constants import Constant
+from torchdrop.tracing.kept_tensors import Constant
 from torchdrop.tracing.modes import answers, answers_in_graph
 from torchdrop.tracing.watched_attributes import same
 from torchdrop.tracing.watched_globals import WatchedGlobals
@@ -119,6 +119,9 @@ class Program:
             )
             for holder, names in holders.items()
         ]
+        sources = (self.forward, *self.branches.values(), self.decisions)
+        values = [v for source in sources if source is not None for v in source.names.values()]
+        self._tables = [value for value in values if isinstance(value, Constant)]
 
     def bind(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -162,6 +165,8 @@ class Program:
         ):  # dynamo cannot trace an attrgetter made outside the graph
             self._check_one_by_one(module)
             return
+        if not all(table.is_current() for table in self._tables):
+            raise MismatchError("a tensor that it takes from a table", "another one")
         for holder, read, known in self._reads:
             try:
                 now = read(module if holder is None else holder(module))

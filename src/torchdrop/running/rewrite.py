@@ -19,7 +19,7 @@ from torchdrop.internals import reserve_name
 from torchdrop.running.mode_statements import ModeWriter, with_statements
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
-from torchdrop.tracing.modes import Modes, answers, modes_of
+from torchdrop.tracing.modes import Modes, answers_under, modes_of
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.traced_functions import pad_like, passed_through
 
@@ -62,7 +62,8 @@ def rewrite(
         rewriter.assumed,
         runs_own=not rewriter.splits,
         asks=block.asks,
-        modes={answers(block.asks)},
+        modes=set() if block.modes is None else {answers_under(block.modes, block.asks)},
+        names=block.names,
     )
 
 

@@ -87,6 +87,8 @@ class CallWatch:
         package = _package_of(names)
         if package in ("torch", "torchdrop") or package in sys.stdlib_module_names:
             return
+        if code.co_name == "<module>":  # is imported now
+            return
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 raise UntraceableError(f"it sets the global variable {instruction.argval}")

@@ -8,7 +8,6 @@ attributes of modules, classes and plain objects that are reached from it, items
 from __future__ import annotations
 
 import dis
-import operator
 import sys
 from collections.abc import Mapping
 from enum import Enum, EnumMeta
@@ -55,13 +54,17 @@ class WatchedGlobals:
             for expression, value in _named(code, names):
                 self.known[module, expression] = _copied(value)
         self._cells = _cells_of(forward)
-        self._readers: list[tuple[FunctionType, list[Any]]] | None = None
+        self._readers = self._make_readers()
 
     def __bool__(self) -> bool:
         return bool(self.known or self._cells)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readers = self._make_readers()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WatchedGlobals):
@@ -79,23 +82,21 @@ class WatchedGlobals:
         Args:
             forward: The forward of the class of the block.
         """
-        if self._readers is None:
-            self._readers = self._make_readers()
-        for read, known in self._readers:
+        for read, names, known in self._readers:
             try:
                 now = read()
             except (NameError, AttributeError, LookupError, TypeError):
-                return "a global variable that is no longer there", read.__name__
-            for a, b in zip(known, now, strict=True):
+                return "global variables that are no longer there", ", ".join(names)
+            for name, a, b in zip(names, known, now, strict=True):
                 if a is not b and not same(a, b):
-                    return self._difference()
+                    return f"{name} = {a!r}", f"{name} = {b!r}"
         for name, place, value in self._cells:
             now = forward.__closure__[place].cell_contents
             if now is not value and not same(value, now):
                 return f"{name} = {value!r}", f"{name} = {now!r}"
         return None
 
-    def _make_readers(self) -> list[tuple[FunctionType, list[Any]]]:
+    def _make_readers(self) -> list[tuple[FunctionType, list[str], list[Any]]]:
         """Return functions that read the variables of one module each, and what they returned."""
         by_module: dict[str, list[str]] = {}
         for module, expression in self.known:
@@ -105,16 +106,9 @@ class WatchedGlobals:
             # Its globals are those of the module, so that a compiler guards the variables.
             names = sys.modules[module].__dict__ if module in sys.modules else {}
             code = compile(f"lambda: ({', '.join(expressions)},)", f"<torchdrop {module}>", "eval")
-            function = FunctionType(code.co_consts[0], names, f"{module}: {', '.join(expressions)}")
-            readers.append((function, [self.known[module, e] for e in expressions]))
+            read = FunctionType(code.co_consts[0], names)
+            readers.append((read, expressions, [self.known[module, e] for e in expressions]))
         return readers
-
-    def _difference(self) -> tuple[str, str]:
-        for (module, expression), value in self.known.items():
-            now = eval(expression, sys.modules[module].__dict__)
-            if not same(value, now):
-                return f"{expression} = {value!r}", f"{expression} = {now!r}"
-        return "a global variable", "another value"
 
 
 def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
@@ -160,7 +154,7 @@ def _named(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
                 rest.pop(0)
                 expression += f"[{step.argval!r}]"
                 try:
-                    value = operator.getitem(value, step.argval)
+                    value = value[step.argval]  # type: ignore[index]
                 except LookupError:
                     value = _ABSENT
             else:
