@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 from collections.abc import Callable
@@ -195,6 +196,32 @@ def test_a_forward_that_sets_a_global_is_not_read() -> None:
     with pytest.raises(UntraceableError, match="it sets the global variable CALLS"):
         trace_block(Counts())
     assert CALLS == 0
+
+
+COLLECTIONS = 0
+
+
+def _count_collections(phase: str, info: dict[str, int]) -> None:
+    global COLLECTIONS
+    COLLECTIONS += 1
+
+
+def test_a_callback_of_the_garbage_collector_is_no_part_of_a_forward() -> None:
+    """It runs at any time, and Python would end with a crash if it raised an error."""
+
+    class Collects(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            gc.collect()
+            return x + self.f(x)
+
+    before = COLLECTIONS
+    gc.callbacks.append(_count_collections)
+    try:
+        block = trace_block(Collects())
+    finally:
+        gc.callbacks.remove(_count_collections)
+    assert before < COLLECTIONS
+    assert block.names is None  # nor are its global variables those of the forward
 
 
 def test_with_a_profiler_of_somebody_else_every_mode_counts_and_the_profiler_stays() -> None:

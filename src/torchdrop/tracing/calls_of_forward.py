@@ -7,6 +7,7 @@ is_grad_enabled``, a context manager of another library, a helper in another mod
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ class CallWatch:
         Args:
             forward: The forward that will run.
             paused: Whether calls do not count at the moment.
+
+        Raises:
+            UntraceableError: A function that is called sets a global variable.
         """
         self._paused = paused
         if sys.getprofile() is not None:
@@ -63,7 +67,7 @@ class CallWatch:
     def _seen(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "call":
             code = frame.f_code
-            if code not in self._known and not self._paused():
+            if code not in self._known and not self._paused() and not _is_of_collector(frame):
                 mode = mode_of_code(code)
                 if mode is not None:
                     self._note_mode(mode, frame)
@@ -91,8 +95,22 @@ class CallWatch:
             return
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                # Before the function runs, so that the variable stays as it is.
                 raise UntraceableError(f"it sets the global variable {instruction.argval}")
         self.functions[code] = names
+
+
+def _is_of_collector(frame: FrameType | None) -> bool:
+    """Whether a callback of the garbage collector is being called.
+
+    One may run at any time, and is no part of the forward. Python crashes if it raises an error.
+    """
+    codes = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while codes and frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _package_of(names: dict[str, Any]) -> str:
