@@ -36,6 +36,8 @@ _NEEDS_SECOND_ROW = (
     "together with a second row, whose result is discarded"
 )
 
+_NOT_SCALED = "kept rows are not divided by 1-p, as the model's own scale_by_keep=False asks"
+
 _MASKED_IF_SMALL = (
     f"no weight matrices: masked where p times the number of elements is below "
     f"{MIN_ELEMENTS_TO_SKIP}, because that is faster"
@@ -154,6 +156,12 @@ class _Preparation:
             )
         return branch.action, branch.reason
 
+    def keeps_values(self, branch: Branch) -> bool:
+        """Whether the model's own masking layers do not divide what they keep by 1 - p."""
+        masks = (self.model.get_submodule(path) for path in branch.masks)
+        unscaled = any(getattr(mask, "scale_by_keep", True) is False for mask in masks)
+        return unscaled and self.settings.scale == "train"
+
     def facts(
         self, residual: Residual, branch: Branch, split: Split | None, action: str
     ) -> BranchFacts:
@@ -192,7 +200,7 @@ class _Preparation:
             dim=_batch_dim(branch, split),
             row_layouts=None if split is None else split.row_layouts,
             sampling=self.settings.sampling,
-            scale=self.settings.scale,
+            scale="none" if self.keeps_values(branch) else self.settings.scale,
             rows_per_sample=self.rows_per_sample(branch, _batch_dim(branch, split)),
             samples_given=self.settings.rows_per_sample is not None,
         )
@@ -222,6 +230,7 @@ def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:
         reason,
         _NEEDS_SECOND_ROW if facts.has_batch_norm and action == "skip" else "",
         _MASKED_IF_SMALL if facts.elementwise else "",
+        _NOT_SCALED if facts.scale == "none" else "",
     ]
     return "; ".join(filter(None, reasons))
 

@@ -82,7 +82,7 @@ class BranchFacts:
         dim: The dimension of the skip that is the batch.
         row_layouts: How the tensors of the block carry the batch; None if that is not known.
         sampling: How rows are chosen, as in :class:`Settings`.
-        scale: When branches are scaled, as in :class:`Settings`.
+        scale: When the branch is scaled, as in :class:`Settings`; "none" if never.
         rows_per_sample: How many neighbouring rows belong to one sample; they are dropped together.
         samples_given: Whether the user gave that number. Else it was measured on the example, other
             calls may have another one, and a branch is masked if it mixes the rows of a sample.
