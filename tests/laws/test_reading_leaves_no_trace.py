@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from torchdrop.tracing import block_graph
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.shape_facts import _RealTensorsApart
 from torchdrop.tracing.untraceable import UntraceableError
@@ -144,3 +148,193 @@ def test_what_another_operation_returned_may_be_written_into() -> None:
     torchdrop.add_stochastic_depth(model, [0.5, 0.5], example_inputs=torch.randn(2, 3, W))
     model(stem(torch.randn(8, 3, W))).sum().backward()
     assert stem.weight.grad is not None
+
+
+# ---------------------------------------------------------------------- keys of caches
+
+
+@lru_cache
+def positions(n: int, device: Any = None, dtype: Any = None) -> Tensor:
+    return torch.arange(n, device=device, dtype=dtype)
+
+
+SIZES: dict[int, Tensor] = {}
+
+
+class KeyOfArgument(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * positions(x.shape[-1], x.device, x.dtype)
+
+
+class KeyOfComputed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        n = h.size(-1)
+        if n not in SIZES:
+            SIZES[n] = torch.arange(n)
+        return x + h * SIZES[n] * positions(W, h.device)
+
+
+class KeyWithoutSize(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * positions(W, x.device, dtype=x.dtype)
+
+
+class KeyOfBatch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * positions(x.shape[0])[:, None]
+
+
+KEYED = [KeyOfArgument, KeyOfComputed, KeyWithoutSize]
+
+
+@pytest.fixture
+def empty_caches() -> Any:
+    positions.cache_clear()
+    SIZES.clear()
+    yield
+    positions.cache_clear()
+    SIZES.clear()
+
+
+@pytest.mark.usefixtures("empty_caches")
+@pytest.mark.parametrize("kind", KEYED)
+def test_a_size_dtype_or_device_as_a_key_is_the_one_of_the_call(kind: type[Base]) -> None:
+    model = two(kind)()
+    dense = copy.deepcopy(model)
+    x = flat()
+    dense(x)
+    expected = positions.cache_info().currsize, list(SIZES)
+    positions.cache_clear()
+    SIZES.clear()
+    assert len(torchdrop.find_residuals(model, x)) == 2
+    assert (positions.cache_info().currsize, list(SIZES)) == expected
+    plan = torchdrop.add_stochastic_depth(model, [1e-30, 1e-30], example_inputs=x)
+    assert [b.action for b in plan.blocks] == ["skip", "skip"]
+    for rows, dtype in ((6, torch.float32), (3, torch.float32), (4, torch.float64)):
+        x = torch.randn(rows, W, dtype=dtype)
+        torch.testing.assert_close(model.to(dtype)(x), dense.to(dtype)(x))
+
+
+@pytest.mark.usefixtures("empty_caches")
+def test_keys_that_are_not_known_or_depend_on_the_batch_are_refused() -> None:
+    assert len(torchdrop.find_residuals(two(KeyWithoutSize)())) == 2
+    positions.cache_clear()
+    with pytest.raises(UntraceableError, match=r"as a key .* not known; give example_inputs"):
+        trace_block(KeyOfArgument())
+    with pytest.raises(UntraceableError, match=r"as a key .* depends on the batch"):
+        trace_block(KeyOfBatch(), arguments={"x": flat()})
+    assert positions.cache_info().currsize == 0
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+KEPT: dict[str, Any] = {}
+LISTED: list[Any] = []
+
+
+class Holder:
+    last: Any = None
+
+
+HOLDER = Holder()
+
+
+@lru_cache(None)
+def of_block(block: nn.Module) -> Any:
+    return torch.ones(W) * PARAMETERS[0].f[0].bias[:W]
+
+
+PARAMETERS: list[Any] = []
+
+
+class KeepsInDict(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT["last"] = {"h": (self.f(x), 1)}["h"]
+        return x + self.f(x)
+
+
+class KeepsInList(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        LISTED.append(x)
+        return x + self.f(x)
+
+
+class KeepsInObject(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        HOLDER.last = self.f(x)
+        return x + self.f(x)
+
+
+class KeepsInClass(Base):
+    last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__class__.last = self.f(x)
+        return x + self.f(x)
+
+
+class KeepsInType(Base):
+    last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).last = self.f(x)
+        return x + self.f(x)
+
+
+class KeepsInCache(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * of_block(PARAMETERS[0])
+
+
+class KeepsAndFails(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT["last"] = self.f(x)
+        return x + self.f(x) if x.sum() > 0 else x
+
+
+def proxies() -> list[Any]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), fx.Proxy)]
+
+
+KEEPING = {
+    KeepsInDict: "it keeps what it computes in a dict, under 'last'",
+    KeepsInList: "it keeps what it computes in a list",
+    KeepsInObject: "it keeps what it computes in .*last",
+    KeepsInClass: "it keeps what it computes in the attribute last of KeepsInClass",
+    KeepsInType: "it sets the attribute last of its class",
+    KeepsInCache: "it keeps what it computes in the cache of of_block",
+    KeepsAndFails: "x.sum",
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_what_a_forward_keeps_is_taken_out_again(kind: type[Base]) -> None:
+    block = kind()
+    PARAMETERS[:] = [block]
+    with pytest.raises(UntraceableError, match=KEEPING[kind]):
+        trace_block(block)
+    assert proxies() == []
+    assert KEPT == {}
+    assert LISTED == []
+    assert of_block.cache_info().currsize == 0
+    assert (HOLDER.last, KeepsInClass.last, KeepsInType.last) == (None, None, None)
+    with pytest.raises(ValueError, match=r"no residual branches|could not be read"):
+        torchdrop.add_stochastic_depth(two(kind)(), 0.5)
+    assert proxies() == []
+    if kind is not KeepsAndFails:
+        block(flat())
+        assert of_block.cache_info().currsize == (kind is KeepsInCache)
+    KEPT.clear()
+    LISTED.clear()
+    of_block.cache_clear()
+    HOLDER.last = KeepsInClass.last = KeepsInType.last = None
+
+
+def test_what_is_kept_would_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_graph, "remove_what_was_kept", lambda proxies: "")
+    trace_block(KeepsInDict())
+    assert proxies() != []
+    KEPT.clear()

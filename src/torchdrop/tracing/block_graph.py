@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
+from torchdrop.tracing.fixed_values import UsedAsKeyError
+from torchdrop.tracing.left_behind import remove_what_was_kept
 from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
@@ -36,6 +38,9 @@ _LOCK = threading.RLock()
 
 # How often a block is read if other threads draw random numbers of Python or NumPy meanwhile.
 _ATTEMPTS_WITH_OTHER_THREADS = 5
+
+# How many sizes, dtypes and devices one forward may use as keys of caches.
+_KEYS = 32
 
 
 @dataclass
@@ -124,7 +129,7 @@ def trace_block(
         try:
             with _errors_with_line(module):
                 reader, graph = _read_without_draws(
-                    module, partial(Reader, arguments, training, batch_dim, inlined)
+                    module, partial(Reader, arguments, training, batch_dim, inlined, set())
                 )
         except UntraceableError:
             generators.restore()
@@ -169,7 +174,9 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
     and NumPy meanwhile, so the forward is read again if some were drawn.
     """
     alone = threading.active_count() == 1
-    for left in reversed(range(1 if alone else _ATTEMPTS_WITH_OTHER_THREADS)):
+    left = 1 if alone else _ATTEMPTS_WITH_OTHER_THREADS
+    keys = 0
+    while left:
         reader = make_reader()
         draws, generators = reader.made.draws, RandomStates()
         try:
@@ -180,12 +187,23 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
             ):
                 reader.saved_tensor_hooks = hooks
                 graph = reader.trace(module)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # which hold proxies, too
+            remove_what_was_kept(reader.proxies)
+            if not isinstance(error, UsedAsKeyError):
+                raise
+            keys += 1
+            if keys > _KEYS:
+                raise UntraceableError("it uses too many sizes as keys of caches") from None
+            continue
         finally:
             draws.undo()
+        kept = remove_what_was_kept(reader.proxies)
+        if kept:
+            raise UntraceableError(f"it keeps what it computes in {kept}")
         if not generators.changed(alone=alone):
             return reader, graph
-        if not left:
-            break
+        left -= 1
     raise UntraceableError("it draws random numbers in Python")
 
 

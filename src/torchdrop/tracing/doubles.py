@@ -42,6 +42,9 @@ class _Lookalike(type):
         """Return where attributes are looked up: as in the class that is imitated."""
         return [cls, _Shield, *cls.__dict__["imitated class"].__mro__]
 
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise UntraceableError(f"it sets the attribute {name} of its class")
+
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.__dict__["imitated class"], name)  # defined by its metaclass
 

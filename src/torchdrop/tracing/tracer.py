@@ -13,6 +13,7 @@ import operator
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchdrop.internals import (
+    DisableTorchFunction,
     NotAParameter,
     count_dispatch_modes,
     function_modes,
@@ -32,9 +34,12 @@ from torchdrop.tracing.asked_class import asked_by_isinstance
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.calls_of_forward import CallWatch
 from torchdrop.tracing.constants import Constants
+from torchdrop.tracing.doubles import is_called_by_torch
+from torchdrop.tracing.fixed_values import FixedValues
 from torchdrop.tracing.modes import Modes, current_modes, kinds_of_change
 from torchdrop.tracing.nodes import is_shape_node, reads_device
 from torchdrop.tracing.operations import (
+    attribute,
     factories,
     in_place_operators,
     is_function_of_table,
@@ -73,8 +78,16 @@ class _Proxy(NotAParameter, fx.Proxy):
             return Tensor
         return _Proxy
 
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    def __getattr__(self, name: str) -> Any:
+        tracer, is_shape = self.tracer, attribute(name).reads_shape
+        if is_shape and tracer.fixed and tracer.fixed.has_attribute(self.node, name):
+            return tracer.fixed_attribute(self.node, name)
+        return tracer.noted(_Attribute(self, name))
+
+    def __hash__(self) -> int:
+        if not is_called_by_torch():
+            self.tracer.fixed.ask(self.node)
+        return id(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -140,6 +153,7 @@ class Reader(fx.Tracer):
         training: Whether the forward is read in training mode.
         batch_dim: Which dimension of the arguments is the batch.
         inlined: The children whose own forwards become part of the graph.
+        fixed: What is used as a key; see :class:`FixedValues`. It is extended.
 
     Attributes:
         arguments: The arguments by name that the forward is read with.
@@ -162,6 +176,7 @@ class Reader(fx.Tracer):
         training: bool,
         batch_dim: int,
         inlined: Collection[nn.Module],
+        fixed: set[str],
     ) -> None:
         wrapped: tuple[Any, ...] = (*_FACTORIES, torch.finfo, torch.iinfo)
         super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
@@ -178,6 +193,8 @@ class Reader(fx.Tracer):
         self.constants: dict[str, Any] = {}
         self.watch = AttributeWatch()
         self.made = Constants(self, _FACTORIES)
+        self.fixed = FixedValues(self, fixed)
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
         self.calls = CallWatch()
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
@@ -189,7 +206,13 @@ class Reader(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of ``node``."""
-        return _Proxy(node, self)
+        proxy: fx.Proxy = self.noted(_Proxy(node, self))
+        return proxy
+
+    def noted(self, proxy: Any) -> Any:
+        """Return ``proxy``, of which nothing must be left after the reading."""
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the call of ``m`` is a single node."""
@@ -237,6 +260,8 @@ class Reader(fx.Tracer):
             return spelled_out(*args, **kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         self.made.note_write(writes_first_argument(proxy.node), args, kwargs)
+        if self.fixed and self.fixed.has(proxy.node):
+            return self.fixed.value(proxy.node)
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -314,6 +339,50 @@ class Reader(fx.Tracer):
 
         return forward, positional
 
+    def fixed_attribute(self, of: fx.Node, name: str) -> Any:
+        """Return the value of an attribute that is fixed in the graph."""
+        return self.fixed.value(self.attribute_node(of, name))
+
+    def attribute_node(self, of: fx.Node, name: str) -> fx.Node:
+        """Record that an attribute is read, and return the node."""
+        node: fx.Node = (
+            super().create_proxy("call_function", getattr, (self.proxy(of), name), {}).node
+        )
+        return node
+
+    @property
+    def has_example(self) -> bool:
+        """Whether the arguments of a call are known."""
+        return self._arguments_of_call is not None
+
+    def first_argument(self) -> fx.Node | None:
+        """Return the node of the first argument that is a tensor."""
+        return next((n for n in self.graph.nodes if n.op == "placeholder"), None)
+
+    def argument_without_data(self, node: fx.Node, times: int) -> Tensor:
+        """Return the tensor without data of an argument, with a batch so many times as large."""
+        value, dim = self._without_data[node], self._batch_dim
+        first = next(iter(self._without_data.values()))
+        if times == 1 or value.dim() <= dim or first.dim() <= dim:
+            return value
+        if value.shape[dim] != first.shape[dim]:
+            return value
+        shape = list(value.shape)
+        shape[dim] *= times
+        with DisableTorchFunction():
+            larger = torch.empty(shape, dtype=value.dtype, device="meta")
+        larger._torchdrop_device = value._torchdrop_device  # type: ignore[attr-defined]
+        return larger
+
+    def decide(self, node: fx.Node, value: Any) -> None:
+        """Let the graph hold only for calls in which ``node`` has this value."""
+        asked = super().create_proxy("call_function", operator.eq, (self.proxy(node), value), {})
+        self.decisions[asked.node] = True
+
+    def computed_value(self, node: fx.Node, larger: bool = False) -> Any:
+        """Return the value of ``node``, worked out without data."""
+        return self._computed(node, larger)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of ``obj`` if it follows from shapes, dtypes and devices."""
         try:
@@ -369,12 +438,12 @@ class Reader(fx.Tracer):
         """Return the value of ``node``, if it follows from the shapes and dtypes of the call."""
         if self._arguments_of_call is None:
             raise LookupError(node)
-        if larger not in self._shape_facts:
-            self._shape_facts[larger] = ShapeFacts(
-                self.root, self._without_data, self._batch_dim if larger else None
-            )
         self._working_out_shapes = True
         try:
+            if larger not in self._shape_facts:
+                self._shape_facts[larger] = ShapeFacts(
+                    self.root, self._without_data, self._batch_dim if larger else None
+                )
             value = self._shape_facts[larger].of(node)
         finally:
             self._working_out_shapes = False

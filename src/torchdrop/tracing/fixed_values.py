@@ -1,0 +1,143 @@
+"""Know a size, dtype or device where a forward uses it as a key of a dict, a set or a cache.
+
+A proxy must not become a key of the user's. So the reading ends there, and starts again with that
+value in place of the proxy; a decision makes sure that the graph is used for this value only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.operations import callee
+from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
+
+if TYPE_CHECKING:
+    from torchdrop.tracing.tracer import Reader
+
+__all__ = ["FixedValues", "UsedAsKeyError"]
+
+
+class UsedAsKeyError(BaseException):
+    """A proxy is about to become a key. The user's code must not catch it."""
+
+
+class FixedValues:
+    """The values that a reading fixes because they are used as keys.
+
+    Args:
+        reader: The reading.
+        expressions: What is fixed, as found out by the readings before.
+    """
+
+    def __init__(self, reader: Reader, expressions: set[str]) -> None:
+        self._reader = reader
+        self._expressions = expressions
+
+    def __bool__(self) -> bool:
+        return bool(self._expressions)
+
+    def ask(self, node: fx.Node) -> None:
+        """Let the next reading fix ``node``, and end this one.
+
+        Raises:
+            UsedAsKeyError: Always, unless its value is not known.
+        """
+        expression = self._expression(node)
+        if expression in self._expressions:
+            raise UntraceableError(f"it uses {node.name} as a key")
+        self.value(node)
+        self._expressions.add(expression)
+        raise UsedAsKeyError(expression)
+
+    def has(self, node: fx.Node) -> bool:
+        """Whether ``node`` is fixed."""
+        return is_shape_node(node) and self._expression(node) in self._expressions
+
+    def has_attribute(self, of: fx.Node, name: str) -> bool:
+        """Whether the attribute ``name`` of ``of`` is fixed."""
+        return f"getattr({self._expression(of)}, {name})" in self._expressions
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the value of ``node``, and let the graph hold for this value only."""
+        reader = self._reader
+        try:
+            value = self._from_arguments(node, 1)
+        except LookupError:
+            return self._assumed_or_computed(node)
+        if value != self._from_arguments(node, 2):
+            raise _depends_on_the_batch()
+        reader.decide(node, value)
+        return value
+
+    def _from_arguments(self, node: fx.Node, times: int) -> Any:
+        """Return the value of ``node`` for a batch that is so many times as large."""
+        if node.op == "placeholder":
+            return self._reader.argument_without_data(node, times)
+        if not is_shape_node(node):
+            raise LookupError(node)
+        args: Any
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self._from_arguments(n, times)
+        )
+        if node.target is getattr and args[1] == "device":
+            return args[0]._torchdrop_device
+        if callee(node) in ("is_cuda", "is_cpu", "get_device", "type"):
+            raise LookupError(node)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _assumed_or_computed(self, node: fx.Node) -> Any:
+        reader = self._reader
+        if reader.has_example:
+            try:
+                value, other = reader.computed_value(node), reader.computed_value(node, True)
+            except LookupError:
+                raise DataDependentError("it uses a value of a tensor as a key") from None
+            if isinstance(value, Tensor):
+                raise DataDependentError("it uses a tensor as a key")
+            if value != other:
+                raise _depends_on_the_batch()
+            return value
+        parameter = next(reader.root.parameters(), None)
+        source = reader.first_argument()
+        if parameter is None or source is None or node.target is not getattr:
+            raise _unknown(node)
+        name = str(node.args[1])
+        if name == "dtype" and node.args[0] is not source:
+            raise _unknown(node)
+        if name not in ("device", "dtype"):
+            raise _unknown(node)
+        # most likely those of the parameters; a call for which it is not so is read again
+        value = getattr(parameter, name)
+        reader.decide(reader.attribute_node(source, name), value)
+        return value
+
+    def _expression(self, node: fx.Node) -> str:
+        """Return the same text for the same value in every reading of the forward."""
+        if node.op == "placeholder":
+            return str(node.target)
+        if is_shape_node(node):
+            parts = [
+                self._expression(a) if isinstance(a, fx.Node) else str(a)
+                for a in (*node.args, *node.kwargs.items())
+            ]
+            return f"{callee(node)}({', '.join(parts)})"
+        alike = (n for n in node.graph.nodes if (n.op, n.target) == (node.op, node.target))
+        place = next(i for i, n in enumerate(alike) if n is node)
+        return f"{callee(node)}#{place}"
+
+
+def _depends_on_the_batch() -> UntraceableError:
+    return UntraceableError("it uses a size as a key of a dict or cache that depends on the batch")
+
+
+def _unknown(node: fx.Node) -> UntraceableError:
+    return UntraceableError(
+        f"it uses {node.name} as a key of a dict, a set or a cache, and its value is not known; "
+        f"give example_inputs"
+    )

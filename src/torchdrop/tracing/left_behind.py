@@ -1,0 +1,99 @@
+"""Take what a forward has kept of a reading out of the objects of the user again."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Iterable
+from functools import lru_cache
+from types import CellType
+from typing import Any
+
+__all__ = ["remove_what_was_kept"]
+
+
+_Cache = type(lru_cache(lambda: None))
+
+
+def remove_what_was_kept(proxies: Iterable[Any]) -> str:
+    """Remove proxies from dicts, lists, sets, attributes, closures and caches of functions.
+
+    Args:
+        proxies: Weak references to the proxies of a reading that is over.
+
+    Returns:
+        Where one was kept, for an error message; empty if nowhere.
+    """
+    references = [reference for reference in proxies if reference() is not None]
+    if not references:
+        return ""
+    gc.collect()  # functions of the forward that refer to each other
+    alive = list(filter(_exists, (reference() for reference in references)))
+    if not alive:
+        return ""
+    ids = {id(proxy) for proxy in alive}
+    ignored = {id(alive)}
+    found = ""
+    pending: list[Any] = alive
+    for _ in range(4):  # a tuple in a tuple in a dict
+        outer = []
+        for holder in gc.get_referrers(*pending):
+            if id(holder) in ignored or holder is pending:
+                continue
+            if isinstance(holder, tuple):
+                ids.add(id(holder))
+                outer.append(holder)
+            else:
+                found = _remove(holder, ids) or found
+        if not outer:
+            break
+        ignored |= {id(pending), id(outer)}
+        pending = outer
+    return found
+
+
+def _exists(proxy: Any) -> bool:
+    return proxy is not None
+
+
+def _remove(holder: Any, ids: set[int]) -> str:
+    """Remove the objects with these ids from ``holder``, and say what it is."""
+    if isinstance(holder, _Cache):  # it has no way to forget one entry
+        holder.cache_clear()
+        return f"the cache of {holder.__name__}"
+    if isinstance(holder, dict):
+        return _remove_from_dict(holder, ids)
+    if isinstance(holder, list | deque):
+        kept = [item for item in holder if id(item) not in ids]
+        if len(kept) == len(holder):
+            return ""
+        holder.clear()
+        holder.extend(kept)
+        return f"a {type(holder).__name__}"
+    if isinstance(holder, set):
+        gone = [item for item in holder if id(item) in ids]
+        holder.difference_update(gone)
+        return "a set" if gone else ""
+    if isinstance(holder, CellType):
+        holder.cell_contents = None
+        return "a variable of a function around it"
+    names = [k for k, v in getattr(holder, "__dict__", {}).items() if id(v) in ids]
+    for name in names:
+        object.__delattr__(holder, name)
+    return f"the attribute {names[0]} of a {type(holder).__name__}" if names else ""
+
+
+def _remove_from_dict(holder: dict[Any, Any], ids: set[int]) -> str:
+    keys = [k for k, value in holder.items() if id(value) in ids or id(k) in ids]
+    if not keys:
+        return ""
+    for owner in gc.get_referrers(holder):
+        if isinstance(owner, _Cache):
+            return _remove(owner, ids)
+        if isinstance(owner, type) and keys[0] in vars(owner):  # lookups in it are cached
+            for key in keys:
+                setattr(owner, key, None)  # most likely its value before
+            return f"the attribute {keys[0]} of {owner.__name__}"
+    for key in keys:
+        del holder[key]
+    return f"a dict, under {keys[0]!r}"
