@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -451,14 +452,28 @@ class AllScaled(nn.Module):
         return x
 
 
-def test_a_tensor_inside_an_object_is_refused_not_left_whole() -> None:
+@pytest.mark.parametrize("example", [True, False])
+def test_a_tensor_inside_an_object_is_not_left_whole(example: bool) -> None:
+    """Its rows cannot be selected, so the branch is masked; each call uses the tensor it got."""
     x, by = torch.randn(B, W), Held(torch.randn(B, 1))
-    with pytest.raises(ValueError, match="no residual branches"):
-        torchdrop.add_stochastic_depth(AllScaled(True), 0.5, example_inputs={"x": x, "by": by})
     model = AllScaled(True)
-    torchdrop.add_stochastic_depth(model, 0.5)
-    with pytest.raises(RuntimeError, match="a tensor that does not come from its inputs"):
-        model(x, by)
+    dense = copy.deepcopy(model)
+    given = {"example_inputs": {"x": x, "by": by}} if example else {}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # with an example the proof finds it, and warns
+        plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", **given)
+        out = model(x, by)
+    assert [block.action for block in plan.blocks] == ["mask"] * 3
+    for _ in range(3):
+        expected = x
+        for block, rows in zip(dense.blocks, plan.last_kept().values(), strict=True):
+            keep = torch.zeros(B, 1)
+            keep[rows] = 2.0
+            expected = expected + keep * block.second(block.first(expected).relu()) * by.scale
+        torch.testing.assert_close(out, expected)
+        by = Held(torch.randn(B, 1))
+        out = model(x, by)
 
 
 def test_an_array_among_the_arguments_is_a_constant_that_may_change() -> None:

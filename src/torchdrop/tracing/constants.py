@@ -21,11 +21,12 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from torchdrop.internals import DisableTorchFunction
+from torchdrop.tracing.kept_tensors import Constant, note_keepers
 from torchdrop.tracing.operations import named
 from torchdrop.tracing.random_states import TorchDraws, device_state, set_device_state
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
-__all__ = ["Constant", "Constants"]
+__all__ = ["Constants"]
 
 # What a forward asks for the value of a tensor with, in Python.
 _VALUE_READERS = {
@@ -34,18 +35,6 @@ _VALUE_READERS = {
 }  # fmt: skip
 
 _NOT_MADE_HERE = "it makes a tensor that does not come from its inputs"
-
-
-class Constant:
-    """A tensor that somebody else keeps, as a function of a graph that returns it."""
-
-    def __init__(self, value: Tensor | None = None) -> None:
-        self.value = value
-        self.__name__ = "constant"
-
-    def __call__(self) -> Tensor | None:
-        """Return the tensor."""
-        return self.value
 
 
 class _Draws:
@@ -280,6 +269,9 @@ class Constants(TorchFunctionMode):
                     constants[key] = graph.create_node("call_function", Constant(kept[key]))
             node.replace_all_uses_with(constants[key])
         self._erase(graph, self._needed(made_once, memory_kept))
+        used = [node.target for node in graph.nodes if isinstance(node.target, Constant)]
+        with DisableTorchFunction():
+            note_keepers(used, {id(kept)})
 
     def _kept_by_others(self) -> dict[int, Tensor]:
         """Return the tensors that somebody else keeps, by their ids; forget the others."""

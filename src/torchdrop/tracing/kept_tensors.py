@@ -1,0 +1,108 @@
+"""Find out who keeps a tensor, and later whether it is still kept there.
+
+A graph may use a tensor that its forward got from a table. If somebody puts another tensor into
+that table, the graph does not hold any more.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from types import CellType, FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Constant", "note_keepers"]
+
+
+class Constant:
+    """A tensor that somebody else keeps, as a function of a graph that returns it.
+
+    Attributes:
+        value: The tensor.
+    """
+
+    def __init__(self, value: Tensor | None = None) -> None:
+        self.value = value
+        self.__name__ = "constant"
+        self._kept: list[Callable[[], bool]] | None = []
+
+    def __call__(self) -> Tensor | None:
+        """Return the tensor."""
+        return self.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process has tables of its own.
+        return {**self.__dict__, "_kept": None}
+
+    def keep(self, kept: Callable[[], bool]) -> None:
+        """Note a place where the tensor is kept: ``kept()`` says whether it still is."""
+        if self._kept is not None:
+            self._kept.append(kept)
+
+    def is_current(self) -> bool:
+        """Whether the tensor is still kept wherever it was; False in another process."""
+        return self._kept is not None and all(kept() for kept in self._kept)
+
+
+def note_keepers(constants: Sequence[Constant], ours: Collection[int]) -> None:
+    """Remember where the tensors of ``constants`` are kept now.
+
+    Places that cannot change, such as an entry of ``functools.lru_cache``, do not count. A look for
+    keepers visits every object that Python has made, so all tensors are looked for at once, and
+    then all tuples that hold one.
+
+    Args:
+        constants: The constants.
+        ours: The ids of containers that do not count.
+    """
+    wanted = {id(c.value): c for c in constants if c.value is not None}
+    keepers = gc.get_referrers(*(c.value for c in wanted.values())) if wanted else []
+    tuples = {id(k): k for k in keepers if isinstance(k, tuple)}
+    around = gc.get_referrers(*tuples.values()) if tuples else []
+    ours = {*ours, *map(id, (wanted, keepers, tuples, around))}
+    for keeper in keepers:
+        if id(keeper) not in ours and not isinstance(keeper, FrameType | nn.Module | Constant):
+            for value, kept in _places(keeper):
+                if id(value) in wanted:
+                    wanted[id(value)].keep(kept)
+    for keeper in around:
+        if id(keeper) not in ours and not isinstance(keeper, FrameType | nn.Module | tuple):
+            for value, kept in _places(keeper):
+                for item in tuples.get(id(value), ()):
+                    if id(item) in wanted:
+                        wanted[id(item)].keep(kept)
+
+
+def _places(keeper: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
+    """Yield what ``keeper`` holds, each with a function that says whether it still holds it."""
+    if isinstance(keeper, CellType):
+        with suppress(ValueError):  # it is empty
+            yield keeper.cell_contents, partial(_in_cell, keeper, keeper.cell_contents)
+    elif isinstance(keeper, list | deque):
+        for value in list(keeper):
+            yield value, partial(_in_sequence, keeper, value)
+    else:
+        table = keeper if isinstance(keeper, dict) else getattr(keeper, "__dict__", None)
+        if isinstance(table, dict):
+            for key, value in list(table.items()):
+                yield value, partial(_in_dict, table, key, value)
+
+
+def _in_cell(cell: CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
+def _in_dict(keeper: dict[Any, Any], key: Any, value: Any) -> bool:
+    return keeper.get(key) is value
+
+
+def _in_sequence(keeper: list[Any] | deque[Any], value: Any) -> bool:
+    return any(item is value for item in keeper)
