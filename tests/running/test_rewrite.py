@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from generated_programs import Recorder, program_of
-from torch import Tensor
+from torch import Tensor, nn
 
-from written_blocks import Base, Parallel, flat
+from torchdrop.running.rewrite import without_keywords
+from written_blocks import Base, Parallel, W, flat
 from zoo import assert_same
 
 
@@ -81,3 +83,31 @@ def test_nested_residuals_are_deferred_inside_a_deferred_branch() -> None:
     site = Recorder(block, program)
     assert_same(program.forward.function(block, site, x), block(x))
     assert [k for k, _ in site.joined] == [1, 0]
+
+
+class Keywords(Base):
+    """Children and a parameter whose names are keywords, or no identifiers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.ModuleDict({"in": nn.Linear(W, W), "out-1": nn.ModuleDict({"is": self.g})})
+        self.p = nn.ParameterDict({"lambda": torch.rand(W)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.d["in"](x)) * self.p["lambda"]
+        return x + self.d["out-1"]["is"](h)
+
+
+@pytest.mark.parametrize("action", ["skip", "mask"])
+def test_a_child_may_be_named_like_a_keyword(action: str) -> None:
+    block, x = Keywords(), flat()
+    program = program_of(block, action, first=0)
+    site = Recorder(block, program)
+    assert_same(program.forward.function(block, site, x), block(x))
+    assert_same(pickle.loads(pickle.dumps(program)).forward.function(block, site, x), block(x))
+
+
+def test_a_keyword_inside_a_string_stays() -> None:
+    text = "y = self.a('of.in')\nz = self.b.in(self.c.is, x)\n"
+    expected = "y = self.a('of.in')\nz = self.b.__getattr__('in')(self.c.__getattr__('is'), x)\n"
+    assert without_keywords(text) == expected

@@ -7,8 +7,13 @@ branch is computed on all rows. The result is text and the names it uses, so tha
 
 from __future__ import annotations
 
+import keyword
 import operator
+import re
 from collections.abc import Sequence
+from io import StringIO
+from itertools import pairwise
+from tokenize import generate_tokens
 from typing import Any, cast
 
 from torch import fx
@@ -30,6 +35,8 @@ __all__ = ["rewrite"]
 # block's graph to their copies in a generated graph.
 _SITE = fx.Graph().placeholder("site")
 _Environment = dict[fx.Node, fx.Node]
+
+_KEYWORD_AS_ATTRIBUTE = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b")
 
 # The methods of a site that return the sum of a skip and a branch.
 _SUMS = ("join", "mask")
@@ -181,7 +188,25 @@ class _Rewriter:
 
 def _source(label: str, graph: fx.Graph) -> Source:
     code = graph.python_code("self")
-    return Source(label, *with_statements(code.src, code.globals))
+    return Source(label, *with_statements(without_keywords(code.src), code.globals))
+
+
+def without_keywords(text: str) -> str:
+    """Return ``text`` with ``__getattr__("in")`` for each attribute that is named like a keyword.
+
+    A ``ModuleDict`` may have such a child, and torch.fx writes ``self.layers.in``.
+    """
+    if not _KEYWORD_AS_ATTRIBUTE.search(text):
+        return text
+    lines = text.splitlines(keepends=True)
+    tokens = list(generate_tokens(StringIO(text).readline))
+    for dot, name in reversed(list(pairwise(tokens))):
+        if dot.string == "." and keyword.iskeyword(name.string):
+            row, column = name.start
+            line = lines[row - 1]
+            end = column + len(name.string)
+            lines[row - 1] = f"{line[:column]}__getattr__({name.string!r}){line[end:]}"
+    return "".join(lines)
 
 
 def _graph() -> fx.Graph:
