@@ -394,6 +394,8 @@ def _hold(
         plan.set_p([p] * len(plan.blocks))
         subject.net.train(name != "eval")
         reference.net.train(name != "eval")
+        if spec.checkpoints:  # which update buffers twice, where the reference does once
+            reference.net.load_state_dict(subject.net.state_dict())
         try:
             said = compare(
                 subject,

@@ -32,7 +32,8 @@ def test_looking_leaves_buffers_alone() -> None:
             return x + F.batch_norm(self.f(x), self.mean, self.var, training=True)
 
     model = Stack(Counting(), Counting())
-    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=flat())
+    # its rows depend on each other, which a proof would find
+    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=flat(), verify=False)
     assert not any(buffer.any() for buffer in model.buffers())
     model(flat())
     assert int(model.blocks[0].calls) == 1

@@ -7,7 +7,8 @@ and then on fewer rows. What it gives for a row must not change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ _MOVED_ELSE = 5e-2
 _NODES = 20_000
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """A branch, or a block, as it is called in one training step.
 
     Attributes:

@@ -19,7 +19,7 @@ from torchdrop.tracing.modes import Modes, changes
 __all__ = ["ModeWriter", "with_statements"]
 
 # The name of the module with the contexts in generated code.
-_MODULE = "_torchdrop_modes"
+_MODULE = "modes_of_torchdrop"
 
 
 def enter_modes(head: str) -> None:
@@ -44,14 +44,14 @@ class ModeWriter:
 
     def __init__(self, graph: fx.Graph, base: Modes | None) -> None:
         self._graph = graph
-        self._base = self._now = base
+        self._outside = self._now = base
 
     def switch(self, modes: Modes | None) -> None:
         """Let what is written from now on stand under ``modes``; None: they do not matter."""
-        if modes is None or self._base is None or modes == self._now:
+        if modes is None or self._outside is None or modes == self._now:
             return
         self.end()
-        entered = changes(self._base, modes)
+        entered = changes(self._outside, modes)
         if entered:
             calls = [f"{_MODULE}.{name}({', '.join(map(_text, args))})" for name, args in entered]
             self._graph.call_function(enter_modes, (f"with {', '.join(calls)}:",))
@@ -59,9 +59,9 @@ class ModeWriter:
 
     def end(self) -> None:
         """Let what is written from now on stand under the modes of the call."""
-        if self._now != self._base:
+        if self._now != self._outside:
             self._graph.call_function(leave_modes)
-            self._now = self._base
+            self._now = self._outside
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -276,7 +276,7 @@ def _again_with_norms_held(
     try:
         sample.randoms[0].restore()
         out = sample.run(list(sample.values))
-        again = finding(sample._replace(out=out)) if written else found
+        again = finding(replace(sample, out=out)) if written else found
     finally:
         for module in norms:
             module.training = True

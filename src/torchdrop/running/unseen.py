@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchdrop.internals import (
     BatchNormBase,
     DropoutBase,
+    buffers_of,
     disable_dispatch_modes,
     hooks_suspended,
     own_saved_tensor_hooks,
@@ -68,7 +69,7 @@ def held_still(*modules: nn.Module) -> Iterator[None]:
         for norm, _ in flags:
             norm.training = False
         for module in inside:
-            observes = module.__dict__.get("_buffers", {}).get("observer_enabled")
+            observes = buffers_of(module).get("observer_enabled")
             if observes is not None:
                 observes.zero_()
         with _WithoutDropout():
