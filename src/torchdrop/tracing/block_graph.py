@@ -188,7 +188,7 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
                 reader.saved_tensor_hooks = hooks
                 graph = reader.trace(module)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # which hold proxies, too
+            _clear_frames(error)  # which hold proxies, too
             remove_what_was_kept(reader.proxies)
             if not isinstance(error, UsedAsKeyError):
                 raise
@@ -205,6 +205,14 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
             return reader, graph
         left -= 1
     raise UntraceableError("it draws random numbers in Python")
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what the functions held in which ``error``, and those before it, were raised."""
+    current: BaseException | None = error
+    while current is not None:
+        traceback.clear_frames(current.__traceback__)
+        current = current.__context__
 
 
 @contextmanager

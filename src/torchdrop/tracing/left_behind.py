@@ -27,7 +27,11 @@ def remove_what_was_kept(proxies: Iterable[Any]) -> str:
     references = [reference for reference in proxies if reference() is not None]
     if not references:
         return ""
-    gc.collect()  # functions of the forward that refer to each other
+    # Functions of the forward may refer to each other. They are young, and a collection of all that
+    # Python has made takes a quarter of a second where many libraries are loaded.
+    gc.collect(1)
+    if any(map(_exists, (reference() for reference in references))):
+        gc.collect()
     alive = list(filter(_exists, (reference() for reference in references)))
     if not alive:
         return ""
