@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import torchdrop
@@ -56,3 +57,33 @@ def test_a_branch_with_two_masks_survives_where_both_let_it() -> None:
     assert [r.p for r in torchdrop.find_residuals(model)] == wanted
     plan = torchdrop.add_stochastic_depth(model, None)
     assert [r.p for r in plan.blocks] == wanted
+
+
+class Inner(nn.Module):
+    """On the path of the shortcut of its block; the sum of the block calls no child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.f(x))
+        return x * 2.0
+
+
+class AroundFunctions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + torch.tanh(x @ self.weight)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(3, 6)])
+def test_a_branch_that_calls_no_child_has_a_name(example: Tensor | None) -> None:
+    found = torchdrop.find_residuals(nn.Sequential(AroundFunctions(), AroundFunctions()), example)
+    names = [branch.name for block in found for branch in block.branches]
+    assert names == ["0:inner", "0:sum", "1:inner", "1:sum"]

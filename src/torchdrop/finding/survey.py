@@ -211,8 +211,12 @@ def _with_inner_parts_joined(model: nn.Module, residuals: list[Residual]) -> lis
             # named when it was the only branch of its block
             branch = residual.branches[names.index(residual.name)]
             size = {c: _size(model.get_submodule(c)) for c in branch.children}
-            largest = max(size, key=size.__getitem__).removeprefix(f"{residual.name}.")
-            branch.name = f"{residual.name}:{largest.partition('.')[0]}"
+            # A branch may call no child, as one of functions and parameters.
+            largest = max(size, key=size.__getitem__) if size else "sum"
+            largest = largest.removeprefix(f"{residual.name}.").partition(".")[0]
+            branch.name = f"{residual.name}:{largest}"
+            while names.count(branch.name):
+                branch.name += "'"
     return joined
 
 
