@@ -135,6 +135,25 @@ def test_a_branch_whose_rows_depend_on_each_other_is_masked(name: str, example: 
     assert "depend on each other" in repr(plan)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("apart", [1, 4], ids=["in pairs", "across the halves"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_small_dependence_is_seen_in_float32(size: int, apart: int, first: int) -> None:
+    """Smaller than what a smaller batch may round differently."""
+
+    def little(m: Any, x: Tensor) -> Tensor:
+        h = hidden(m, x)
+        rows = [i for i in range(len(h)) if i // apart % 2 == first]
+        partners = [(i + apart if first == 0 else i - apart) % len(h) for i in rows]
+        return m.fc2(h.index_add(0, torch.tensor(rows), 1e-4 * h[partners]))
+
+    model = stack(little).float()
+    x = torch.randn(size if apart == 1 else max(size, 8), W)
+    with pytest.warns(UserWarning, match="its rows depend on each other"):
+        plan, _ = attach_and_run(model, x)
+    assert [block.action for block in plan.blocks] == ["mask", "mask"]
+
+
 @pytest.mark.parametrize(
     "name", sorted(set(DEPENDENT) - {"squeeze", "first row", "place in the batch"})
 )

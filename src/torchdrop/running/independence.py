@@ -105,24 +105,29 @@ def _rows(samples: Sequence[int], group: int) -> Tensor:
 def _replacements(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield which row stands where, and the places of the rows that stay in their place.
 
-    First the second half is replaced by copies of the first; then every other sample. The second
-    time the copies move along by one, so that an index of rows among the inputs does not happen to
-    name the row that stands in its place.
+    First the second half is replaced by copies of the first; then one sample of each pair, now
+    the first and now the second of it.
     """
     count, group = sample.batch // sample.group, sample.group
     half = count // 2
     yield _rows([i % half for i in range(count)], group), _rows(range(half), group)
-    odd = range(1, count, 2)
-    moved = [i if i % 2 else odd[(i // 2) % len(odd)] for i in range(count)]
-    yield _rows(moved, group), _rows(odd, group)
+    mixed = _one_of_each_pair(count)
+    copies = [i if i in mixed else mixed[(i // 2 + 1) % len(mixed)] for i in range(count)]
+    yield _rows(copies, group), _rows(mixed, group)
+    # An index of rows among the inputs may happen to fit the copies, but not rows that all moved.
     if any(isinstance(v, Tensor) and not v.is_floating_point() for v in sample.values):
         yield _rows([(i + 1) % count for i in range(count)], group), torch.empty(0).long()
 
 
+def _one_of_each_pair(count: int) -> list[int]:
+    """Return the numbers below ``count`` that have an odd number of ones in binary: 1, 2, 4, 7."""
+    return [i for i in range(count) if i.bit_count() % 2]
+
+
 def _smaller_batches(sample: Sample) -> Iterator[Tensor]:
-    """Yield the rows of smaller batches: every other sample, and a single one."""
+    """Yield the rows of smaller batches: one sample of each pair, and a single one."""
     count = sample.batch // sample.group
-    yield _rows(range(1, count, 2), sample.group)
+    yield _rows(_one_of_each_pair(count), sample.group)
     if count > 3:
         yield _rows([count - 2], sample.group)
 
