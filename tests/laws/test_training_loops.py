@@ -799,7 +799,8 @@ def test_threads_train_copies_while_others_read_models() -> None:
 
     def training(seed: int) -> Callable[[], None]:
         model = net(3)
-        plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+        # a proof restores the generators, which all threads share
+        plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", verify=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
         def work() -> None:
