@@ -651,6 +651,21 @@ def test_a_call_under_a_transform_is_not_proved_and_the_next_one_is() -> None:
     assert [block.branches[0].proved for block in plan.blocks] == [True, True]
 
 
+def test_a_block_that_cannot_run_alone_is_not_called_proved() -> None:
+    """It needs a hook, and hooks are not called in a test."""
+    model, x = stack(INDEPENDENT["linear"]), torch.randn(B, W, dtype=torch.double)
+
+    def needs_hook(m: Any, x: Tensor) -> Tensor:
+        return m.fc2(torch.tanh(m.fc1(x))) * m.scale
+
+    for block in model:
+        block.branch.f = needs_hook
+        block.branch.register_forward_pre_hook(lambda m, args: setattr(m, "scale", 2.0))
+    plan, _ = attach_and_run(model, x)
+    assert [block.branches[0].proved for block in plan.blocks] == [False, False]
+    assert "not proved: its own forward raises AttributeError if it is tested" in repr(plan)
+
+
 def test_one_row_proves_nothing_about_several() -> None:
     model = stack(DEPENDENT["cumsum"])
     dense, x = copy.deepcopy(model), torch.randn(B, W, dtype=torch.double)

@@ -159,7 +159,8 @@ class BlockSite(SlotOccupant):
         """Forget what was found with program ``number``, which another one replaces."""
         self.verdicts = {kind: v for kind, v in self.verdicts.items() if kind[0] != number}
 
-    def _note_proved(self) -> None:
+    def note_proved(self) -> None:
+        """Note that a call was tested."""
         for branch in self.branches:
             branch.proof = "proved"
 

@@ -24,7 +24,6 @@ from torch.nn.parameter import is_lazy
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout, RowLayouts
 from torchdrop.internals import (
-    count_dispatch_modes,
     functorch_transforms_active,
     in_backward_pass,
     modifications_of,
@@ -105,8 +104,6 @@ def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
         return "a transform of torch.func is active"
     if any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors):
         return "its arguments are not plain tensors with data"
-    if count_dispatch_modes() and any(t.is_meta for t in tensors):
-        return "a mode without data is active"
     if torch.is_inference_mode_enabled():
         return "inference mode is active"
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
@@ -208,47 +205,41 @@ class SplitProof:
             before.restore()
             out = run(values)
         elif self._rows_matter and not branch.depends and facts.dim < skip.dim():
-            self._test(k, branch, skip, Tested(values, out, before), run)
+            known = site.train[k // len(site.branches)].row_layouts[k]
+            layouts = known or [RowLayout(facts.dim, 1)] * len(values)
+            batch = skip.shape[facts.dim]
+
+            def cut(value: Any, number: int, rows: Tensor) -> Any:
+                taking = partial(take, rows=rows)
+                return site.cut(facts, value, taking, layouts[number], batch, known is not None)
+
+            group = site.settings.rows_per_sample or 1
+            randoms = before, RandomStates([skip.device])
+            sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
+            _mask_if_dependent(sample, site, branch, facts.inner)
         return add_whole(
             skip, out, facts.gain, inplace=facts.writes_skip, branch_first=facts.branch_first
         )
 
-    def _test(
-        self,
-        k: int,
-        branch: BranchState,
-        skip: Tensor,
-        tested: Tested,
-        run: Callable[..., Tensor],
-    ) -> None:
-        site, facts = self._site, branch.facts
-        batch, group = skip.shape[facts.dim], site.settings.rows_per_sample or 1
-        if batch % group or batch < 2 * group:
-            return
-        known = site.train[k // len(site.branches)].row_layouts[k]
-        layouts = known or [RowLayout(facts.dim, 1)] * len(tested.values)
 
-        def cut(value: Any, number: int, rows: Tensor) -> Any:
-            taking = partial(take, rows=rows)
-            return site.cut(facts, value, taking, layouts[number], batch, known is not None)
+def _mask_if_dependent(
+    sample: Sample, site: BlockSite, branch: BranchState, inner: Sequence[str]
+) -> None:
+    """Mask ``branch`` from now on if its rows depend on each other in ``sample``.
 
-        randoms = tested.before, RandomStates([skip.device])
-        values, out = tested.values, tested.out
-        sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
-        found = finding(sample)
-        if found and (norms := _held_norms(site, facts.inner)):
-            found = _again_with_norms_held(sample, norms, branch, found)
-        if found:
-            branch.mask(f"its rows depend on each other: {found}")
-
-
-@dataclass
-class Tested:
-    """The inputs and the output of a branch, and the random numbers before it ran."""
-
-    values: list[Any]
-    out: Tensor
-    before: RandomStates
+    Args:
+        sample: The branch as it is called.
+        site: The site of its block.
+        branch: Its state.
+        inner: The paths of the modules that it calls; "" is the block itself.
+    """
+    if sample.batch % sample.group or sample.batch < 2 * sample.group:
+        return  # there are no other rows to depend on
+    found = finding(sample)
+    if found and (norms := _held_norms(site, inner)):
+        found = _again_with_norms_held(sample, norms, branch, found)
+    if found:
+        branch.mask(f"its rows depend on each other: {found}")
 
 
 def _held_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Module]:
@@ -334,6 +325,7 @@ def prove_split(
         verdict.own = ""
         for branch in site.branches:
             branch.mask("the block differs from itself if it is run twice")
+    site.note_proved()
     return verdict
 
 
@@ -401,7 +393,6 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
         return site.cut(facts, value, partial(take, rows=rows), layout, batch)
 
     devices = {t.device for t in tensors.values()}
-    found = ""
     with _alone(site, devices):
         before = RandomStates(devices)
         try:
@@ -410,14 +401,11 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
             site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
             return
         randoms = before, RandomStates(devices)
-        if site.settings.mode == "row" and not batch % group and batch >= 2 * group:
+        if site.settings.mode == "row":
             values = [t.detach() for t in tensors.values()]
             sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
-            found = finding(sample)
-            if found and (norms := _held_norms(site, ("",))):
-                found = _again_with_norms_held(sample, norms, branch, found)
-    if found:
-        branch.mask(f"its rows depend on each other: {found}")
+            _mask_if_dependent(sample, site, branch, ("",))
+    site.note_proved()
 
 
 def warn_of_masks(site: BlockSite) -> None:

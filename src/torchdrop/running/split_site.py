@@ -217,7 +217,6 @@ class SplitSite(BlockSite):
             return program.forward.function(self.module, self, *values)
 
         verdict = prove_split(self, training, {"args": args, "kwargs": kwargs}, forward)
-        self._note_proved()
         if verdict.own:
             verdict.whole = whole_block_of(self, args, kwargs, verdict.out)
         self.verdicts[kind] = Verdict(verdict.own, whole=verdict.whole)

@@ -123,7 +123,6 @@ class WholeSite(BlockSite):
             self.note_unproved(why)
             return
         prove_whole(self, bound)
-        self._note_proved()
         self.verdicts[kind] = Verdict()
         if not self.only_proves:
             warn_of_masks(self)

@@ -103,7 +103,8 @@ class CallWatch:
 def _is_of_collector(frame: FrameType | None) -> bool:
     """Whether a callback of the garbage collector is being called.
 
-    One may run at any time, and is no part of the forward. Python crashes if it raises an error.
+    Such a callback may run at any time and does not belong to the forward. An error that is raised
+    in it makes Python crash.
     """
     codes = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while codes and frame is not None:

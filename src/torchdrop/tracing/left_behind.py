@@ -27,12 +27,13 @@ def remove_what_was_kept(proxies: Iterable[Any]) -> str:
     references = [reference for reference in proxies if reference() is not None]
     if not references:
         return ""
-    # Functions of the forward may refer to each other. They are young, and a collection of all that
-    # Python has made takes a quarter of a second where many libraries are loaded.
+    # Functions that refer to each other keep proxies alive until the garbage collector runs. They
+    # are new, so collecting the young objects is usually enough; collecting all of them takes a
+    # quarter of a second in a process with many libraries.
     gc.collect(1)
-    if any(map(_exists, (reference() for reference in references))):
+    if any(reference() is not None for reference in references):
         gc.collect()
-    alive = list(filter(_exists, (reference() for reference in references)))
+    alive = [proxy for reference in references if (proxy := reference()) is not None]
     if not alive:
         return ""
     ids = {id(proxy) for proxy in alive}
@@ -54,10 +55,6 @@ def remove_what_was_kept(proxies: Iterable[Any]) -> str:
         ignored |= {id(pending), id(outer)}
         pending = outer
     return found
-
-
-def _exists(proxy: Any) -> bool:
-    return proxy is not None
 
 
 def _remove(holder: Any, ids: set[int]) -> str:
