@@ -1,7 +1,8 @@
-"""Tell whether the class of an object is asked for by ``isinstance`` in Python code.
+"""Detect whether Python code asks for a class with ``isinstance`` or a class pattern.
 
-A proxy that stands for an argument has to count as a Tensor in ``isinstance(x, Tensor)``. Functions
-written in C ask for the class as well, and would then read the memory of a tensor that is none.
+A proxy takes the place of a tensor while a forward is traced, so ``isinstance(proxy, Tensor)`` has
+to be true. Functions written in C read the class, too: for them a proxy must not be a Tensor,
+because they would go on to read the memory of one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def _places_that_ask(code: CodeType) -> frozenset[int]:
 
 
 def _calls_isinstance(before: list[dis.Instruction], arguments: int) -> bool:
-    """Whether the function below ``arguments`` values on the stack is ``isinstance``."""
+    """Whether a call with ``arguments`` values on the stack calls ``isinstance``.
+
+    Args:
+        before: The instructions before the call.
+        arguments: How many values the call takes from the stack besides the function.
+    """
     missing = arguments
     for instruction in reversed(before):
         if missing == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["A_TENSOR", "flatten_arguments", "is_cache"]
 
-# Represents a tensor of which nothing is known among the arguments of a call.
+# Stands for an argument that is a tensor of unknown shape and dtype.
 A_TENSOR = object()
 
 
@@ -25,9 +25,9 @@ def is_cache(value: Any) -> bool:
 def flatten_arguments(
     arguments: Mapping[str, Any], tensor: Callable[[str, Any], Any] = lambda path, value: value
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Sort the arguments of a call into tensors and constants, also inside containers.
+    """Replace the tensors of a call, and list its tensors and constants, also inside containers.
 
-    A key/value cache counts as None: its rows cannot be selected, and no two calls have the same.
+    A key/value cache counts as None: its rows cannot be selected, and each call has another one.
 
     Args:
         arguments: The arguments by name.

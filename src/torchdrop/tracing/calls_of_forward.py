@@ -24,12 +24,12 @@ _OF_TORCH = ("torch", "contextlib")
 
 
 class CallWatch:
-    """Notes which functions of the user's a forward runs, and whether it asks for a mode.
+    """Records which functions of the user a forward calls, and which modes it asks for or sets.
 
     Attributes:
-        modes: Which kinds of modes the forward, or a function that it calls, asks for or sets, as
-            in :data:`MODE_KINDS`. All of them if that cannot be known, because a profiler of
-            somebody else is active.
+        modes: The kinds of modes, of :data:`MODE_KINDS`, that the forward or a function that it
+            calls asks for or sets. All kinds if another profiler is active, because the calls
+            cannot be seen then.
         functions: The code of each function that ran, other than those of torch, torchdrop and
             Python itself, with its global variables.
     """
@@ -46,7 +46,7 @@ class CallWatch:
 
         Args:
             forward: The forward that will run.
-            paused: Whether calls do not count at the moment.
+            paused: Returns whether calls are to be ignored at the moment.
 
         Raises:
             UntraceableError: A function that is called sets a global variable.
@@ -65,9 +65,10 @@ class CallWatch:
             sys.setprofile(None)
 
     def _seen(self, frame: FrameType, event: str, called: Any) -> None:
+        """Record one call. Python calls this function as its profiler."""
         if event == "call":
             code = frame.f_code
-            if code not in self._known and not self._paused() and not _is_of_collector(frame):
+            if code not in self._known and not self._paused() and not _is_in_gc_callback(frame):
                 mode = mode_of_code(code)
                 if mode is not None:
                     self._note_mode(mode, frame)
@@ -79,6 +80,7 @@ class CallWatch:
                 self._note_mode(mode, frame)
 
     def _note_mode(self, mode: str, frame: FrameType | None) -> None:
+        """Record that a mode is asked for or set in ``frame``, unless torchdrop itself does it."""
         if mode in self.modes or self._paused():
             return
         while frame is not None and _package_of(frame.f_globals) in _OF_TORCH:
@@ -87,24 +89,25 @@ class CallWatch:
             self.modes.add(mode)
 
     def _note(self, code: CodeType, names: dict[str, Any]) -> None:
+        """Record a function of the user; raise if it sets a global variable."""
         self._known.add(code)
         package = _package_of(names)
         if package in ("torch", "torchdrop") or package in sys.stdlib_module_names:
             return
-        if code.co_name == "<module>":  # is imported now
+        if code.co_name == "<module>":  # the body of a module that is being imported
             return
         for instruction in dis.get_instructions(code):
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                # Before the function runs, so that the variable stays as it is.
+                # Raised before the function runs, so the variable is not set.
                 raise UntraceableError(f"it sets the global variable {instruction.argval}")
         self.functions[code] = names
 
 
-def _is_of_collector(frame: FrameType | None) -> bool:
-    """Whether a callback of the garbage collector is being called.
+def _is_in_gc_callback(frame: FrameType | None) -> bool:
+    """Whether ``frame`` runs inside a callback of the garbage collector.
 
-    Such a callback may run at any time and does not belong to the forward. An error that is raised
-    in it makes Python crash.
+    Such a callback may run at any time and does not belong to the forward. Python crashes if an
+    error is raised in it.
     """
     codes = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while codes and frame is not None:

@@ -1,8 +1,9 @@
-"""Compute what a forward computes from constants while it is read, as a plain call would.
+"""Run the operations that a forward applies to constants, while the forward is traced.
 
-A table in a cache has to be a tensor, so operations that get no proxy are run. They are recorded
-as well: what nobody keeps is made anew in each call, random numbers included. What somebody keeps,
-such as a cache, is used as it is.
+An operation on proxies is only recorded. An operation without a proxy among its arguments is also
+run, because the forward may store its result in a cache, which must hold a tensor. If the result is
+still stored somewhere after the forward, the graph uses that tensor. Otherwise each call computes
+it again, random numbers included.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 __all__ = ["Constants"]
 
-# What a forward asks for the value of a tensor with, in Python.
+# The functions and methods that turn the values of a tensor into Python objects.
 _VALUE_READERS = {
     "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
     "__complex__", "__contains__", "equal", "allclose", "is_nonzero",
@@ -38,7 +39,7 @@ _NOT_MADE_HERE = "it makes a tensor that does not come from its inputs"
 
 
 class _Draws:
-    """Notices which operations draw random numbers of torch, and puts the generators back."""
+    """Detects which operations draw random numbers from torch, and restores its generators."""
 
     def __init__(self) -> None:
         self._alone = threading.active_count() == 1
@@ -64,10 +65,10 @@ class _Draws:
             leaves: Its arguments, without containers.
         """
         before = self.states(leaves)
-        # Other threads move the same generators. Dispatch modes are slow to import, so one is only
-        # used where there are any.
+        # A changed state does not prove that this thread drew numbers if there are other threads;
+        # then a dispatch mode tells. It is not used always, because it is slow to import.
         draws = None if self._alone else TorchDraws()  # type: ignore[no-untyped-call]
-        with _kept_by_any_call(), draws or nullcontext():
+        with _outside_inference_mode(), draws or nullcontext():
             result = function()
         if draws is not None and not draws.drawn:
             return result, False
@@ -78,12 +79,12 @@ class _Draws:
         }
         for key, state in moved.items():
             self._before.setdefault(key, state)
-        if not self._alone:  # others must not draw the same numbers again for long
+        if not self._alone:  # now: later, other threads would repeat what they drew until then
             self.undo()
         return result, bool(moved)
 
     def undo(self) -> None:
-        """Put the generators back."""
+        """Restore the states that the generators had before the first operation."""
         for key, state in self._before.items():
             if isinstance(key, torch.Generator):
                 key.set_state(state)
@@ -96,14 +97,14 @@ _CPU = torch.device("cpu")
 
 
 class Constants(TorchFunctionMode):
-    """Runs and records the operations of one reading that get no proxy.
+    """Runs and records the operations without proxies of a forward that is being traced.
 
     Args:
         tracer: The tracer. Its ``create_arg`` asks :meth:`node_of` about each tensor.
         factories: The functions that make a tensor from nothing.
 
     Attributes:
-        draws: Notices the random numbers that are drawn.
+        draws: Detects which operations draw random numbers.
     """
 
     def __init__(self, tracer: fx.Tracer, factories: Iterable[Callable[..., Any]]) -> None:
@@ -111,17 +112,18 @@ class Constants(TorchFunctionMode):
         self.draws = _Draws()
         self._tracer = tracer
         self._factories = frozenset(factories)
-        self._tensors: dict[int, Tensor] = {}  # of which a node is known
-        self._nodes: dict[int, fx.Node] = {}
-        self._unrecorded: dict[int, str] = {}  # why there is none
-        self._run: dict[fx.Node, int | None] = {}  # recorded after it was run; the tensor
+        # Tensors are named by their ids, and memory as _memory does.
+        self._tensors: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
+        self._nodes: dict[int, fx.Node] = {}  # the node of each tensor
+        self._unrecorded: dict[int, str] = {}  # tensors without a node, and the reason
+        self._run: dict[fx.Node, int | None] = {}  # nodes of operations that were run; the tensor
         self._memory_of: dict[fx.Node, Any] = {}
-        self._writes: dict[fx.Node, Any] = {}  # the memory that it writes into
-        self._drew: set[fx.Node] = set()
+        self._writes: dict[fx.Node, Any] = {}  # the memory that the node writes into
+        self._drew: set[fx.Node] = set()  # nodes that draw random numbers
         self._random: set[Any] = set()  # memory with random numbers
         self._written: set[Any] = set()  # memory that operations with proxies write into
         self._from_state: set[int] = set()  # tensors that depend on parameters or buffers
-        self._foreign: dict[int, tuple[Constant, Any]] = {}  # and its memory
+        self._foreign: dict[int, tuple[Constant, Any]] = {}  # tensors made elsewhere; their memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -140,13 +142,14 @@ class Constants(TorchFunctionMode):
         if any(_memory(t) in self._written for t in tensors) or (
             written is not None and self._is_foreign(written)
         ):
-            kind, target, args = _spelled(func, args)
+            kind, target, args = _as_node(func, args)
             return self._tracer.create_proxy(kind, target, args, kwargs)
         return self._run_and_record(func, args, kwargs, tensors, written)
 
     def _run_and_record(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], written: Tensor | None
     ) -> Any:
+        """Run an operation without proxies, add it to the graph, and return its result."""
         result, drew = self.draws.run(partial(func, *args, **kwargs), _leaves((args, kwargs)))
         made = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
         random = drew or any(_memory(t) in self._random for t in tensors)
@@ -167,8 +170,8 @@ class Constants(TorchFunctionMode):
     def _record(
         self, func: Any, args: Any, kwargs: Any, result: Any, written: Tensor | None, drew: bool
     ) -> None:
-        """Add to the graph what was run."""
-        kind, target, given = _spelled(func, args)
+        """Add a node to the graph for an operation that was run."""
+        kind, target, given = _as_node(func, args)
         tracer = self._tracer
         try:
             nodes: Any = tracer.create_arg(given), tracer.create_arg(kwargs)
@@ -176,10 +179,10 @@ class Constants(TorchFunctionMode):
         except Exception as error:  # an argument that no graph can hold, such as an array
             why = str(error) if isinstance(error, UntraceableError) else _NOT_MADE_HERE
             for tensor in [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]:
-                self._keep(tensor)
+                self._hold(tensor)
                 self._unrecorded[id(tensor)] = why
             if written is not None:
-                self._keep(written)
+                self._hold(written)
                 self._unrecorded[id(written)] = why
             return
         self._run[node] = None
@@ -192,7 +195,7 @@ class Constants(TorchFunctionMode):
     def _name_parts(self, node: fx.Node, result: Any) -> None:
         """Note which node stands for each tensor in ``result``."""
         if isinstance(result, Tensor):
-            self._keep(result)
+            self._hold(result)
             self._nodes[id(result)] = node
             self._run[node] = id(result)
             self._memory_of[node] = _memory(result)
@@ -202,11 +205,12 @@ class Constants(TorchFunctionMode):
                 self._run[part] = None
                 self._name_parts(part, item)
 
-    def _keep(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor) -> None:
+        """Hold a reference to ``tensor``, so that no other tensor gets its id."""
         self._tensors[id(tensor)] = tensor
 
     def _is_foreign(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has memory that was not made in this reading."""
+        """Whether the memory of ``tensor`` was allocated outside of the forward."""
         memory = _memory(tensor)
         made = id(tensor) in self._tensors or memory in self._memory_of.values()
         return not made or any(memory == known for _, known in self._foreign.values())
@@ -217,10 +221,10 @@ class Constants(TorchFunctionMode):
         return any(tensor is t for t in (*root.parameters(), *root.buffers()))
 
     def note_write(self, writes: bool, args: Any, kwargs: Any) -> None:
-        """Note into which tensors an operation of the graph writes.
+        """Note the memory of the constants that an operation with proxies writes into.
 
         Args:
-            writes: Whether it writes into its first argument.
+            writes: Whether the operation writes into its first argument.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
@@ -240,16 +244,16 @@ class Constants(TorchFunctionMode):
             self._nodes[key] = self._tracer.graph.create_node("call_function", constant)
             with DisableTorchFunction():
                 self._foreign[key] = constant, _memory(tensor)
-            self._keep(tensor)
+            self._hold(tensor)
         return self._nodes[key]
 
     # After the forward ------------------------------------------------------------------------
 
     def finish(self, graph: fx.Graph) -> None:
-        """Leave of what was run in ``graph`` only what each call has to make anew.
+        """Remove from ``graph`` the operations that were run and need not run in each call.
 
         Raises:
-            UntraceableError: It holds a tensor that nobody keeps and that was not recorded.
+            UntraceableError: The graph uses a tensor that was made elsewhere and is stored nowhere.
         """
         with DisableTorchFunction():
             kept = self._kept_by_others()
@@ -274,20 +278,25 @@ class Constants(TorchFunctionMode):
             note_keepers(used, {id(kept)})
 
     def _kept_by_others(self) -> dict[int, Tensor]:
-        """Return the tensors that somebody else keeps, by their ids; forget the others."""
+        """Return the tensors that are still stored outside of this object, by id; free the rest."""
         references = {key: weakref.ref(tensor) for key, tensor in self._tensors.items()}
         self._tensors.clear()
         kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
         frozen = self._random | self._written
         if any(_memory(t) in frozen for t in kept.values()):
             kept.clear()
-            gc.collect()  # a function that calls itself keeps what it made until then
+            gc.collect()  # a reference cycle, such as a recursive closure, may still hold tensors
             kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
         return kept
 
     def _needed(self, made_once: set[fx.Node], memory_kept: set[Any]) -> set[fx.Node]:
-        """Return which of the recorded operations each call has to run."""
-        sources: set[fx.Node] = set()  # of what is made once
+        """Return the operations that each call has to run.
+
+        Args:
+            made_once: The nodes whose tensors are stored elsewhere, so that the graph uses these.
+            memory_kept: The memory of the tensors that are stored elsewhere.
+        """
+        sources: set[fx.Node] = set()  # what the nodes in made_once are computed from
         pending = list(made_once)
         while pending:
             for node in pending.pop().all_input_nodes:
@@ -320,8 +329,8 @@ class Constants(TorchFunctionMode):
 
 
 @contextmanager
-def _kept_by_any_call() -> Iterator[None]:
-    """Make tensors that calls of every kind can use: none under inference mode."""
+def _outside_inference_mode() -> Iterator[None]:
+    """Leave inference mode: a tensor that is made under it cannot be used in training."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -330,7 +339,7 @@ def _kept_by_any_call() -> Iterator[None]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what containers hold, at every depth."""
+    """Yield the items of nested containers that are not containers themselves."""
     if isinstance(value, tuple | list):
         for item in value:
             yield from _leaves(item)
@@ -344,7 +353,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _memory(tensor: Tensor) -> Any:
-    """Return what is the same for all tensors that share the memory of ``tensor``."""
+    """Return an identifier of the memory of ``tensor``, the same for all views of it."""
     try:
         address = tensor.untyped_storage().data_ptr()
     except Exception:  # a sparse tensor, or one without data
@@ -353,7 +362,7 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def _name(func: Any) -> str:
-    """Return the name of a function or method; of the getter of an attribute, the attribute's."""
+    """Return the name of a function or method, or of the attribute if ``func`` is its getter."""
     name: str = getattr(func, "__name__", "")
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
@@ -382,8 +391,8 @@ _IN_PLACE_OPERATORS = {
 }
 
 
-def _spelled(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Return how a graph calls ``func``: the kind of node, the target, the arguments."""
+def _as_node(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    """Return the kind, the target and the arguments of a node that calls ``func``."""
     if not is_tensor_method_or_property(func):
         return "call_function", func, args
     name = func.__name__

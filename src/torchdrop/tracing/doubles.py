@@ -1,9 +1,10 @@
-"""Make objects that behave as instances of a class without being known to the class.
+"""Make objects that behave as instances of a class although the class does not know of them.
 
-A forward is traced with a double of its module. If the class of the double were derived from the
-class of the module, ``__init_subclass__`` and the metaclass would run, and tables of subclasses
-would hold it. So the double's class only lists the class of the module in its method resolution
-order: lookups, ``super()``, ``isinstance`` and special methods work as in the class of the module.
+A forward is traced with a double of its module, which records what the forward reads and sets. If
+the class of the double were derived from the class of the module, ``__init_subclass__`` and the
+metaclass would run, and tables of subclasses would hold it. So the double's class only lists the
+class of the module in its method resolution order: lookups, ``super()``, ``isinstance`` and special
+methods work as in the class of the module.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["bound_to_original", "instance_like", "is_called_by_torch"]
 
 
 class _Shield:
-    """Comes before the class that is imitated, and hides what must not run for a double."""
+    """Precedes the imitated class in lookups, and overrides what must not run for a double."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
@@ -39,7 +40,7 @@ class _Lookalike(type):
         super().__init__(cls)
 
     def mro(cls) -> list[type]:
-        """Return where attributes are looked up: as in the class that is imitated."""
+        """Return the classes in which attributes are looked up: those of the imitated class."""
         return [cls, _Shield, *cls.__dict__["imitated class"].__mro__]
 
     def __setattr__(cls, name: str, value: Any) -> None:
@@ -70,9 +71,9 @@ def instance_like(kind: type, space: dict[str, Any], state: dict[str, Any]) -> A
 
 
 def bound_to_original(found: Any, double: Any, original: Any) -> Any:
-    """Return the attribute ``found`` of ``double``; a cached method bound to ``original``.
+    """Return ``found``, an attribute of ``double``; bind a method with a cache to ``original``.
 
-    A method under ``functools.lru_cache`` would keep the double as a part of its key.
+    The cache of a method under ``functools.lru_cache`` would keep the double as part of a key.
     """
     if (
         isinstance(found, MethodType)
@@ -84,10 +85,10 @@ def bound_to_original(found: Any, double: Any, original: Any) -> Any:
 
 
 def is_called_by_torch(frame: FrameType | None = None) -> bool:
-    """Whether the function that asks was called by code of torch or torchdrop.
+    """Whether the function that calls this one was called by torch or torchdrop.
 
     Args:
-        frame: The frame of the function that asks; None: the caller of this function.
+        frame: The frame of another function to answer this for.
     """
     asking = frame or sys._getframe(1)
     caller = asking.f_back

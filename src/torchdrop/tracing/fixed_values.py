@@ -1,7 +1,8 @@
-"""Know a size, dtype or device where a forward uses it as a key of a dict, a set or a cache.
+"""Replace a proxy by its value where a forward uses it as a key of a dict, a set or a cache.
 
-A proxy must not become a key of the user's. So the reading ends there, and starts again with that
-value in place of the proxy; a decision makes sure that the graph is used for this value only.
+A key of the user's dict has to be the size, dtype or device itself. So tracing stops where a proxy
+would become a key, and starts again with the value in place of the proxy. A recorded decision makes
+sure that the graph is used for calls with this value only.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ __all__ = ["FixedValues", "UsedAsKeyError"]
 
 
 class UsedAsKeyError(BaseException):
-    """A proxy is about to become a key. The user's code must not catch it."""
+    """Raised where a proxy would become a key. Not an Exception, so that no forward catches it."""
 
 
 class FixedValues:
-    """The values that a reading fixes because they are used as keys.
+    """The values that are fixed in a graph because the forward uses them as keys.
 
     Args:
-        reader: The reading.
-        expressions: What is fixed, as found out by the readings before.
+        reader: The tracer.
+        expressions: Which values are fixed, known since earlier attempts to trace the forward.
+            :meth:`ask` adds to it.
     """
 
     def __init__(self, reader: Reader, expressions: set[str]) -> None:
@@ -40,10 +42,11 @@ class FixedValues:
         return bool(self._expressions)
 
     def ask(self, node: fx.Node) -> None:
-        """Let the next reading fix ``node``, and end this one.
+        """Stop tracing, and have the next attempt fix the value of ``node``.
 
         Raises:
-            UsedAsKeyError: Always, unless its value is not known.
+            UsedAsKeyError: The value is known.
+            UntraceableError: The value is not known, or fixing it did not help.
         """
         expression = self._expression(node)
         if expression in self._expressions:
@@ -53,7 +56,7 @@ class FixedValues:
         raise UsedAsKeyError(expression)
 
     def has(self, node: fx.Node) -> bool:
-        """Whether ``node`` is fixed."""
+        """Whether the value of ``node`` is fixed."""
         return is_shape_node(node) and self._expression(node) in self._expressions
 
     def has_attribute(self, of: fx.Node, name: str) -> bool:
@@ -61,7 +64,7 @@ class FixedValues:
         return f"getattr({self._expression(of)}, {name})" in self._expressions
 
     def value(self, node: fx.Node) -> Any:
-        """Return the value of ``node``, and let the graph hold for this value only."""
+        """Return the value of ``node``, and record that the graph is valid for this value only."""
         reader = self._reader
         try:
             value = self._from_arguments(node, 1)
@@ -73,7 +76,11 @@ class FixedValues:
         return value
 
     def _from_arguments(self, node: fx.Node, times: int) -> Any:
-        """Return the value of ``node`` for a batch that is so many times as large."""
+        """Return the value of ``node`` for a batch ``times`` as large as in the traced call.
+
+        Raises:
+            LookupError: The value does not follow from the arguments alone.
+        """
         if node.op == "placeholder":
             return self._reader.argument_without_data(node, times)
         if not is_shape_node(node):
@@ -92,6 +99,7 @@ class FixedValues:
         return node.target(*args, **kwargs)
 
     def _assumed_or_computed(self, node: fx.Node) -> Any:
+        """Return the value of ``node`` in the example call, or assume that of the parameters."""
         reader = self._reader
         if reader.has_example:
             try:
@@ -112,13 +120,13 @@ class FixedValues:
             raise _unknown(node)
         if name not in ("device", "dtype"):
             raise _unknown(node)
-        # most likely those of the parameters; a call for which it is not so is read again
+        # assume that of the parameters; the forward is traced again for a call with another one
         value = getattr(parameter, name)
         reader.decide(reader.attribute_node(source, name), value)
         return value
 
     def _expression(self, node: fx.Node) -> str:
-        """Return the same text for the same value in every reading of the forward."""
+        """Return a text that names ``node`` in the same way each time the forward is traced."""
         if node.op == "placeholder":
             return str(node.target)
         if is_shape_node(node):
@@ -133,7 +141,7 @@ class FixedValues:
 
 
 def _depends_on_the_batch() -> UntraceableError:
-    return UntraceableError("it uses a size as a key of a dict or cache that depends on the batch")
+    return UntraceableError("it uses a size that depends on the batch as a key of a dict or cache")
 
 
 def _unknown(node: fx.Node) -> UntraceableError:

@@ -1,7 +1,7 @@
-"""Find out who keeps a tensor, and later whether it is still kept there.
+"""Find the containers that hold a tensor, and tell later whether they still hold it.
 
-A graph may use a tensor that its forward got from a table. If somebody puts another tensor into
-that table, the graph does not hold any more.
+A graph may use a tensor that its forward took from a container, such as a cache. If the container
+gets another tensor, the graph is no longer valid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Constant", "note_keepers"]
 
 
 class Constant:
-    """A tensor that somebody else keeps, as a function of a graph that returns it.
+    """A function without arguments in a graph that returns a tensor which is stored elsewhere.
 
     Attributes:
         value: The tensor.
@@ -36,29 +36,29 @@ class Constant:
         return self.value
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy in another process has tables of its own.
+        # Another process has containers of its own.
         return {**self.__dict__, "_kept": None}
 
     def keep(self, kept: Callable[[], bool]) -> None:
-        """Note a place where the tensor is kept: ``kept()`` says whether it still is."""
+        """Note a place that holds the tensor. ``kept()`` has to say whether it still does."""
         if self._kept is not None:
             self._kept.append(kept)
 
     def is_current(self) -> bool:
-        """Whether the tensor is still kept wherever it was; False in another process."""
+        """Whether every noted place still holds the tensor; False in another process."""
         return self._kept is not None and all(kept() for kept in self._kept)
 
 
 def note_keepers(constants: Sequence[Constant], ours: Collection[int]) -> None:
-    """Remember where the tensors of ``constants`` are kept now.
+    """Find the places that hold the tensors of ``constants``, and note them there.
 
-    Places that cannot change, such as an entry of ``functools.lru_cache``, do not count. A look for
-    keepers visits every object that Python has made, so all tensors are looked for at once, and
-    then all tuples that hold one.
+    Places that cannot change, such as an entry of ``functools.lru_cache``, do not count.
+    ``gc.get_referrers`` goes through all objects of the process, so it is called only twice: for
+    all tensors, and for all tuples that hold one of them.
 
     Args:
         constants: The constants.
-        ours: The ids of containers that do not count.
+        ours: The ids of containers of torchdrop, which do not count.
     """
     wanted = {id(c.value): c for c in constants if c.value is not None}
     keepers = gc.get_referrers(*(c.value for c in wanted.values())) if wanted else []
@@ -79,7 +79,7 @@ def note_keepers(constants: Sequence[Constant], ours: Collection[int]) -> None:
 
 
 def _places(keeper: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """Yield what ``keeper`` holds, each with a function that says whether it still holds it."""
+    """Yield each value in ``keeper``, with a function that says whether it is still there."""
     if isinstance(keeper, CellType):
         with suppress(ValueError):  # it is empty
             yield keeper.cell_contents, partial(_in_cell, keeper, keeper.cell_contents)

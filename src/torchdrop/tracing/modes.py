@@ -1,7 +1,7 @@
 """The modes under which an operation runs: gradients, autocast, default dtype and device, kernels.
 
-A graph does not show them. So each node that is recorded under other modes than the forward around
-it has its own in ``node.meta["modes"]``, and generated code enters them with ``with`` statements.
+A graph of torch.fx does not record them. So a node that runs under other modes than its forward
+stores them in ``node.meta["modes"]``, and generated code enters them with ``with`` statements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Modes(NamedTuple):
         dtype: The default dtype.
         device: The device on which tensors are made by default; None if none was set.
         sdpa: The kernels that attention may use.
-        priority: The order in which these are tried.
+        priority: The order in which these kernels are tried.
         cudnn: Whether cuDNN is used, whether it may measure its kernels, whether it has to be
             deterministic, whether it may use TF32.
     """
@@ -80,7 +80,7 @@ def _cudnn() -> tuple[bool, ...]:
     return flags.enabled, flags.benchmark, flags.deterministic, flags.allow_tf32
 
 
-# What a forward may ask for, by kind.
+# The functions that read the active modes, by kind.
 _ASKED: dict[str, Callable[[], Any]] = {
     "grad": _grad,
     "autocast": _autocast,
@@ -115,7 +115,7 @@ def answers_under(modes: Modes, kinds: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def answers_in_graph(kinds: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return the same in a compiled graph, with None for what a compiler cannot trace."""
+    """Return the same inside a compiled graph, with None for kinds that a compiler cannot trace."""
     return tuple([_ASKED[kind]() if kind in _IN_GRAPHS else None for kind in kinds])
 
 
@@ -134,7 +134,7 @@ def current_modes() -> Modes:
 
 
 def kinds_of_change(outer: Modes, inner: Modes) -> set[str]:
-    """Return the kinds of modes in which two differ."""
+    """Return the kinds of modes in which ``outer`` and ``inner`` differ."""
     kinds = ("grad", "grad", "autocast", "autocast", "dtype", "device", "attention", "attention")
     return {kind for kind, a, b in zip((*kinds, "cudnn"), outer, inner, strict=True) if a != b}
 
@@ -145,21 +145,21 @@ def modes_of(node: fx.Node, outside: Modes | None) -> Modes | None:
     return found
 
 
-# The contexts that generated code enters.
+# The contexts that generated code enters; `changes` names them.
 
 
 def gradients(enabled: bool) -> AbstractContextManager[Any]:
-    """Record gradients or not."""
+    """Switch the recording of gradients on or off."""
     return torch.set_grad_enabled(enabled)
 
 
 def inference(enabled: bool) -> AbstractContextManager[Any]:
-    """Use inference mode or not."""
+    """Switch inference mode on or off."""
     return torch.inference_mode(enabled)
 
 
 def autocast(kind: str, dtype: torch.dtype | None, cache: bool) -> AbstractContextManager[Any]:
-    """Use autocast with ``dtype``, or none if that is None."""
+    """Switch autocast on with ``dtype``, or off if ``dtype`` is None."""
     if dtype is None:
         return torch.autocast(kind, enabled=False, cache_enabled=cache)
     return torch.autocast(kind, dtype=dtype, cache_enabled=cache)
@@ -182,7 +182,7 @@ def device(name: str) -> AbstractContextManager[Any]:
 
 
 def attention(names: tuple[str, ...], in_order: bool) -> AbstractContextManager[Any]:
-    """Let attention use these kernels only."""
+    """Let attention use the kernels ``names`` only; with ``in_order``, try them in this order."""
     kernels = [getattr(SDPBackend, name) for name in names]
     return sdpa_kernel(kernels, set_priority=in_order)
 
@@ -197,7 +197,7 @@ def cudnn(
 
 
 def changes(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return how to get from some modes to others: names of functions of this module, arguments."""
+    """Return the contexts that lead from ``outer`` to ``inner``, as names and arguments."""
     found: list[tuple[str, tuple[Any, ...]]] = []
     if outer.inference != inner.inference:
         found.append(("inference", (inner.inference,)))
@@ -224,7 +224,7 @@ def changes(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
 
 @contextmanager
 def under(modes: Modes | None) -> Iterator[None]:
-    """Run with exactly ``modes``; None: with those that are active."""
+    """Make ``modes`` the active modes; None changes nothing."""
     if modes is None:
         yield
         return

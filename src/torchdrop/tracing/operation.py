@@ -47,14 +47,14 @@ class SumForm:
 
 @dataclass(frozen=True)
 class DropForm:
-    """How to read the drop probability from a call that drops, or from a layer that does.
+    """How to read the drop probability from a call or a layer that drops.
 
     Attributes:
         rates: The names of the parameters that may be the probability, the likeliest first; empty
-            where a call does not tell it.
+            if the arguments do not tell the probability.
         parameters: The parameters in order, for a function written in C, which has no signature.
-        default: The probability where a function written in C is called without one; None: not
-            known.
+        default: The probability if a function written in C is called without one; None if it is
+            not known.
     """
 
     rates: tuple[str, ...] = RATE_NAMES
@@ -92,34 +92,34 @@ class Operation:
         functions: Functions that are not found under their name in ``operator``, ``torch`` or
             ``torch.nn.functional``, or that have none.
         attributes: The names of attributes of a tensor, or of what another operation returns.
-        layers: Module classes that do the same. Subclasses count where they run its forward.
+        layers: Module classes that do the same. A subclass counts if it inherits the forward.
         layer_names: The class names of layers that are recognised by name, so that copies of the
             class in other packages count as well.
         linear: It is linear in its inputs, or affine. Norms, pooling and dropout count as linear,
             as they may stand on a shortcut.
-        product: It is linear in each of its factors, so linear where one depends on the input.
-        pools: It is linear like pooling where it has a single input (a maximum over a dimension).
+        product: It is linear in each factor, so it is linear if only one depends on the input.
+        pools: It counts as linear, like pooling, if it has one input (a maximum over a dimension).
         view: What it returns may share the memory of its first argument.
-        copies: It returns the values of its input unchanged, as they are or as a copy.
-        keeps_layout: Each dimension of its result is the same dimension of its inputs.
+        copies: It returns its input, or a copy with the same values.
+        keeps_layout: Dimension i of its result corresponds to dimension i of its inputs.
         moves_dims: A layer of torch that moves entries from one dimension to another.
         batch_first: A layer that takes the batch on the first dimension.
-        on_numbers: As a Python operator on sizes it gives a size again, or a decision.
+        on_numbers: It is also used on Python numbers such as sizes, and returns a number or bool.
         reads_shape: It reads the shape, dtype or device of a tensor, not its values.
         reads_device: It reads the device.
-        factory: It makes a tensor from nothing. In ``torch`` only.
-        sizes: Where the arguments begin that give the size of the tensor it makes.
-        draws_mask: It draws numbers such as drop masks are made of.
-        mask_factor: A drop mask may be one of its inputs, the activation another.
+        factory: A function of ``torch`` that creates a tensor without a tensor as its input.
+        sizes: The position of the first argument that gives the size of the tensor it creates.
+        draws_mask: It is one of those that create the random tensor of a drop mask.
+        mask_factor: It may apply a drop mask: one input is the mask, another the activation.
         concatenates: It concatenates tensors.
         batch_norm: It normalises with the statistics of the batch.
         masks_branch: A layer that drops whole residual branches by multiplying with a mask.
         sum: How to read the two summands from it, if it adds or subtracts.
         drops: How to read the drop probability from it, if it drops or draws a drop mask.
-        spelled_out: The same in plain operations. The tracer calls this function in its place, with
-            the same arguments, so that a fused operation is read as the operations it consists of.
-        inlined: A layer whose own forward is read as part of the forward that calls it, such as one
-            that adds its two arguments.
+        spelled_out: A function that computes the same in plain operations. The tracer calls it with
+            the same arguments instead of a fused operation, and records the plain ones.
+        inlined: A layer whose own forward is traced as part of the forward that calls it, such as
+            one that adds its two arguments.
     """
 
     names: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
-"""The one table of the functions, methods and layers that a forward may call.
+"""The table of the functions, methods and layers that a forward may call.
 
-Whatever torchdrop has to know about an operation stands in its entry in :data:`TABLE`: whether it
-is linear, whether it returns a view, how to read a residual sum from it, whether it drops. The
-tracer, the search for residual branches, the check of source code and ``check_order`` read this
-table and hold no names of their own. To support another operation, add an entry.
+All that torchdrop knows about an operation is in its entry in :data:`TABLE`: whether it is linear,
+whether it returns a view, how to read a residual sum from it, whether it drops. The tracer, the
+search for residual branches, the check of source code and ``check_order`` read this table and know
+no operation by name. To support another operation, add an entry.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TABLE: tuple[Operation, ...] = (
     Operation(("mod",), in_place=("imod",), on_numbers=True),
     Operation(("pow",), in_place=("ipow",), on_numbers=True),
     Operation(("eq", "ne", "lt", "le", "gt", "ge"), on_numbers=True),
-    # Their names end in an underscore since the bare ones are keywords: they write nowhere.
+    # The bare names are keywords of Python; the underscore does not mean that these are in place.
     Operation(("and_",), in_place=("iand",)),
     Operation(("or_",), in_place=("ior",)),
     Operation(("xor",), in_place=("ixor",)),
@@ -117,7 +117,7 @@ TABLE: tuple[Operation, ...] = (
         ("pixel_shuffle", "pixel_unshuffle"), layers=(nn.PixelShuffle, nn.PixelUnshuffle),
         linear=True, moves_dims=True,
     ),
-    # The same values again.
+    # Operations that return the values of their input.
     Operation(("identity",), layers=(nn.Identity,), linear=True, view=True, copies=True),
     Operation(("contiguous",), linear=True, view=True, copies=True, keeps_layout=True),
     Operation(("clone",), linear=True, copies=True, keeps_layout=True),
@@ -160,12 +160,12 @@ TABLE: tuple[Operation, ...] = (
         ("layer_norm", "rms_norm"), layers=(nn.LayerNorm, nn.RMSNorm), linear=True,
         keeps_layout=True,
     ),
-    # Layers that say where the batch is.
+    # Layers whose input has the batch on the first dimension.
     Operation(layers=(ConvBase, BatchNormBase, nn.GroupNorm), batch_first=True),
     # Activations.
     Operation(("relu",), in_place=("relu_",), keeps_layout=True),
     Operation(("gelu", "silu", "tanh", "sigmoid"), keeps_layout=True),
-    # What drops, or draws the mask that does.
+    # Operations that drop, or that draw a drop mask.
     Operation(
         ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
         in_place=("dropout_", "alpha_dropout_"),
@@ -197,7 +197,7 @@ TABLE: tuple[Operation, ...] = (
         ("bernoulli",), in_place=("bernoulli_",), draws_mask=True, drops=DropForm(rates=()),
     ),
     Operation(in_place=("uniform_",), draws_mask=True),
-    # Tensors made from nothing.
+    # Operations that create tensors.
     Operation(("rand",), factory=True, sizes=0, draws_mask=True),
     Operation(("empty", "ones"), factory=True, sizes=0),
     Operation(("new_empty", "new_ones"), sizes=1),
@@ -210,7 +210,7 @@ TABLE: tuple[Operation, ...] = (
         ),
         factory=True,
     ),
-    # What can be asked of a tensor without its values.
+    # Properties of a tensor that do not depend on its values.
     Operation(
         (
             "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point",
@@ -290,12 +290,12 @@ def names_of_additions() -> frozenset[str]:
 
 
 def factories() -> tuple[Callable[..., Any], ...]:
-    """Return the functions of torch that make a tensor from nothing."""
+    """Return the functions of torch that create a tensor without a tensor as their input."""
     return tuple(getattr(torch, name) for entry in TABLE if entry.factory for name in entry.names)
 
 
 def in_place_operators() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Yield the operators behind ``x += y`` and the like, each with the one behind ``x + y``."""
+    """Yield each in-place operator (``x += y``) with its plain counterpart (``x + y``)."""
     for entry in TABLE:
         for name in entry.in_place:
             written = getattr(operator, name, None)
@@ -316,12 +316,12 @@ _NUMBER_FUNCTIONS = frozenset(
 
 
 def works_on_numbers(function: Any) -> bool:
-    """Whether ``function`` gives a number or a decision where its arguments are numbers."""
+    """Whether ``function`` returns a number or a bool if its arguments are numbers."""
     return function in _NUMBER_FUNCTIONS or getattr(function, "__module__", None) == "math"
 
 
 def is_function_of_table(function: Any) -> bool:
-    """Whether ``function`` is the one that the table means, not just one of the same name."""
+    """Whether the table describes ``function``, not another function of the same name."""
     name = getattr(function, "__name__", "")
     return any(getattr(library, name, None) is function for library in _LIBRARIES) or any(
         function is known for known in named(name).functions

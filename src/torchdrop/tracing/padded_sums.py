@@ -22,7 +22,7 @@ def merge_partial_sums(graph: fx.Graph) -> None:
     """Replace each sum of ``x`` and a part of a tensor computed from ``x`` by ``add_padded``."""
     node: Any
     for node in list(graph.nodes):
-        found = _concatenated(node) or _written(node)
+        found = _match_concatenation(node) or _match_slice_assignment(node)
         if found is None:
             continue
         add, part, whole, dim, unused = found
@@ -43,12 +43,12 @@ def merge_partial_sums(graph: fx.Graph) -> None:
                 graph.erase_node(done)
 
 
-# The addition; its operand that is a part of a tensor; that tensor; the dimension on which it is a
-# part; the other nodes that are not needed without the addition, users first.
+# The addition; its operand that is a slice of another tensor; that tensor; the dimension of the
+# slice; the other nodes that only the addition needs, users before what they use.
 _Found = tuple[fx.Node, fx.Node, fx.Node, int, list[fx.Node]]
 
 
-def _concatenated(node: Any) -> _Found | None:
+def _match_concatenation(node: Any) -> _Found | None:
     """Match ``cat([b[:, :c] + x, b[:, c:]], 1)``."""
     if not operation_of(node).concatenates or node.op != "call_function":
         return None
@@ -65,12 +65,12 @@ def _concatenated(node: Any) -> _Found | None:
         if whole is not None and list(part.users) == [add]:
             unused = [rest, part]
             if isinstance(part.args[0], fx.Node) and part.args[0] is not whole:
-                unused.append(part.args[0])  # the call of split, which returns both
+                unused.append(part.args[0])  # the call of split that returns both parts
             return add, part, whole, int(dim), unused
     return None
 
 
-def _written(node: Any) -> _Found | None:
+def _match_slice_assignment(node: Any) -> _Found | None:
     """Match ``b[:, :c] += x``."""
     if node.op != "call_function" or node.target is not operator.setitem:
         return None
@@ -83,7 +83,7 @@ def _written(node: Any) -> _Found | None:
         return None
     _, dim, start, _ = sliced
     before = {user for user in whole.users if user < node}
-    # another view of the same memory may exist if it was used before
+    # an earlier user of the tensor may be another view of the same memory
     if start not in (None, 0) or before != {part} or list(part.users) != [add]:
         return None
     return add, part, whole, dim, [part]
@@ -144,7 +144,7 @@ def _slice(node: Any) -> tuple[fx.Node, int, Any, Any] | None:
 
 
 def _same_argument(one: Any, two: Any) -> bool:
-    """Whether two arguments are the same number or slice, also if both are computed."""
+    """Whether two arguments are the same number or slice, or nodes that compute the same one."""
     if isinstance(one, fx.Node) and isinstance(two, fx.Node):
         return one is two or (
             one.op == two.op == "call_function"

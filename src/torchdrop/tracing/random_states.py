@@ -16,10 +16,10 @@ __all__ = ["RandomStates", "TorchDraws", "device_state", "set_device_state"]
 
 
 class RandomStates:
-    """The states of the global generators of Python, NumPy and torch when this was made.
+    """The states that the global generators of Python, NumPy and torch have at its creation.
 
     Args:
-        devices: The devices whose generators are included, besides that of the host.
+        devices: The devices whose generators are included, besides those of the CPU.
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()) -> None:
@@ -32,11 +32,11 @@ class RandomStates:
         }
 
     def changed(self, *, alone: bool) -> bool:
-        """Whether random numbers were drawn on the host since.
+        """Whether random numbers were drawn on the CPU since this object was created.
 
         Args:
-            alone: Whether this is the only thread. If not, torch's generator is left out: another
-                thread may have used it.
+            alone: Whether this is the only thread. If not, torch's generator is not compared,
+                because another thread may have used it.
         """
         now = RandomStates()
         arrays = False
@@ -55,7 +55,7 @@ class RandomStates:
         return any(not torch.equal(self._devices[d], later._devices[d]) for d in both)
 
     def restore(self) -> None:
-        """Put all generators back into these states."""
+        """Set all generators to these states."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
@@ -64,18 +64,18 @@ class RandomStates:
             set_device_state(device, state)
 
 
-_NO_GENERATOR = ("cpu", "meta")  # that of the host is saved apart from those of the devices
+_NO_GENERATOR = ("cpu", "meta")  # the state of the CPU's generator is in RandomStates._torch
 
 
 def device_state(device: torch.device) -> Tensor:
-    """Return the state of the generator of ``device``, another one than the host."""
+    """Return the state of the generator of ``device``, which must not be the CPU."""
     module: Any = torch.get_device_module(device)
     state: Tensor = module.get_rng_state(*_index(device))
     return state
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
-    """Put the generator of ``device`` into ``state``."""
+    """Set the generator of ``device`` to ``state``."""
     if device.type == "cpu":
         torch.set_rng_state(state)
         return
@@ -84,11 +84,12 @@ def set_device_state(device: torch.device, state: Tensor) -> None:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # torch.mps has one device and takes none
+    """Return the argument that names ``device``; torch.mps has one device and takes no argument."""
+    return () if device.type == "mps" else (device,)
 
 
 class TorchDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether this thread draws random numbers of torch."""
+    """Records in ``drawn`` whether this thread draws random numbers of torch."""
 
     drawn = False
 

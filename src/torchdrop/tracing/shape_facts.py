@@ -1,7 +1,7 @@
 """Work out the shapes and dtypes of the values in a forward, without computing the values.
 
 ``if height == width`` or ``(*x.shape[:-1], heads, dim)`` need facts that follow from the shapes of
-the arguments. They are worked out on fake tensors, which have everything of a tensor but its data.
+the arguments. They are worked out with fake tensors, which have a shape and a dtype but no data.
 """
 
 from __future__ import annotations
@@ -31,22 +31,27 @@ __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
 
 @contextmanager
-def _unobserved() -> Iterator[None]:
-    """Suspend all modes: those that record a forward while it is traced, and those of the user."""
+def _modes_suspended() -> Iterator[None]:
+    """Suspend all function and dispatch modes: those of the tracer and those of the user."""
     with DisableTorchFunction(), disable_dispatch_modes():
         yield
 
 
 def meta_double(value: Tensor) -> Tensor:
-    """Return a tensor that has the shape and the device of ``value`` on record, but no data."""
+    """Return a meta tensor like ``value`` that also records its device and whether it is a leaf."""
     double = value.detach().to("meta").requires_grad_(value.requires_grad)
     double._torchdrop_is_leaf = value.is_leaf  # type: ignore[attr-defined]
     double._torchdrop_device = value.device  # type: ignore[attr-defined]
     return double
 
 
-def _without_data(like: Tensor, shape: list[int]) -> Tensor:
-    """Return a tensor of ``shape`` for :func:`meta_double` ``like``, under a fake tensor mode."""
+def _fake_tensor(like: Tensor, shape: list[int]) -> Tensor:
+    """Return a tensor of ``shape``, fake under a fake tensor mode, on the device of ``like``.
+
+    Args:
+        like: A tensor that :func:`meta_double` returned.
+        shape: The shape.
+    """
     with torch.enable_grad():
         value = torch.empty(
             shape,
@@ -54,16 +59,16 @@ def _without_data(like: Tensor, shape: list[int]) -> Tensor:
             device=getattr(like, "_torchdrop_device", like.device),
             requires_grad=like.requires_grad,
         )
-        # A forward may write into what another operation returned, but not into a leaf.
+        # A forward may write into the result of an operation, but not into a leaf.
         return value if getattr(like, "_torchdrop_is_leaf", True) else value.clone()
 
 
 class _RealTensorsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps real tensors real among fake ones, and does not write into them.
+    """Runs operations on real tensors for real, and protects real tensors from writes.
 
-    What is computed from no fake tensor, such as a table that a cache will keep, is a real tensor.
-    In place of a real tensor that an operation writes into, such as the number of batches of a
-    BatchNorm, a copy is used from then on. The mode sees only the operations of this thread.
+    An operation without fake tensors among its arguments returns a real tensor, since a cache may
+    store it. If an operation writes into a real tensor, such as the counter of batches of a
+    BatchNorm, a copy takes the place of that tensor from then on. Other threads are not affected.
 
     Attributes:
         drawn: Whether random numbers were drawn.
@@ -105,14 +110,14 @@ class ShapeFacts:
     Args:
         owner: The module that has the forward.
         known: A tensor without data for each placeholder, made by :func:`meta_double`.
-        larger: The dimension on which the batch is taken twice as large; None: the batch is as it
-            is in ``known``. A number that differs then depends on the size of the batch. The batch
-            is the size of the first placeholder on that dimension; a placeholder with another size
-            there does not carry the batch, and is left as it is.
+        doubled: The batch dimension, whose size is doubled; None leaves all sizes as in ``known``.
+            A number that differs between the two depends on the batch size. The batch size is that
+            of the first placeholder; a placeholder with another size on this dimension does not
+            carry the batch and is not doubled.
     """
 
     def __init__(
-        self, owner: nn.Module, known: dict[fx.Node, Tensor], larger: int | None = None
+        self, owner: nn.Module, known: dict[fx.Node, Tensor], doubled: int | None = None
     ) -> None:
         self._owner = owner
         self._mode = fake_tensor_mode()
@@ -121,11 +126,11 @@ class ShapeFacts:
         batch: int | None = None
         for node, value in known.items():
             shape = list(value.shape)
-            if larger is not None and len(shape) > larger:
-                batch = shape[larger] if batch is None else batch
-                shape[larger] *= 2 if shape[larger] == batch else 1
-            with _unobserved(), self._mode:
-                self._value_of[node] = _without_data(value, shape)
+            if doubled is not None and len(shape) > doubled:
+                batch = shape[doubled] if batch is None else batch
+                shape[doubled] *= 2 if shape[doubled] == batch else 1
+            with _modes_suspended(), self._mode:
+                self._value_of[node] = _fake_tensor(value, shape)
 
     @property
     def drawn(self) -> bool:
@@ -136,7 +141,8 @@ class ShapeFacts:
         """Return the value of ``node``: a number, a shape, or a tensor without data.
 
         Raises:
-            LookupError: It depends on data, or cannot be worked out.
+            NeedsDataError: The value depends on the data of a tensor.
+            LookupError: The value cannot be worked out.
         """
         if node in self._value_of:
             return self._value_of[node]
@@ -144,7 +150,7 @@ class ShapeFacts:
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         try:
-            with _unobserved(), under(node.meta.get("modes")), self._mode, self._real:
+            with _modes_suspended(), under(node.meta.get("modes")), self._mode, self._real:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise

@@ -1,4 +1,4 @@
-"""Functions of torchdrop that stand in a graph as nodes of their own."""
+"""Functions of torchdrop that a graph calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["add_padded", "pad_like", "passed_through"]
 def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
     """Return ``value``, the output of a child whose own forward is part of the graph.
 
-    The node marks where the forward hooks of that child have to be called.
+    The node of this call marks where the forward hooks of the child have to be called.
 
     Args:
-        value: The output; of a tuple the first item.
+        value: The output, or the first item of it if the child returned a tuple.
         path: The path of the child from the block.
         args: The positional arguments that the child was called with.
         kwargs: Its keyword arguments.
-        rest: The further items of the tuple that it returned.
+        rest: The other items of that tuple.
     """
     return value
 

@@ -1,6 +1,6 @@
 """Run a module and leave it as it was: its buffers, its training flags, the random numbers.
 
-Each context manager looks after one thing; :func:`unchanged` is all that a forward pass may change.
+Each context manager restores one of these; :func:`unchanged` restores all of them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
 
 
 class BufferCopies:
-    """Copies of all buffers of some modules, which stand in their place inside the ``with``.
+    """Replaces all buffers of some modules by copies inside a ``with`` statement.
 
-    The buffers themselves are not written into, so that neither their values nor their versions
-    change, and a backward pass that is still to come finds what it saved.
+    Nothing is written into the buffers themselves. So neither their values nor their versions
+    change, and a later backward pass can use the buffers that autograd saved.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -52,7 +52,7 @@ class BufferCopies:
             buffers_of(module)[name] = original
 
     def reset(self) -> None:
-        """Give the copies the values of the originals again."""
+        """Copy the values of the original buffers into the copies again."""
         with torch.no_grad():
             for module, name, original, copy in self._places:
                 buffers_of(module)[name] = copy
@@ -60,7 +60,7 @@ class BufferCopies:
                 copy.copy_(original)
 
     def keep(self, wanted: Callable[[nn.Module], bool]) -> None:
-        """Write the values of the copies into the originals, for the modules that are wanted."""
+        """Write the copies into the original buffers of those modules that ``wanted`` accepts."""
         with torch.no_grad():
             for module, name, original, copy in self._places:
                 if wanted(module):
@@ -91,7 +91,7 @@ def random_numbers_restored(devices: Iterable[torch.device] = ()) -> Iterator[No
 
 @contextmanager
 def attention_fast_path_off() -> Iterator[None]:
-    """Switch off the fused attention of torch, which in evaluation does not call its submodules."""
+    """Switch off the fused attention that torch uses in evaluation: it calls no submodules."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -107,7 +107,7 @@ def devices_of(*modules: nn.Module) -> set[torch.device]:
 
 @contextmanager
 def unchanged(*modules: nn.Module, devices: Iterable[torch.device] = ()) -> Iterator[BufferCopies]:
-    """Restore buffers, training flags and random numbers, also if the forward pass raises.
+    """Restore buffers, training flags and random numbers at the end, also after an error.
 
     Args:
         modules: The modules that are run.

@@ -1,4 +1,4 @@
-"""The errors that say why a forward cannot be read."""
+"""The errors that say why a forward cannot be traced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["DataDependentError", "UntraceableError"]
 
 
 class UntraceableError(Exception):
-    """The forward of a block cannot be read, for example because it sets an attribute."""
+    """The forward of a block cannot be traced, for example because it sets an attribute."""
 
 
 class DataDependentError(UntraceableError):

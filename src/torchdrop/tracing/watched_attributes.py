@@ -1,12 +1,12 @@
-"""Record which plain attributes a forward reads while it is traced, and refuse that it sets any.
+"""Record which plain attributes a forward reads while it is traced, and raise if it sets one.
 
-A graph fixes the values of what the forward read that is not a tensor: flags, sizes, the items of a
-config object. They are recorded by their path from the block, so that each later call can be
-compared with them.
+A graph fixes the values of the attributes that are not tensors: flags, sizes, the items of a config
+object. They are recorded by their path from the block, so that the block can be traced again when
+one of them has changed.
 
-A graph does not show what the forward sets. So in place of an object the forward gets a *double*,
-which reads from the object and raises when an attribute is set, and in place of a list or dict a
-copy, which is compared with the original afterwards.
+A graph does not contain the assignment of an attribute. So in place of an object the forward gets a
+*double*, which reads from the object and raises when an attribute is set, and in place of a list or
+dict a copy, which is compared with the original afterwards.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class AttributeWatch:
         self._originals: dict[int, Any] = {}
 
     def hand_out(self, path: str, value: Any) -> Any:
-        """Record that ``value`` was read at ``path``, and return what the forward gets for it."""
+        """Record that ``value`` was read at ``path``; return it, or its double or copy."""
         if isinstance(value, Tensor | nn.Module):
             return value
         if type(value) in (list, dict, set):
@@ -103,7 +103,7 @@ class AttributeWatch:
         return self._handed_out[path]
 
     def original(self, value: Any) -> Any:
-        """Return the object that ``value`` is a double of; ``value`` itself if it is none."""
+        """Return the object that ``value`` is a double of; ``value`` itself if it is no double."""
         return self._originals.get(id(value), value)
 
     def check_unchanged(self) -> None:
@@ -113,9 +113,9 @@ class AttributeWatch:
                 raise UntraceableError(f"it changes self.{path}")
 
     def double_of_module(self, module: nn.Module, training: bool, prefix: str = "") -> nn.Module:
-        """Return a double of ``module`` to trace its forward with.
+        """Return a double of ``module``, on which its forward is traced.
 
-        It has the same children, parameters and buffers.
+        The double has the same children, parameters and buffers.
 
         Args:
             module: The block, or a child whose forward is traced as part of the block's.
@@ -141,7 +141,7 @@ class AttributeWatch:
             raise UntraceableError(f"it deletes self.{prefix}{name}")
 
         def as_key(self_: nn.Module) -> int:
-            if is_called_by_torch():  # such as module.parameters(), which forgets it again
+            if is_called_by_torch():  # module.parameters(), say, does not keep the key
                 return id(module)
             raise UntraceableError("it uses itself as a key of a dict, a set or a cache")
 
@@ -159,13 +159,13 @@ class AttributeWatch:
 
     @contextmanager
     def watching(self, root: nn.Module, paused: Callable[[], bool]) -> Iterator[None]:
-        """Record the attributes that are read from the children of ``root``; refuse to set any.
+        """Record the attributes that are read from the children of ``root``; raise if one is set.
 
-        A value that the forward sets would be a proxy, which would stay on the user's module.
+        The value that the forward sets may be a proxy, which would stay on the user's module.
 
         Args:
             root: The block that is traced.
-            paused: Whether reads are not to be recorded at the moment.
+            paused: Returns whether reads are to be ignored at the moment.
         """
         thread, plain = threading.get_ident(), nn.Module.__setattr__
         paths = {id(m): f"{path}." for path, m in root.named_modules() if path}
@@ -177,7 +177,7 @@ class AttributeWatch:
                 return value
             if not _is_plain_attribute(module, name):
                 return value
-            if paused():  # what is appended now must not stay
+            if paused():  # a copy, so that an item that is appended now does not stay
                 return _copied(value) if type(value) in (list, dict, set) else value
             return self.hand_out(path + name, value)
 
@@ -187,7 +187,7 @@ class AttributeWatch:
             plain(module, name, value)
 
         every_module: Any = nn.Module
-        try:  # before the first change: an interrupt may come between any two lines
+        try:  # begins before the first change, since an interrupt may come between any two lines
             every_module.__setattr__, every_module.__getattribute__ = refuse, read
             yield
         finally:

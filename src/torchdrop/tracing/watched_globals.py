@@ -1,8 +1,8 @@
-"""Find the global variables whose values a forward holds fixed, and compare them in later calls.
+"""Find the global variables whose values are fixed in a graph, and compare them in later calls.
 
-``SETTINGS["alpha"] * self.f(x)`` is read with one value of ``SETTINGS["alpha"]``, which is a number
-in the graph. The names are taken from the bytecode of the functions that ran: a global variable,
-attributes of modules, classes and plain objects that are reached from it, items by a constant key.
+In the graph of ``SETTINGS["alpha"] * self.f(x)``, the value of ``SETTINGS["alpha"]`` is a constant.
+The bytecode of the functions that ran tells which variables they read: global variables, attributes
+of the modules, classes and plain objects in these, and items with a constant key.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ _PLAIN: tuple[type, ...] = (
     torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size,
 )  # fmt: skip
 
-# A larger container is not compared in every call.
-_ITEMS = 256
+# A container with more values is not watched, because each call compares all of them.
+_MOST_VALUES = 256
 
 _ABSENT = object()
 
 
 class WatchedGlobals:
-    """The values of the global variables that a forward named when it was read.
+    """The values that global variables had when a forward that reads them was traced.
 
-    It can be pickled: the variables are found by the names of their modules.
+    The object can be pickled: the variables are found by the names of their modules.
 
     Args:
-        functions: The functions that the forward ran, as ``CallWatch.functions`` has them.
-        forward: The forward itself, of which variables of functions around it are watched, too.
+        functions: The functions that the forward called: ``CallWatch.functions``.
+        forward: The forward itself. The variables that it reads from enclosing functions are
+            watched, too.
 
     Attributes:
-        known: The values, by the name of the module and the expression for the variable.
+        known: The values, by the name of the module and the expression that reads the variable.
     """
 
     def __init__(self, functions: Mapping[CodeType, dict[str, Any]], forward: Any = None) -> None:
@@ -50,8 +51,8 @@ class WatchedGlobals:
         for code, names in functions.items():
             module = str(names.get("__name__"))
             if getattr(sys.modules.get(module), "__dict__", None) is not names:
-                continue  # it could not be found again
-            for expression, value in _named(code, names):
+                continue  # the variables could not be found again by the name of the module
+            for expression, value in _plain_values_read(code, names):
                 self.known[module, expression] = _copied(value)
         self._cells = _cells_of(forward)
         self._readers = self._make_readers()
@@ -77,10 +78,10 @@ class WatchedGlobals:
     __hash__ = None  # type: ignore[assignment]
 
     def changed(self, forward: Any) -> tuple[str, str] | None:
-        """Return the value of a variable when it was read, and now, if it is another one.
+        """Return the old and the new value of a variable that has changed; None if none has.
 
         Args:
-            forward: The forward of the class of the block.
+            forward: The forward that was traced; a copy of the block may have another one.
         """
         for read, names, known in self._readers:
             try:
@@ -112,7 +113,7 @@ class WatchedGlobals:
 
 
 def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
-    """Return the plain variables of the functions around ``forward``: name, place, value."""
+    """Return name, index and value of each plain variable of the closure of ``forward``."""
     if not isinstance(forward, FunctionType) or not forward.__closure__:
         return []
     found = []
@@ -128,8 +129,8 @@ def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
     return found
 
 
-def _named(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the plain values that ``code`` names, with the expressions for them."""
+def _plain_values_read(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the expressions by which ``code`` reads plain values from globals, and the values."""
     found: dict[str, Any] = {}
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL")]
     for i, instruction in enumerate(instructions):
@@ -163,12 +164,12 @@ def _named(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
             found[expression] = value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found.update(_named(constant, names))
+            found.update(_plain_values_read(constant, names))
     return list(found.items())
 
 
 def _may_hold(value: Any) -> bool:
-    """Whether attributes or items of ``value`` may be plain values that somebody changes."""
+    """Whether ``value`` may have attributes or items that are plain values and may change."""
     if isinstance(value, ModuleType):
         package = value.__name__.partition(".")[0]
         return package not in ("torch", "torchdrop") and package not in sys.stdlib_module_names
@@ -178,7 +179,7 @@ def _may_hold(value: Any) -> bool:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute that can be read without running code of the user's."""
+    """Return an attribute if reading it runs no code of the user; else ``_ABSENT``."""
     if isinstance(value, type):
         places: list[Any] = [vars(kind) for kind in value.__mro__]
     else:
@@ -194,7 +195,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Whether ``value`` is a number, a string or the like, or a container of such values."""
-    return _count(value) <= _ITEMS
+    return _count(value) <= _MOST_VALUES
 
 
 def _count(value: Any) -> float:
@@ -209,13 +210,13 @@ def _count(value: Any) -> float:
 
 
 def _total(values: Any) -> float:
-    if len(values) > 2 * _ITEMS:
+    if len(values) > 2 * _MOST_VALUES:
         return float("inf")
     return 1 + sum(map(_count, values))
 
 
 def _copied(value: Any) -> Any:
-    """Return ``value`` with its containers copied, so that changes of them are seen."""
+    """Return ``value`` with its containers copied, so that later changes can be noticed."""
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) in (list, tuple):
