@@ -229,7 +229,7 @@ def test_a_branch_where_ranks_wait_for_each_other_is_masked(ranks: Reports, case
             assert action == "mask"
             assert (
                 reason
-                == f"{what} in the branch: every rank has to run it, because others wait for it"
+                == f"{what} in the branch: every rank has to run it, since other ranks wait for it"
             )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torchdrop.rows import collectives
-from torchdrop.rows.collectives import find_collective, has_other_ranks, is_sharded
+from torchdrop.rows.collectives import find_communicating_module, has_other_ranks, is_sharded
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ class DistributedDataParallel(nn.Module):
 
 
 def find(*modules, same_on_all_ranks=False):
-    return find_collective(modules, "the branch", same_on_all_ranks=same_on_all_ranks)
+    return find_communicating_module(modules, "the branch", same_on_all_ranks=same_on_all_ranks)
 
 
 @pytest.mark.parametrize(("size", "others"), [(0, False), (1, False), (2, True)])

@@ -467,7 +467,7 @@ def test_a_block_that_differs_from_itself_is_masked() -> None:
             return x + self.branch(x)
 
     model = nn.Sequential(Moody(lambda m, x: m.fc2(hidden(m, x)) + next(calls)))
-    with pytest.warns(UserWarning, match="differs from itself"):
+    with pytest.warns(UserWarning, match="two equal calls of the block return different values"):
         plan, _ = attach_and_run(model, torch.randn(B, W), select=lambda r: True)
     assert plan.blocks[0].action == "mask"
 

@@ -19,7 +19,7 @@ from torchdrop.checks import (
 )
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.draws import along_dim, in_memory_format_of, keep_mask, random_integers
-from torchdrop.rows.collectives import find_collective
+from torchdrop.rows.collectives import find_communicating_module
 from torchdrop.rows.sampling import host_generator
 from torchdrop.rows.take_and_add import add_rows, take, with_zero_grads
 from torchdrop.schedules import check_rate
@@ -374,7 +374,7 @@ class PathDrop(LayerWithRate):
 
     def _run(self, branches: list[nn.Module], x: Tensor, dim: int, column: Tensor | None) -> Tensor:
         """Return the mean of the outputs of the branches, each run on the rows that keep it."""
-        if find_collective(branches, "a branch", same_on_all_ranks=self.mode == "batch"):
+        if find_communicating_module(branches, "a branch", same_on_all_ranks=self.mode == "batch"):
             # The other ranks wait in this branch, so it has to run, even if all its rows are zero.
             return path_drop(
                 [_output(branch, x) for branch in branches],

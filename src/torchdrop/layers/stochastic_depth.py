@@ -13,7 +13,7 @@ from torchdrop.checks import check_choice, check_dim, check_input, check_mode
 from torchdrop.internals import clear_forward_hooks, modifications_of, tree_map_only
 from torchdrop.layers.base import LayerWithRate, fx_node_of_call
 from torchdrop.layers.draws import along_dim
-from torchdrop.rows.collectives import find_collective
+from torchdrop.rows.collectives import find_communicating_module
 from torchdrop.rows.sampling import keep_batch, keep_rows, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
 
@@ -259,7 +259,9 @@ class StochasticDepth(LayerWithRate):
             return self._expectation(x, args, kwargs)
         refuse_graph_capture(x)
         together = self.mode == "batch" and self.sync_ranks is not False
-        if find_collective([self.module], type(self.module).__name__, same_on_all_ranks=together):
+        if find_communicating_module(
+            [self.module], type(self.module).__name__, same_on_all_ranks=together
+        ):
             out = self._mask_rows(x, args, kwargs)
         elif self.mode == "row":
             out = self._drop_rows(x, args, kwargs)

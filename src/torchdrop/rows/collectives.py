@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import distributed as dist
 from torch import nn
 
-__all__ = ["find_collective", "has_other_ranks", "is_sharded"]
+__all__ = ["find_communicating_module", "has_other_ranks", "is_sharded"]
 
 
 def has_other_ranks() -> bool:
@@ -21,7 +21,7 @@ def is_sharded(module: nn.Module) -> bool:
     return type(module).__name__.startswith("FSDP") and hasattr(module, "unshard")
 
 
-def find_collective(
+def find_communicating_module(
     modules: Sequence[nn.Module], name: str, *, same_on_all_ranks: bool
 ) -> str | None:
     """Return the kind of the first module in ``modules`` that communicates with the other ranks.

@@ -1,4 +1,4 @@
-"""The behaviour that all sites share: draw rows, cut inputs to them, drop a branch, observe.
+"""What all sites share: draw rows, select them in the inputs, drop a branch, call observers.
 
 A site is the object in the ``forward`` slot of a block (forward_slot.py). :class:`SplitSite` drops
 the branches of a block one by one, :class:`WholeSite` drops a block as a whole.
@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import any_autocast_enabled, modifications_of, parameters_of_tree
-from torchdrop.rows.collectives import find_collective, is_sharded
+from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import run_uncompiled
 from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
@@ -27,6 +27,7 @@ from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = [
@@ -38,9 +39,9 @@ __all__ = [
     "to_device_of",
 ]
 
-# BatchNorm needs more than one value a channel. A branch may stride, so that a map of few positions
-# may shrink to one. If a single row with at most this many positions is kept, a second row is
-# computed with it, whose result is discarded.
+# BatchNorm needs more than one value a channel, and a branch with strides may shrink a small map to
+# a single position. So if a single row with at most this many positions is kept, a second row is
+# computed with it, and the result of the second row is discarded.
 _POSITIONS_FOR_ONE_ROW = 64
 
 
@@ -57,21 +58,21 @@ class BlockSite(SlotOccupant):
         super().__init__(module)
         self.settings = settings
         self.branches = branches
-        # The children whose forward is read as part of the block's own.
+        # The children whose forward is traced as part of the block's own.
         self.inlined = list(inlined)
-        # Whether anything is dropped now: read in every call of the block.
+        # Whether anything is dropped or scaled now. Every call of the block reads it.
         self.active = False
         # Counts FLOPs, while the shares of the branches are measured.
         self.meter: Callable[[], int] | None = None
         # What was found about each kind of call; see proof.py.
         self.verdicts: dict[Any, Verdict] = {}
-        # Whether a call only tests the block, on example inputs, and drops nothing.
+        # Whether calls only test the block, on example inputs, and drop nothing.
         self.only_proves = False
         self._pauses = 0
         self._observers: list[Observer] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nobody would end the pause, the measurement or the observation of a copy.
+        # A pause, a measurement or an observation is ended for the original only.
         for_once: dict[str, Any] = {
             "_pauses": 0,
             "active": self._has_rate(),
@@ -94,7 +95,7 @@ class BlockSite(SlotOccupant):
         """Return the position of the site in the model, by which sites are sorted."""
         return self.branches[0].facts.index, self.branches[0].facts.order
 
-    # What others do with a site -------------------------------------------------------------
+    # Used by the plan and by diagnostics ----------------------------------------------------
 
     @property
     def paused(self) -> bool:
@@ -102,7 +103,7 @@ class BlockSite(SlotOccupant):
         return self._pauses > 0
 
     def pause(self) -> None:
-        """Run the block's own forward until :meth:`resume` was called as often as this."""
+        """Run the block's own forward until :meth:`resume` ends every pause."""
         self._pauses += 1
         self.active = False
 
@@ -115,8 +116,8 @@ class BlockSite(SlotOccupant):
         """Call ``observer`` with a :class:`SumEvent` for each residual sum that this site computes.
 
         The site computes sums in training while a branch has a rate, and with ``scale="eval"`` in
-        evaluation, too. Otherwise the block's own forward runs, and in a compiled graph no Python
-        does: no event then (:func:`observe_sums` reports the sums of the block's own forward).
+        evaluation, too. There are no events while the block's own forward runs (``ObservedSums``
+        reports its sums), nor inside a compiled graph, which runs no Python.
         """
         return ObserverHandle(self._observers, observer)
 
@@ -128,7 +129,7 @@ class BlockSite(SlotOccupant):
 
     @contextmanager
     def metering(self, meter: Callable[[], int]) -> Iterator[None]:
-        """Run every branch on all rows, and add the FLOPs of each to its ``share``.
+        """Let calls run every branch on all rows, and add the FLOPs of each to its ``share``.
 
         Args:
             meter: Returns the FLOPs counted so far.
@@ -142,7 +143,7 @@ class BlockSite(SlotOccupant):
 
     @contextmanager
     def proving(self) -> Iterator[None]:
-        """Test the block in each call instead of dropping anything."""
+        """Let calls test the block instead of dropping anything."""
         active = self.active
         self.only_proves = True
         try:
@@ -151,16 +152,16 @@ class BlockSite(SlotOccupant):
             self.active, self.only_proves = active, False
 
     def note_unproved(self, why: str) -> None:
-        """Note that a call could not be tested, because of ``why``."""
+        """Record that a call could not be tested, because of ``why``."""
         for branch in self.branches:
             branch.proof = f"not proved: {why}"
 
     def forget_proofs(self, number: int) -> None:
-        """Forget what was found with program ``number``, which another one replaces."""
+        """Remove the verdicts on program ``number``, which another program replaces."""
         self.verdicts = {kind: v for kind, v in self.verdicts.items() if kind[0] != number}
 
     def note_proved(self) -> None:
-        """Note that a call was tested."""
+        """Record that a call was tested."""
         for branch in self.branches:
             branch.proof = "proved"
 
@@ -183,7 +184,7 @@ class BlockSite(SlotOccupant):
         """Run the block's own forward."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    # What looks like a forward to others ----------------------------------------------------
+    # Attributes that libraries expect of a forward -------------------------------------------
 
     @property
     def __name__(self) -> str:
@@ -191,7 +192,7 @@ class BlockSite(SlotOccupant):
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        # torch.jit.script asks for it; all others understand an AttributeError as "there is none".
+        # Only torch.jit.script needs it; for others an AttributeError means "there is none".
         raise AttributeError(
             "torch.jit.script cannot compile a model with stochastic depth; call "
             "torchdrop.remove_stochastic_depth(model) first, or use torch.jit.trace in evaluation"
@@ -200,7 +201,7 @@ class BlockSite(SlotOccupant):
     # The steps of a call --------------------------------------------------------------------
 
     def _check_caches(self, values: Sequence[Any], training: bool) -> None:
-        """Raise if a key/value cache among the arguments has entries: it has no rows to select."""
+        """Warn of an empty key/value cache among the arguments; raise for one that is needed."""
         for cache in filter(is_cache, values):
             indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
             index = next((i for i in indices if isinstance(i, int)), 0)
@@ -225,7 +226,7 @@ class BlockSite(SlotOccupant):
                 )
 
     def runs_on_all_ranks(self, branch: BranchState) -> bool:
-        """Whether every rank has to run ``branch`` in every step, because others wait for it."""
+        """Whether every rank has to run ``branch`` in every step, since other ranks wait for it."""
         if not dist.is_available() or not dist.is_initialized():
             return False
         facts = branch.facts
@@ -237,18 +238,18 @@ class BlockSite(SlotOccupant):
                     f"fully_shard to {facts.block} as a whole"
                 )
         modules = [
-            module  # of a block that is dropped as a whole, its children: it may be sharded itself
+            module  # "" is a block dropped as a whole: take its children, it may be sharded itself
             for path in facts.inner
             for module in ([self.module.get_submodule(path)] if path else self.module.children())
         ]
         alike = self.settings.mode == "batch" and self.settings.sync_ranks is not False
-        waits = find_collective(modules, facts.name, same_on_all_ranks=alike)
+        waits = find_communicating_module(modules, facts.name, same_on_all_ranks=alike)
         if waits is None:
             return False
         if branch.action != "mask":
             branch.action = "mask"
             branch.reason = (
-                f"{waits} in the branch: every rank has to run it, because others wait for it"
+                f"{waits} in the branch: every rank has to run it, since other ranks wait for it"
             )
         return True
 
@@ -300,28 +301,27 @@ class BlockSite(SlotOccupant):
         batch: int,
         known: bool = True,
     ) -> Any:
-        """Return the rows of ``value``, an input of a branch.
+        """Return the selected rows of ``value``, an input of a branch.
 
         Args:
             facts: The branch.
             value: The input.
             taking: ``taking(value, dim=dim)`` selects rows.
-            layout: The dimension of ``value`` that holds the rows, and how many entries each row
-                has there (0: one if it is as large as the batch); None if ``value`` has no rows.
+            layout: How ``value`` carries the rows; None if it has no rows.
             batch: The number of rows.
-            known: Whether ``layout`` was measured rather than assumed. Then a dimension of size 1
-                is one that broadcasts, and ``value`` is returned as it is.
+            known: Whether ``layout`` was measured rather than assumed. A measured dimension of size
+                1 broadcasts, and ``value`` is returned as it is.
         """
         if layout is None or (known and value.shape[layout[0]] == 1):
             return value
         dim, entries = layout
-        if not entries:  # its own shape tells, see RowLayout
+        if not entries:  # the shape of the value decides, see RowLayout
             has_rows = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
             return taking(value, dim=dim) if has_rows else value
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"the branch {facts.name} gets a {type(value).__name__} as an input, of which "
-                f"no rows can be selected; use compute='mask', or leave the block out with select="
+                f"the branch {facts.name} gets a {type(value).__name__} as an input, and no rows "
+                f"can be selected from it; use compute='mask', or leave the block out with select="
             )
         if value.dim() <= dim or value.shape[dim] != batch * entries:
             raise RuntimeError(
@@ -337,7 +337,10 @@ class BlockSite(SlotOccupant):
     def _dropped(
         self, facts: BranchFacts, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
     ) -> Tensor:
-        """Return the skip alone, as a new tensor, into which an activation may write in place."""
+        """Return the sum without its branch, which is the skip; give the branch zero gradients.
+
+        Unless the block adds in place, this is a new tensor: an activation may write into it.
+        """
         unused = self.unused(facts, skip, inputs)
         if facts.writes_skip:
             return skip.add_(with_zero_grads(skip.new_zeros(()), unused)) if unused else skip
@@ -360,7 +363,8 @@ class BlockSite(SlotOccupant):
     ) -> torch.dtype:
         """Return the dtype of the skip plus the branch, which ``run`` computes.
 
-        The branch is run only if its dtype is neither remembered nor follows from its inputs.
+        The branch is run only if its dtype is not known from an earlier call and does not follow
+        from the dtypes of its inputs.
         """
         facts, precision = branch.facts, precision_of(skip)
         dtype = branch.dtypes.get(precision)
@@ -374,7 +378,7 @@ class BlockSite(SlotOccupant):
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
-        with torch.no_grad(), unchanged(*inner, devices=[skip.device]):
+        with torch.no_grad(), PROCESS_STATE, unchanged(*inner, devices=[skip.device]):
             out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
@@ -420,7 +424,7 @@ def to_device_of(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def precision_of(x: Tensor) -> tuple[Any, ...]:
-    """Return what the dtype of skip + branch depends on besides the branch: dtype and autocast."""
+    """Return the dtype of ``x`` and that of autocast, on which the dtype of a sum depends."""
     if not any_autocast_enabled():
         return x.dtype, None
     kind = x.device.type

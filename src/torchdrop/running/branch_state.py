@@ -141,13 +141,13 @@ class BranchCounts:
 
 
 class BranchRate:
-    """The drop rate of a branch, and the draws made with it inside compiled graphs.
+    """The drop rate of a branch, with which rows are drawn inside and outside compiled graphs.
 
     Attributes:
         p: The drop probability.
         always: True if every row is kept (p = 0), False if none is (p = 1), None if rows are drawn.
-            A compiled graph holds it as a constant.
-        convolves: As in :class:`BranchFacts`; compiled graphs ask for it.
+            It is a constant in a compiled graph.
+        convolves: As in :class:`BranchFacts`; compiled graphs read it.
         number: The number by which compiled graphs know this rate.
     """
 
@@ -170,7 +170,7 @@ class BranchRate:
             set_keep_share(self.number, p, value_known=self.convolves)
 
     def order_rows(self, batch: int) -> tuple[Tensor, int]:
-        """Draw the order of all rows of a batch, the kept ones first, and how many are kept.
+        """Draw rows; return all rows of a batch, the kept ones first, and how many are kept.
 
         Raises:
             ValueError: Each sample has several rows, and the batch does not hold whole samples.
@@ -181,11 +181,12 @@ class BranchRate:
             return draw_row_order(batch, self.p, facts.sampling)
         samples, rest = divmod(batch, group)
         if rest and not facts.samples_given:
-            return draw_row_order(batch, self.p, facts.sampling)  # another number than measured
+            # not the number of rows per sample that was measured, so each row is drawn alone
+            return draw_row_order(batch, self.p, facts.sampling)
         if rest:
             raise ValueError(
                 f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
-                f"called with {batch} rows, which is not a multiple of it; remove stochastic depth "
+                f"called with {batch} rows, not a multiple of {group}; remove stochastic depth "
                 f"and add it with another rows_per_sample, or without one"
             )
         order, kept = draw_row_order(samples, self.p, facts.sampling)
@@ -199,7 +200,7 @@ class BranchRate:
         return rows, kept
 
     def gain_in_training(self) -> float:
-        """Return the factor of a kept branch in training."""
+        """Return the factor by which kept rows of the branch are multiplied in training."""
         facts = self._facts
         return facts.gain / (1.0 - self.p) if facts.scale == "train" else facts.gain
 
@@ -209,10 +210,10 @@ def _always_kept(p: float) -> bool | None:
     return True if p == 0.0 else False if p == 1.0 else None
 
 
-# How many kinds of calls the plan describes for each branch.
-_NOTES = 4
+# The plan prints at most this many notes about kinds of calls for each branch.
+_MOST_NOTES = 4
 
-# What a forward pass may find out about a branch.
+# The attributes of a branch that a forward pass may change.
 _LEARNED = ("action", "reason", "share", "proof", "depends", "normalises", "writes_input", "notes")
 
 
@@ -221,7 +222,7 @@ class BranchState:
     """One attached branch.
 
     Attributes:
-        facts: What does not change.
+        facts: What does not change after the branch is attached.
         action: ``"skip"``, ``"mask"`` or ``"layer"``, as in the plan. It changes if a call shows
             that the branch has to be masked, or is masked because that is faster.
         reason: Why the action is what it is.
@@ -230,14 +231,15 @@ class BranchState:
         share: The branch's share of the FLOPs of a forward pass; None if it was not measured.
         dtypes: The dtype of the sum, by the precision of the call (``precision_of``).
         sizes: The size to which a narrower skip is padded, by the number of the branch's program.
-        proof: ``"proved"`` after a call in which nothing spoke against it; why it was not, if a
-            call could not be tested; empty before the first call.
-        depends: Why its rows cannot be computed without the others, as a call has shown; empty
-            otherwise. Such a branch is masked.
-        normalises: Which modules of the user's own normalise over the batch, as BatchNorm does.
+        proof: ``"proved"`` after a call that was tested; ``"not proved: "`` and the reason after a
+            call that could not be tested; empty before the first call.
+        depends: Why its rows cannot be computed without the other rows, if a call has shown this;
+            else empty. Such a branch is masked.
+        normalises: A sentence on the modules of the user that depend on the batch in training, as
+            BatchNorm does; empty if there are none.
         writes_input: Whether a block that is dropped as a whole writes into its input.
-        notes: What is true of some kinds of calls only.
-        masked_when_attached: Whether it was to be masked when it was attached.
+        notes: Sentences on some kinds of calls, which the plan prints.
+        masked_when_attached: Whether the action was ``"mask"`` when the branch was attached.
     """
 
     facts: BranchFacts
@@ -256,8 +258,8 @@ class BranchState:
     masked_when_attached: bool = field(init=False)
 
     def note(self, what: str) -> None:
-        """Say in the plan what is true of some calls only."""
-        if what not in self.notes and len(self.notes) < _NOTES:
+        """Add a sentence on some kinds of calls to what the plan prints."""
+        if what not in self.notes and len(self.notes) < _MOST_NOTES:
             self.notes = (*self.notes, what)
 
     def mask(self, why: str) -> None:
@@ -265,14 +267,14 @@ class BranchState:
         self.action, self.reason, self.depends = "mask", why, why
 
     def full_reason(self) -> str:
-        """Return why the action is what it is, and what calls have shown besides."""
+        """Return the reason, and all that calls have shown about the branch."""
         found = self.proof if self.proof.startswith("not proved") else ""
         rows = self.facts.rows_per_sample
         samples = f"each sample has {rows} rows, which are dropped together" if rows > 1 else ""
         return "; ".join(filter(None, (self.reason, *self.notes, self.normalises, samples, found)))
 
     def proved(self) -> bool | None:
-        """Whether the branch was proved; None if no call was tested yet."""
+        """Whether a call has proved the branch; None before the first training call."""
         if self.depends:
             return False
         return self.proof == "proved" if self.proof else None
@@ -282,7 +284,7 @@ class BranchState:
         self.masked_when_attached = self.action == "mask"
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what may change, for :meth:`restore`."""
+        """Return all that may change, for :meth:`restore`."""
         return {
             "p": self.rate.p,
             "counts": copy.copy(self.counts.__dict__),

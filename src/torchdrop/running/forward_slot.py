@@ -41,7 +41,7 @@ class SlotOccupant:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def for_copy(self, module: nn.Module) -> Self:
-        """Return a twin that shares all state, for another instance of its module."""
+        """Return an occupant for ``module``, a replica of its module, that shares all state."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, module=module)
         return twin
@@ -74,9 +74,9 @@ class MaskBypass(SlotOccupant):
 
 
 class LayerDropBypass(MaskBypass):
-    """Makes the ``layerdrop`` of a module inactive, with which it leaves out layers in a loop.
+    """Makes the ``layerdrop`` of a module inactive, the rate at which its loop skips layers.
 
-    The module runs with the rate 0; sites drop its layers.
+    The module runs with the rate 0, because sites drop its layers.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class LayerDropBypass(MaskBypass):
 
 def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
     """Put ``occupant`` into the ``forward`` slot of ``module``."""
-    # past a __setattr__ that the class of the module may define
+    # not with setattr, because the class of the module may define __setattr__
     object.__setattr__(module, "forward", occupant)
     set_replicate_method(module, _Replicate(module))
 
@@ -103,7 +103,7 @@ def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
 def clear_slot(module: nn.Module) -> None:
     """Undo :func:`put_in_slot`, even if it was interrupted between its two assignments."""
     unset_replicate_method(module)
-    del module.__dict__["forward"]  # last: it is what tells that the slot is occupied
+    del module.__dict__["forward"]  # last, because occupant_of reads it
 
 
 def occupant_of(module: nn.Module) -> SlotOccupant | None:

@@ -1,7 +1,7 @@
-"""Test whether what a branch gives for some rows depends on the other rows of the batch.
+"""Test whether the output of a branch for a row depends on the other rows of the batch.
 
 The branch is run on as many rows as in the call, of which some are replaced by copies of others,
-and then on fewer rows. What it gives for a row must not change.
+and then on fewer rows. The output for a row must not change.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from torchdrop.internals import is_python_autograd_node
 from torchdrop.tracing.random_states import RandomStates
 
-__all__ = ["Sample", "difference", "finding"]
+__all__ = ["Sample", "difference", "find_dependence"]
 
-# The largest difference, relative to the largest value, that counts as rounding: for a row that
-# stays in its place, for which the same kernels do the same; and for a row that moved, or that was
-# computed in a smaller batch, for which other kernels may round differently.
-_IN_PLACE = {torch.float64: 1e-12}
-_IN_PLACE_ELSE = 2e-6
+# The largest difference, relative to the largest value, that counts as rounding, by dtype and for
+# all other dtypes. For a row that stays in its place, the same kernels do the same; for a row that
+# moved, or that was computed in a smaller batch, other kernels may round differently.
+_STAYED = {torch.float64: 1e-12}
+_STAYED_ELSE = 2e-6
 _MOVED = {torch.float64: 1e-9, torch.float32: 1e-3}
 _MOVED_ELSE = 5e-2
 
@@ -35,11 +35,11 @@ class Sample:
     """A branch, or a block, as it is called in one training step.
 
     Attributes:
-        run: ``run(values)`` returns the output for the tensors that it is given.
+        run: ``run(values)`` returns the output for the inputs ``values``.
         cut: ``cut(value, number, rows)`` returns the rows of input ``number``, or the input itself
             if it carries no rows.
         values: The inputs.
-        out: The output for them.
+        out: The output for these inputs.
         dim: The dimension of ``out`` that carries the rows.
         batch: The number of rows.
         group: How many neighbouring rows belong to one sample.
@@ -55,14 +55,14 @@ class Sample:
     group: int
     randoms: tuple[RandomStates, RandomStates]
 
-    def taken(self, rows: Tensor, device: torch.device) -> list[Any]:
+    def inputs_for(self, rows: Tensor, device: torch.device) -> list[Any]:
         """Return the inputs for ``rows``."""
         on_device = rows.to(device)
         return [self.cut(value, i, on_device) for i, value in enumerate(self.values)]
 
 
-def finding(sample: Sample) -> str:
-    """Say how rows of ``sample`` depend on each other; empty if they do not.
+def find_dependence(sample: Sample) -> str:
+    """Say how the output for a row of ``sample`` depends on other rows; empty if it does not.
 
     The batch has to hold at least two samples.
     """
@@ -74,21 +74,21 @@ def finding(sample: Sample) -> str:
     try:
         for rows, stays in _replacements(sample):
             before.restore()
-            other = sample.run(sample.taken(rows, out.device)).detach()
-            # random numbers belong to a place of the batch, so a row that moved gets others
+            other = sample.run(sample.inputs_for(rows, out.device)).detach()
+            # a row that moved gets other random numbers, so only rows that stay are compared then
             found = _compare(out, other, None if random else rows, stays, dim)
             if found:
                 return found
         for rows in _smaller_batches(sample):
             before.restore()
-            other = sample.run(sample.taken(rows, out.device)).detach()
+            other = sample.run(sample.inputs_for(rows, out.device)).detach()
             wanted = out.index_select(dim, rows.to(out.device))
             if other.shape != wanted.shape:
                 return f"for {len(rows)} of {sample.batch} rows its shape is {tuple(other.shape)}"
             off = 0.0 if random else difference(wanted, other)
             if off > _MOVED.get(out.dtype, _MOVED_ELSE):
                 return f"for {len(rows)} of {sample.batch} rows it differs by {off:.2g}"
-        return _found_in_backward(sample, before)
+        return _find_dependence_in_backward(sample, before)
     except Exception as error:  # a branch may raise anything with rows that it was not made for
         first = str(error).splitlines()[0] if str(error) else ""
         return f"with other rows it raises {type(error).__name__}: {first}"
@@ -103,10 +103,10 @@ def _rows(samples: Sequence[int], group: int) -> Tensor:
 
 
 def _replacements(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield which row stands where, and the places of the rows that stay in their place.
+    """Yield batches in which copies replace some rows: the row in each place, the rows that stay.
 
-    First the second half is replaced by copies of the first; then one sample of each pair, now
-    the first and now the second of it.
+    In the first batch copies of the first half replace the second half. In the second batch one
+    sample of each pair of neighbours is replaced, in some pairs the first, in others the second.
     """
     count, group = sample.batch // sample.group, sample.group
     half = count // 2
@@ -114,13 +114,16 @@ def _replacements(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
     mixed = _one_of_each_pair(count)
     copies = [i if i in mixed else mixed[(i // 2 + 1) % len(mixed)] for i in range(count)]
     yield _rows(copies, group), _rows(mixed, group)
-    # An index of rows among the inputs may happen to fit the copies, but not rows that all moved.
+    # An input that is an index of rows may happen to fit the copies. If all rows move, it cannot.
     if any(isinstance(v, Tensor) and not v.is_floating_point() for v in sample.values):
         yield _rows([(i + 1) % count for i in range(count)], group), torch.empty(0).long()
 
 
 def _one_of_each_pair(count: int) -> list[int]:
-    """Return the numbers below ``count`` that have an odd number of ones in binary: 1, 2, 4, 7."""
+    """Return one number of each pair (0, 1), (2, 3), ... below ``count``: 1, 2, 4, 7, ...
+
+    These are the numbers that have an odd number of ones in binary.
+    """
     return [i for i in range(count) if i.bit_count() % 2]
 
 
@@ -141,7 +144,7 @@ def _compare(out: Tensor, other: Tensor, rows: Tensor | None, stays: Tensor, dim
         return f"its shape depends on the values of its rows: {tuple(out.shape)}, {other.shape}"
     places = stays.to(out.device)
     off = difference(out.index_select(dim, places), other.index_select(dim, places), like=out)
-    if off > _IN_PLACE.get(out.dtype, _IN_PLACE_ELSE):
+    if off > _STAYED.get(out.dtype, _STAYED_ELSE):
         return f"with other rows beside it a row differs by {off:.2g}"
     off = 0.0 if rows is None else difference(out.index_select(dim, rows.to(out.device)), other)
     if off > _MOVED.get(out.dtype, _MOVED_ELSE):
@@ -152,7 +155,8 @@ def _compare(out: Tensor, other: Tensor, rows: Tensor | None, stays: Tensor, dim
 def difference(one: Tensor, other: Tensor, like: Tensor | None = None) -> float:
     """Return the largest difference of two tensors, relative to the largest value of ``like``.
 
-    Infinities and NaN have to stand in the same places; else the difference is infinite.
+    Without ``like`` it is relative to the largest value of ``one``. The difference is infinite
+    unless both tensors have infinities and NaN in the same places.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")
@@ -168,8 +172,11 @@ def difference(one: Tensor, other: Tensor, like: Tensor | None = None) -> float:
         return float(off.amax() / largest.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _found_in_backward(sample: Sample, before: RandomStates) -> str:
-    """Say how gradients mix rows, if the branch uses an autograd function written in Python."""
+def _find_dependence_in_backward(sample: Sample, before: RandomStates) -> str:
+    """Say how gradients mix rows; empty if they do not.
+
+    Only branches that use an autograd function written in Python are tested.
+    """
     if not torch.is_grad_enabled() or not _uses_python_function(sample.out):
         return ""
     for rows, stays in _replacements(sample):
@@ -187,13 +194,13 @@ def _found_in_backward(sample: Sample, before: RandomStates) -> str:
 def _gradients(
     sample: Sample, before: RandomStates, rows: Tensor, stays: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the gradient of each input with rows: in the rows ``stays``, and in the others.
+    """Return the gradient of each input with rows, in the rows ``stays`` and in the other rows.
 
-    Only these rows of the output have a gradient.
+    Only the rows ``stays`` of the output are given a gradient.
     """
     device = sample.out.device
     leaves: dict[int, Tensor] = {}
-    values = sample.taken(rows, device)
+    values = sample.inputs_for(rows, device)
     for i, value in enumerate(values):
         carries = sample.cut(sample.values[i], i, rows.to(device)) is not sample.values[i]
         if isinstance(value, Tensor) and value.is_floating_point() and carries:

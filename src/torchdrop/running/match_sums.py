@@ -1,4 +1,4 @@
-"""Find the branches of a site in another reading of its block."""
+"""Find the branches of a site in a new graph of its block."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["is_used", "match_sums"]
 def match_sums(
     entries: Sequence[ResidualSum], branches: Sequence[BranchState], orders: Sequence[int]
 ) -> list[ResidualSum | None]:
-    """Return the residual sum of each branch; None for a branch that is not among them.
+    """Return the residual sum of each branch; None for a branch that the new graph lacks.
 
-    A branch is known by the modules that it calls and the parameters that it reads. Where these
-    tell nothing, its place among the residual sums does.
+    A branch is recognised by the modules that it calls and the parameters that it reads. Where
+    several branches have the same, their order decides.
 
     Args:
-        entries: The residual sums of the new reading.
-        branches: The branches, as they were when they were attached.
-        orders: The place of each branch among the residual sums then.
+        entries: The residual sums of the new graph.
+        branches: The branches that were attached.
+        orders: The position of each branch among the residual sums when it was attached.
     """
     keys = [_key_of_branch(branch) for branch in branches]
     offered = [_key_of_sum(entry) for entry in entries]
@@ -71,5 +71,5 @@ def _key_of_sum(entry: ResidualSum) -> frozenset[str]:
 
 
 def _likeness(one: frozenset[str], other: frozenset[str]) -> float:
-    """Return which part of the names in either set is in both."""
+    """Return the share of the names in the union of two sets that are in both."""
     return len(one & other) / len(one | other)

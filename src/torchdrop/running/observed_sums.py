@@ -1,7 +1,8 @@
 """Report the residual sums of a block to an observer, whether or not anything is dropped in it.
 
 A site reports its sums only while it drops or scales branches. Otherwise the block's own forward
-runs, which has no place to report from; here it is run in a generated form that does.
+runs, which reports nothing. So while a block is observed, a generated form of its own forward runs
+instead, and reports each sum.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ __all__ = ["ObservedSums"]
 class ObservedSums(SlotOccupant):
     """The object in the ``forward`` slot of a block while its residual sums are observed.
 
-    It runs the block's own forward in generated form, and an attached :class:`SplitSite` in the
-    calls in which that computes the sums. A context manager: the slot is as before afterwards.
+    In calls in which an attached :class:`SplitSite` computes the sums, the site runs and reports
+    them. In all others a generated form of the block's own forward does. The object is a context
+    manager, which restores the slot at the end.
 
     Args:
         module: The block. Either nothing or a :class:`SplitSite` is attached to it.
         orders: The numbers of the sums to report, among all residual sums of the forward.
             ``SumEvent.index`` counts the entries of this sequence.
         observer: Called with each sum.
-        on_unreadable: Called with the error if the forward cannot be read as it is called; that
-            call is not observed.
+        on_unreadable: Called with the error if the forward cannot be traced with the arguments of a
+            call; that call is not observed.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class ObservedSums(SlotOccupant):
         put_in_slot(self.module, self.site)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, and report its sums."""
+        """Run the block and report its sums."""
         module, site = self.module, self.site
         if site is not None and site.computes_sums():
             return site(*args, **kwargs)
@@ -108,7 +110,7 @@ class ObservedSums(SlotOccupant):
 
 
 class _Reporter:
-    """Called by a generated forward for each of its residual sums, in place of a site."""
+    """Computes and reports the residual sums for a generated forward, in place of a site."""
 
     def __init__(self, splits: Sequence[Split], observer: Observer) -> None:
         self.splits = splits

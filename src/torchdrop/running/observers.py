@@ -15,7 +15,7 @@ __all__ = ["Observer", "ObserverHandle", "SumEvent"]
 class SumEvent:
     """One residual sum that was just computed.
 
-    The tensors are those with which the model goes on: an observer must not write into them.
+    The model continues with these tensors, so an observer must not write into them.
 
     Attributes:
         index: The number of the branch among the branches of its site, from 0.
@@ -37,7 +37,7 @@ Observer = Callable[[SumEvent], Any]
 
 
 class ObserverHandle:
-    """Ends the observation that returned it; also usable as a context manager."""
+    """Registers an observer until :meth:`remove` is called; also a context manager."""
 
     def __init__(self, observers: list[Observer], observer: Observer) -> None:
         self._observers: list[Observer] | None = observers

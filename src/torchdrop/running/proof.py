@@ -1,9 +1,9 @@
-"""Prove a block on a real call, before rows of it are trusted.
+"""Test a block on a real call, before any of its rows is dropped.
 
-What was read of a block is a hypothesis. In the first call of each kind two questions are asked.
-Is the generated forward the same function as the block's own forward, if nothing is dropped? Does
-what a branch gives for a row depend on other rows? Nobody notices the test (:mod:`unseen`), and the
-random numbers of the training are the same with and without it.
+The first call of each kind answers two questions. Does the generated forward return what the
+block's own forward returns, if nothing is dropped? Does the output of a branch for a row depend on
+other rows? The test has no side effects (:mod:`unseen`), and the random numbers of the training are
+the same with and without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torchdrop.internals import (
 )
 from torchdrop.rows.take_and_add import add_whole, take
 from torchdrop.running.branch_state import BranchState
-from torchdrop.running.independence import Sample, difference, finding
+from torchdrop.running.independence import Sample, difference, find_dependence
 from torchdrop.running.program import MismatchError
 from torchdrop.running.unseen import unseen
 from torchdrop.tracing.call_arguments import flatten_arguments
@@ -53,18 +53,18 @@ __all__ = [
     "why_impossible",
 ]
 
-# The largest difference, relative to the largest value, between the generated and the own forward
-# that counts as rounding: an addition may be reordered.
+# The largest difference between the outputs of the generated and of the own forward, relative to
+# the largest value, that counts as rounding: the generated forward may add in another order.
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass
 class Verdict:
-    """What the proof of one kind of call found.
+    """The result of the test of one kind of call.
 
     Attributes:
-        own: Why the block has to run by its own forward; empty if the generated one is right.
-        whole: How it is dropped as a whole then; None if its form does not allow that.
+        own: Why the generated forward cannot be used; empty if it can.
+        whole: How the block is dropped as a whole then; None if its form does not allow that.
         out: What the block's own forward returned.
     """
 
@@ -76,7 +76,7 @@ class Verdict:
 def kind_of_call(
     number: int, tensors: Sequence[Any], dim: int, rows_per_sample: int
 ) -> tuple[Any, ...]:
-    """Return what two calls have in common if the proof of one holds for the other.
+    """Return a key that is the same for two calls if the test of one is valid for the other.
 
     Args:
         number: The number of the program that runs.
@@ -91,15 +91,15 @@ def kind_of_call(
         size = shape[dim] if len(shape) > dim else None
         if batch is None:
             batch = size
-        # the size itself does not matter, but whether the tensor has the rows of the batch, and
-        # whether these are several samples
+        # Whether the tensor has the rows of the batch, and whether these are several samples,
+        # matters; the size itself does not.
         several = size is not None and size > rows_per_sample
         parts.append((t.dtype, t.device, len(shape), several, size == 1, size == batch))
     return tuple(parts)
 
 
 def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
-    """Say why a block cannot be proved in this call; empty if it can."""
+    """Say why a block cannot be tested in this call; empty if it can."""
     if functorch_transforms_active():
         return "a transform of torch.func is active"
     if any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors):
@@ -123,7 +123,7 @@ def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
 
 @contextmanager
 def _alone(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
-    """Run the block of ``site`` unseen, with the sites inside it paused."""
+    """Run the block of ``site`` without side effects, and with the sites inside it paused."""
     from torchdrop.running.block_site import sites_of
 
     with ExitStack() as stack:
@@ -136,7 +136,7 @@ def _alone(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
 
 
 def _cloned(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with copies of their tensors; equal tensors stay equal."""
+    """Return the arguments with copies of their tensors, one copy for each tensor."""
     copies: dict[int, Tensor] = {}
 
     def copied(path: str, value: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _copy(value: Tensor) -> Tensor:
     copy = value.detach()
     if value.requires_grad and torch.is_grad_enabled():
         copy.requires_grad_()
-    return copy.clone()  # of a leaf, but not one itself: a block may write into its input
+    return copy.clone()  # not a leaf, so that the block may write into it
 
 
 def _values(out: Any) -> list[Tensor]:
@@ -164,7 +164,7 @@ def _detached(out: Any) -> Any:
 
 
 def _off(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return by how much two outputs differ beyond rounding; 0 if they do not."""
+    """Return the largest difference between two outputs; 0 if all differences are rounding."""
     if len(one) != len(other):
         return float("inf")
     off = 0.0
@@ -175,13 +175,14 @@ def _off(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 class SplitProof:
-    """Runs the branches of a split block on all rows, and tests each where it is called.
+    """Computes the residual sums of a site while its generated forward is tested.
 
-    A site asks it instead of dropping rows, while its generated forward is tested.
+    It runs each branch on all rows, and tests whether the rows are independent.
 
     Args:
         site: The site.
-        training: Whether rows are dropped, so that their independence matters.
+        training: Whether the forward for training is tested. In evaluation no rows are dropped, so
+            their independence does not matter.
     """
 
     def __init__(self, site: SplitSite, training: bool) -> None:
@@ -191,7 +192,14 @@ class SplitProof:
     def join(
         self, k: int, skip: Tensor, inputs: Sequence[Any], run: Callable[..., Tensor]
     ) -> Tensor:
-        """Return ``skip`` plus branch ``k``; note in its state if its rows are not independent."""
+        """Return ``skip`` plus branch ``k``, and mask the branch if its rows are not independent.
+
+        Args:
+            k: The number of the branch in the programs of the site.
+            skip: The other term of the sum.
+            inputs: The inputs of the branch.
+            run: ``run(inputs)`` returns the output of the branch.
+        """
         site = self._site
         branch = site.branches[k % len(site.branches)]
         facts = branch.facts
@@ -201,7 +209,7 @@ class SplitProof:
         before = RandomStates([skip.device])
         out = run(copies)
         if [modifications_of(c) for c in copies if isinstance(c, Tensor)] != versions:
-            branch.mask("it writes into its input, which the skip uses, too")
+            branch.mask("it writes into its input, which the shortcut uses, too")
             before.restore()
             out = run(values)
         elif self._rows_matter and not branch.depends and facts.dim < skip.dim():
@@ -231,19 +239,19 @@ def _mask_if_dependent(
         sample: The branch as it is called.
         site: The site of its block.
         branch: Its state.
-        inner: The paths of the modules that it calls; "" is the block itself.
+        inner: The paths of the modules that the branch calls; "" is the block itself.
     """
     if sample.batch % sample.group or sample.batch < 2 * sample.group:
-        return  # there are no other rows to depend on
-    found = finding(sample)
-    if found and (norms := _held_norms(site, inner)):
-        found = _again_with_norms_held(sample, norms, branch, found)
+        return  # at least two whole samples are needed
+    found = find_dependence(sample)
+    if found and (norms := _possible_norms(site, inner)):
+        found = _find_dependence_with_norms_off(sample, norms, branch, found)
     if found:
         branch.mask(f"its rows depend on each other: {found}")
 
 
-def _held_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Module]:
-    """Return the modules of a branch that write buffers in training: norms of the user's own."""
+def _possible_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Module]:
+    """Return the modules of a branch that are in training and have buffers, as a norm has."""
     tops = [site.module.get_submodule(path) if path else site.module for path in inner]
     return [
         m
@@ -253,10 +261,13 @@ def _held_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Module]:
     ]
 
 
-def _again_with_norms_held(
+def _find_dependence_with_norms_off(
     sample: Sample, norms: list[torch.nn.Module], branch: BranchState, found: str
 ) -> str:
-    """Test a branch again with norms of the user's own in evaluation, as BatchNorm is."""
+    """Say how rows depend on each other if ``norms`` are in evaluation, as BatchNorm is.
+
+    Returns ``found``, the result with the norms in training, if these write into no buffer.
+    """
     buffers = [b for m in norms for b in m.buffers(recurse=False)]
     values = [b.clone() for b in buffers]
     sample.randoms[0].restore()
@@ -267,7 +278,7 @@ def _again_with_norms_held(
     try:
         sample.randoms[0].restore()
         out = sample.run(list(sample.values))
-        again = finding(replace(sample, out=out)) if written else found
+        again = find_dependence(replace(sample, out=out)) if written else found
     finally:
         for module in norms:
             module.training = True
@@ -283,11 +294,11 @@ def prove_split(
     arguments: dict[str, Any],
     forward: Callable[[dict[str, Any]], Any],
 ) -> Verdict:
-    """Prove the block of ``site`` on one call.
+    """Test the block of ``site`` on one call, and return the result.
 
     Args:
         site: The site.
-        training: Whether the training program is tested, or that of evaluation.
+        training: Whether the forward for training is tested, or that for evaluation.
         arguments: The arguments of the call, as ``{"args": ..., "kwargs": ...}``.
         forward: ``forward(arguments)`` runs the generated forward.
 
@@ -303,7 +314,7 @@ def prove_split(
         given = _cloned(arguments)
         try:
             out = own(module, *given["args"], **given["kwargs"])
-        except Exception as error:  # the user's forward may need a hook, or another call before
+        except Exception as error:  # the user's forward may need a hook, or an earlier call
             site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
             return verdict
         wanted, verdict.out = _values(out), _detached(out)
@@ -315,16 +326,16 @@ def prove_split(
         except MismatchError:
             raise
         except Exception as error:
-            verdict.own = f"the forward that was read raises {type(error).__name__}: {error}"
+            verdict.own = f"its generated forward raises {type(error).__name__}: {error}"
         else:
             off = _off(wanted, found)
-            verdict.own = f"it differs by {off:.2g} from the forward that was read" if off else ""
+            verdict.own = f"the output of its generated forward differs by {off:.2g}" if off else ""
         finally:
             site.proof = None
     if verdict.own and _differs_from_itself(site, devices, arguments):
         verdict.own = ""
         for branch in site.branches:
-            branch.mask("the block differs from itself if it is run twice")
+            branch.mask("two equal calls of the block return different values")
     site.note_proved()
     return verdict
 
@@ -332,7 +343,7 @@ def prove_split(
 def _differs_from_itself(
     site: BlockSite, devices: set[torch.device], arguments: dict[str, Any]
 ) -> bool:
-    """Whether the block's own forward gives different values in two equal calls."""
+    """Whether the block's own forward returns different values in two equal calls."""
     own = type(site.module).forward
     outs = []
     for _ in range(2):
@@ -347,8 +358,8 @@ def whole_block_of(
 ) -> WholeBlock | None:
     """Return how a block can be dropped as a whole in a call; None if its form does not allow it.
 
-    Its first tensor has to be its shortcut, and its output a tensor of that shape, or a tuple that
-    holds no other tensor.
+    The first tensor among the arguments has to be the shortcut. The output has to be a tensor of
+    its shape, or a tuple in which such a tensor is the first item and the only tensor.
     """
     bound = site.__signature__.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -370,7 +381,7 @@ def whole_block_of(
 
 
 def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
-    """Prove a block that is dropped as a whole: test whether its rows depend on each other."""
+    """Test whether the rows of a block that is dropped as a whole depend on each other."""
     branch, block = site.branches[0], site.block
     tensors = flatten_arguments(bound.arguments)[1]
     facts, x = branch.facts, tensors[block.x]
@@ -409,13 +420,14 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
 
 
 def warn_of_masks(site: BlockSite) -> None:
-    """Warn of the first branch of a model that a proof has shown to depend on other rows."""
+    """Warn once for a model that the rows of a branch depend on each other."""
     found = next((b for b in site.branches if b.depends), None)
     if found is None or site.settings.warned_of_dependence or in_backward_pass():
         return
     site.settings.warned_of_dependence = True
     warnings.warn(
         f"{found.facts.name} is computed for all rows and masked: {found.depends}. print(plan) "
-        f"lists every such branch; compute='mask' or select= says so from the start",
+        f"lists every such branch. To avoid this warning, use compute='mask' or leave the block "
+        f"out with select=",
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
 """Trace a block again if it is called in a way for which its site has no program yet.
 
-A program holds constant what a trace cannot vary: attributes of the block, arguments that are not
-tensors, decisions made on shapes.
+A program is valid for fixed values of some things only: attributes of the block, arguments that are
+not tensors, decisions that the forward makes on shapes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["read_again"]
 
-# For how many different settings of its block (attributes, constant arguments) a site generates a
-# forward, and keeps it.
-_READINGS = 16
+# The most programs that a site keeps: one for each combination of attributes and constant arguments
+# with which its block is called.
+_MOST_PROGRAMS = 16
 
-# How many kinds of calls (shapes, dtypes) are remembered of a block that computes with shapes.
+# The most kinds of calls (shapes, dtypes) that are stored for a block that computes with shapes.
 _KINDS_OF_CALLS = 1024
 
 
@@ -43,7 +43,17 @@ def read_again(
     mismatch: MismatchError,
     use_items: bool = True,
 ) -> Program:
-    """Trace the block as it is called now, and return a program for this call."""
+    """Trace the block with the arguments of this call, and return a program that fits the call.
+
+    Args:
+        site: The site of the block.
+        programs: Its programs for training or for evaluation; the new one is added.
+        training: Whether these are the programs for training.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+        mismatch: Why the known programs do not fit.
+        use_items: Whether children are assumed to return tuples with the same items as before.
+    """
     name = site.branches[0].facts.block
     if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
         raise RuntimeError(
@@ -92,9 +102,9 @@ def _trace(
 def _splits_of(
     site: SplitSite, block: BlockGraph, given: str, difference: str
 ) -> list[tuple[Split, str] | None]:
-    """Return where the branches are added in ``block``, each with its action.
+    """Return the split and the action of each branch in ``block``, a new graph of the block.
 
-    None stands for a branch that the block does not compute in this kind of call.
+    The entry is None for a branch that the block does not compute in this kind of call.
     """
     facts = [branch.facts for branch in site.branches]
     known = [branch.row_layouts for branch in facts if branch.row_layouts is not None]
@@ -121,7 +131,7 @@ def _splits_of(
 
 
 def _action_of(site: SplitSite, branch: BranchState, entry: ResidualSum) -> tuple[str, str]:
-    """Return whether a branch is skipped or masked in another kind of call, and why."""
+    """Return whether a branch is skipped or masked in a new kind of call, and why."""
     if site.settings.masks_all or branch.masked_when_attached:
         return "mask", branch.reason
     if entry.split.assumed and not site.settings.verify:
@@ -135,19 +145,19 @@ def _add_program(
     block: BlockGraph,
     splits: list[tuple[Split, str] | None],
 ) -> Program:
-    """Generate a program; return the one in ``programs`` that is equal to it, or add it.
+    """Generate a program and add it to ``programs``; return an equal one if there is one already.
 
-    If there are too many, it takes the place of the one that was not used for the longest time.
+    If there are too many programs, the new one replaces the least recently used one.
     """
     name, size = site.branches[0].facts.block, len(site.branches)
     for number, program in enumerate(programs):
         again = rewrite(block, splits, name, number * size)
         if program.is_like(again):
             program.modes |= again.modes
-            return program  # it fits calls of one more kind
+            return program  # which from now on fits one more kind of calls
     number = len(programs)
-    if number >= _READINGS:
-        # the first one, of the example, stays
+    if number >= _MOST_PROGRAMS:
+        # the first program, which belongs to the example, stays
         number = min(range(1, number), key=lambda i: programs[i].used)
         for k in range(number * size, (number + 1) * size):
             site.branches[k % size].sizes.pop(k, None)
@@ -160,12 +170,12 @@ def _add_program(
 
 
 def _warn_of_readings(site: SplitSite, programs: list[Program]) -> None:
-    """Warn once for a model that a value changes all the time, and each time costs a reading."""
+    """Warn once for a model that a value keeps changing, so that the block is traced each time."""
     if site.settings.warned_of_readings:
         return
     site.settings.warned_of_readings = True
     warnings.warn(
-        f"{site.branches[0].facts.block} was called in more than {_READINGS} different ways; "
+        f"{site.branches[0].facts.block} was called in more than {_MOST_PROGRAMS} different ways; "
         f"{most_varied(programs)} keeps changing, and for each new value the block is read again, "
         f"which takes time. Pass it as a tensor, or leave the block out with select=",
         stacklevel=2,

@@ -26,7 +26,10 @@ __all__ = ["join_in_graph", "mask_in_graph"]
 
 
 def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
-    """Join inside a compiled graph: plain operations on a number of rows fixed by the rate."""
+    """Return ``skip`` plus branch ``k``, computed on the kept rows inside a compiled graph.
+
+    The number of computed rows follows from the rate, so that it is known before rows are drawn.
+    """
     branch = site.branch(k)
     facts, rate = branch.facts, branch.rate
     dim, batch = facts.dim, skip.shape[facts.dim]
@@ -35,7 +38,7 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
         if facts.writes_skip:
             return skip.add_(zero_from(unused)) if unused else skip
         return skip + zero_from(unused) if unused else skip.clone()
-    # If each row is drawn by itself, any number of them may be kept, up to the whole batch.
+    # With "independent" each row is drawn alone, so any number of rows may be kept.
     bounded = rate.always is None and site.settings.sampling != "independent"
     if not bounded or branch.depends or site.runs_on_all_ranks(branch):
         return site.mask(k, skip, site.compute(site.train, k, inputs))
@@ -59,7 +62,7 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
 
 
 def mask_in_graph(site: SplitSite, k: int, skip: Tensor, out: Tensor) -> Tensor:
-    """Mask inside a compiled graph."""
+    """Return ``skip`` plus ``out``, the output of branch ``k``, masked inside a compiled graph."""
     branch = site.branch(k)
     facts, rate = branch.facts, branch.rate
     batch = skip.shape[facts.dim]
@@ -74,7 +77,7 @@ def mask_in_graph(site: SplitSite, k: int, skip: Tensor, out: Tensor) -> Tensor:
 
 
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Return ``out`` times a weight for each row; zero for weight 0 even if ``out`` is infinite."""
+    """Multiply each row of ``out`` by its weight; weight 0 gives 0, even for infinite values."""
     shape = [1] * out.dim()
     shape[dim] = -1
     weights = weights.view(shape)

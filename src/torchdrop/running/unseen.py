@@ -1,4 +1,4 @@
-"""Run a block for a test, so that neither the user nor the training notices it."""
+"""Run a block for a test, without effects that the user or the training could notice."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torchdrop.internals import (
     hooks_suspended,
     own_saved_tensor_hooks,
 )
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = ["held_still", "plain_attributes_restored", "unseen"]
@@ -30,7 +31,7 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict)
 
 @contextmanager
 def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
-    """Run ``modules`` without a trace, with BatchNorm and dropout held still.
+    """Run ``modules`` without side effects, and with BatchNorm and dropout inactive.
 
     Inside, hooks of the modules are not called, saved-tensor hooks and dispatch modes of the user
     see nothing, BatchNorm uses its running statistics, and dropout keeps everything. Afterwards
@@ -41,6 +42,7 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         devices: The devices of their arguments.
     """
     with ExitStack() as stack:
+        stack.enter_context(PROCESS_STATE)
         stack.enter_context(plain_attributes_restored(*modules))
         stack.enter_context(unchanged(*modules, devices=devices))
         stack.enter_context(hooks_suspended(m for top in modules for m in top.modules()))
@@ -48,7 +50,7 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         stack.enter_context(own_saved_tensor_hooks())
         stack.enter_context(held_still(*modules))
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # a warning of the user's own comes with the real call
+        warnings.simplefilter("ignore")  # the real call will give the same warnings
         yield
 
 
@@ -56,8 +58,8 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
 def held_still(*modules: nn.Module) -> Iterator[None]:
     """Let BatchNorm use its running statistics, and dropout keep everything, in ``modules``.
 
-    The observers of quantisation-aware training observe nothing. They stay so: their flag is a
-    buffer, which the caller restores.
+    The observers of quantisation-aware training are switched off. Their flag is a buffer, which the
+    caller has to restore.
     """
     inside = [module for top in modules for module in top.modules()]
     flags: list[tuple[nn.Module, bool]] = [
@@ -95,7 +97,7 @@ class _WithoutDropout(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _DROPOUTS:
             x = args[0] if args else kwargs["input"]
-            # like a dropout that is not in place, which returns a tensor of its own
+            # a dropout that is not in place returns a new tensor
             return x if name.endswith("_") or kwargs.get("inplace") else x.clone()
         if name == "scaled_dot_product_attention":
             if len(args) > _DROPOUT_P:
@@ -108,7 +110,7 @@ class _WithoutDropout(TorchFunctionMode):
 # The position of dropout_p among the arguments of scaled_dot_product_attention.
 _DROPOUT_P = 4
 
-# What nn.Module itself keeps; unchanged() looks after buffers and training flags.
+# The attributes of every module. unchanged() restores those among them that a forward may change.
 _OF_EVERY_MODULE = set(nn.Module().__dict__)
 
 
@@ -116,8 +118,8 @@ _OF_EVERY_MODULE = set(nn.Module().__dict__)
 def plain_attributes_restored(*modules: nn.Module) -> Iterator[None]:
     """Restore the plain attributes of ``modules`` and their descendants.
 
-    That is: numbers and objects that a forward assigns, and the items of lists, dicts, sets and
-    plain objects that are attributes.
+    These are the attributes that a forward assigns, and the items of lists, dicts, sets and plain
+    objects that are attributes.
     """
     restores = [
         restore
@@ -187,6 +189,6 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether ``value`` is an object with a dictionary that a forward may write into."""
+    """Whether ``value`` is an object whose attributes a forward may set."""
     not_plain = (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType)
     return type(getattr(value, "__dict__", None)) is dict and not isinstance(value, not_plain)

@@ -55,11 +55,11 @@ class WholeSite(BlockSite):
     ) -> None:
         super().__init__(module, settings, [branch])
         self.block = block
-        # The tensors of which it is not measured how they carry the batch.
+        # The paths of the tensors whose row layout is assumed, because it was not measured.
         self._assumed: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on the kept rows if anything is dropped or scaled, else as it is."""
+        """Run the block on the kept rows if anything is dropped or scaled, else on all rows."""
         module = self.module
         training = module.training
         scaled = self.settings.scale == "eval" and not training
@@ -83,7 +83,7 @@ class WholeSite(BlockSite):
         else:
             rows, kept = self._draw(branch, x)
             rows = rows if isinstance(rows, bool) else rows[:kept]
-            # read before the block runs: code in the block may set another rate
+            # computed before the block runs, because code in the block may set another rate
             gain = 0.0 if rows is False else branch.rate.gain_in_training()
         masked = branch.action == "mask" or self.runs_on_all_ranks(branch)
         if self._assumed and not self.settings.verify and self._assumed & tensors.keys():
@@ -105,7 +105,7 @@ class WholeSite(BlockSite):
     def _metered(
         self, meter: Callable[[], int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the block as it is, and add its FLOPs to the share of the branch."""
+        """Run the block's own forward, and add its FLOPs to the share of the branch."""
         branch, before = self.branches[0], meter()
         out = type(self.module).forward(self.module, *args, **kwargs)
         branch.share = (branch.share or 0.0) + meter() - before
@@ -130,7 +130,7 @@ class WholeSite(BlockSite):
     def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """Return the tensors among the arguments.
 
-        A tensor that was not measured is assumed to carry the batch by its shape in each call.
+        If it was not measured how a tensor carries the batch, its shape decides in each call.
 
         Raises:
             RuntimeError: The input of the residual is not among them.
@@ -157,7 +157,7 @@ class WholeSite(BlockSite):
         return self._dropped(branch.facts, x, given, dtype)
 
     def _run_on_all(self, bound: inspect.BoundArguments, x: Tensor) -> Any:
-        """Return the output of the block for all rows, with its input left as it is."""
+        """Return the output of the block for all rows, without changing its input."""
         if self.branches[0].writes_input:
             name = self.block.x
 
@@ -173,8 +173,8 @@ class WholeSite(BlockSite):
 
     def _writes_input(self) -> Exception:
         return RuntimeError(
-            f"{self.branches[0].facts.name} is dropped as a whole, and it writes into its input, "
-            f"which was not known; use verify=True, or leave the block out with select="
+            f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input, "
+            f"which no test has shown; use verify=True, or leave the block out with select="
         )
 
     def _blended(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
@@ -234,7 +234,14 @@ class WholeSite(BlockSite):
 def run_whole(
     site: SplitSite, verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Drop the block of ``site`` as a whole, because its reading is not its own function."""
+    """Drop the block of ``site`` as a whole, because its generated forward computes another result.
+
+    Args:
+        site: The site.
+        verdict: The verdict on this kind of call, which says how to drop the block as a whole.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+    """
     first, block = site.branches[0], verdict.whole
     assert block is not None
     if site.whole is None:
@@ -246,7 +253,7 @@ def run_whole(
     whole._observers = site._observers
     seen = first.counts.rows_seen, first.counts.rows_dropped
     out = whole(*args, **kwargs)
-    for branch in site.branches[1:]:  # one decision for all branches
+    for branch in site.branches[1:]:  # the decision about the block holds for all its branches
         branch.counts.rows_seen += first.counts.rows_seen - seen[0]
         branch.counts.rows_dropped += first.counts.rows_dropped - seen[1]
         branch.counts.last = first.counts.last
@@ -254,7 +261,7 @@ def run_whole(
 
 
 def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Return True in the slices ``rows`` of ``like`` along ``dim``, in a shape that broadcasts."""
+    """Return a mask that is True for ``rows`` on ``dim``, and broadcasts to ``like``."""
     kept = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
     kept[rows] = True
     shape = [1] * like.dim()
