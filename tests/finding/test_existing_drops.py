@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from small_nets import Block
-from torchdrop.finding.existing_drops import drops_layers
+from torchdrop.finding.existing_drops import layerdrop_of
 from written_blocks import Base, two
 from zoo import instance_names
 
@@ -35,7 +35,7 @@ class LayerDrop(nn.Module):
 
 def test_a_model_that_leaves_out_all_of_its_layers() -> None:
     model, x = LayerDrop(1.0), torch.randn(2, 6)
-    assert drops_layers(model) == (model, 1.0)
+    assert layerdrop_of(model) == (model, 1.0)
     assert torch.equal(model(x), x)
     dense = copy.deepcopy(model)
     dense.layerdrop = 0.0
@@ -46,7 +46,7 @@ def test_a_model_that_leaves_out_all_of_its_layers() -> None:
 
 
 def test_a_rate_of_zero_leaves_out_nothing() -> None:
-    assert drops_layers(LayerDrop(0.0)) is None
+    assert layerdrop_of(LayerDrop(0.0)) is None
 
 
 class Noisy(nn.Module):
@@ -132,7 +132,7 @@ def calls(model, x, times=200):
 
 def test_layer_drop_in_a_loop_is_taken_over():
     model, x = LayerDrop(0.25), torch.randn(2, 6)
-    assert drops_layers(model) == (model, 0.25)
+    assert layerdrop_of(model) == (model, 0.25)
     before = calls(model, x)
     assert before < 200  # the twin: it does drop
     plan = torchdrop.add_stochastic_depth(model, None)
@@ -149,4 +149,4 @@ def test_layer_drop_in_a_loop_is_taken_over():
 def test_a_rate_that_nothing_reads_is_no_layer_drop():
     model = nn.Sequential(Block())
     model.layerdrop = 0.5
-    assert drops_layers(model) is None
+    assert layerdrop_of(model) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchdrop.finding.row_layout import RowLayout, differing_dims, row_layout, same_rows
+from torchdrop.finding.row_layout import RowLayout, differing_dims, entries_are_adjacent, row_layout
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,9 @@ def test_layout_of_a_batch_of_two_and_of_four(
 
 def test_entries_of_one_row_stand_together_where_the_smaller_batch_begins_the_larger() -> None:
     x = torch.arange(4.0).view(4, 1)
-    assert same_rows(x, torch.cat([x, x]), 0)
-    assert not same_rows(x, x.repeat_interleave(2, 0), 0)  # rows inside, heads outside
-    assert not same_rows(torch.ones(4, 1), torch.ones(8, 1), 0)  # all alike: it may be either
-    assert not same_rows(x, x[:2], 0)
-    assert not same_rows(None, x, 0)
+    assert entries_are_adjacent(x, torch.cat([x, x]), 0)
+    assert not entries_are_adjacent(x, x.repeat_interleave(2, 0), 0)  # rows inside, heads outside
+    # all entries are alike, so the order cannot be told
+    assert not entries_are_adjacent(torch.ones(4, 1), torch.ones(8, 1), 0)
+    assert not entries_are_adjacent(x, x[:2], 0)
+    assert not entries_are_adjacent(None, x, 0)

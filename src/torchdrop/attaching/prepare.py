@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.existing_drops import inlined_drop
+from torchdrop.finding.existing_drops import find_drop_operation
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.finding.split import Split
@@ -214,7 +214,7 @@ class _Preparation:
 
 def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, split: Split) -> None:
     """Raise if the forward drops rows of the branch itself, by random numbers."""
-    drawn = inlined_drop(block.graph, split.branch, split.skip)
+    drawn = find_drop_operation(block.graph, split.branch, split.skip)
     if drawn is not None:
         raise ValueError(
             f"the forward of {owner or 'the model'!r} ({type(block.module).__name__}) drops the "

@@ -1,1 +1,1 @@
-"""Find the residual branches of a model. Never changes anything."""
+"""Find the residual branches of a model. The model is not changed."""

@@ -67,15 +67,15 @@ def values_with_same_layout(node: fx.Node, owner: nn.Module) -> set[fx.Node]:
 
 
 def _keeps_layout(node: fx.Node, owner: nn.Module) -> bool:
-    """Whether each dimension of the result of ``node`` is the same dimension of its input."""
+    """Whether each dimension of the result of ``node`` corresponds to that of its input."""
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
         if next(module.children(), None) is not None:
             return False
         if isinstance(module, layers_with("moves_dims")):
             return False
-        # A layer of the user's own counts if it has parameters, like a norm. One without them may
-        # be a permutation.
+        # A layer that the user has written counts if it has parameters, as a norm has. A layer
+        # without parameters may be a permutation.
         of_torch = type(module).__module__.startswith("torch.nn.")
         return of_torch or next(module.parameters(), None) is not None
     return operation_of(node).keeps_layout

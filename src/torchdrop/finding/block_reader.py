@@ -27,7 +27,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 def candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield the modules that may be blocks: composite ones with a forward of their own."""
     for name, module in model.named_modules():
-        # a branch holds parameters
+        # a block calls children, and its branch has parameters
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             continue
         if type(module).forward in {p.forward for p in CONTAINERS}:
@@ -52,7 +52,7 @@ class BlockReader:
         batch_dim: Which dimension of the residual tensors is the batch; None: to be found out.
 
     Attributes:
-        on_data: The paths of the blocks that branch on data.
+        branching_on_data: The paths of the blocks whose forward branches on data.
     """
 
     def __init__(self, model: nn.Module, example: Example | None, batch_dim: int | None) -> None:
@@ -63,12 +63,12 @@ class BlockReader:
         self._children = ModuleProperties()
         self._adds_two_inputs: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
-        self.on_data: set[str] = set()
+        self.branching_on_data: set[str] = set()
 
     def read_all(self) -> tuple[dict[str, ResidualSums], dict[str, str]]:
-        """Return the residual additions of every forward, and why other forwards cannot be read.
+        """Return the residual additions of all forwards that can be read, and why others cannot.
 
-        Both are by the path of the module.
+        The keys of both dicts are the paths of the modules.
         """
         finders: dict[str, ResidualSums] = {}
         unreadable: dict[str, str] = {}
@@ -78,10 +78,10 @@ class BlockReader:
             except UntraceableError as error:
                 unreadable[name] = str(error)
                 if isinstance(error, DataDependentError):
-                    self.on_data.add(name)
+                    self.branching_on_data.add(name)
         for name in [n for n, f in finders.items() if f.owner in self._inlined]:
             del finders[name]  # its additions belong to the block that calls it
-        for name, given in self._with_more_arguments(finders).items():
+        for name, given in self._arguments_from_parents(finders).items():
             with contextlib.suppress(UntraceableError):
                 block = trace_block(
                     finders[name].owner, arguments=given, batch_dim=self._batch_dim or 0
@@ -91,11 +91,13 @@ class BlockReader:
                     finders[name] = other
         return finders, unreadable
 
-    def _with_more_arguments(self, finders: dict[str, ResidualSums]) -> dict[str, dict[str, Any]]:
-        """Return arguments for children that get more tensors from their parent than assumed.
+    def _arguments_from_parents(
+        self, finders: dict[str, ResidualSums]
+    ) -> dict[str, dict[str, Any]]:
+        """Return arguments of children to which their parent passes tensors that were left out.
 
-        Without an example, a parameter with a default of None is taken to be None. What a block
-        adds may depend on it: ``x if shortcut is None else shortcut``.
+        Without an example, an argument with the default None is left out when a child is traced.
+        But what the child adds may depend on it: ``x if shortcut is None else shortcut``.
         """
         found: dict[str, dict[str, Any]] = {}
         for parent in finders.values():
@@ -121,7 +123,7 @@ class BlockReader:
         return found
 
     def _read(self, module: nn.Module, inlined: Iterable[nn.Module] = ()) -> BlockGraph:
-        """Return the graph of ``module``, which the forwards of ``inlined`` are a part of."""
+        """Return the graph of ``module``, which includes the forwards of ``inlined``."""
         name = self._names[module]
         if self._example is None or name not in self._example.first.calls:
             if not inlined:
@@ -145,8 +147,8 @@ class BlockReader:
     def _find(self, name: str, module: nn.Module) -> ResidualSums:
         """Return the residual additions of ``module``.
 
-        A child that adds shortcut and branch for its parent is inlined, and so is a child of which
-        only a part is used outside the branch.
+        Children that add shortcut and branch for ``module`` are inlined, and so are children whose
+        output is used inside and outside the branch, if that leaves fewer branches to mask.
         """
         plain = self._finder(name, self._read(module))
         plain, inlined = self._with_adding_children(name, module, plain)
@@ -157,7 +159,16 @@ class BlockReader:
     def _with_adding_children(
         self, name: str, module: nn.Module, plain: ResidualSums
     ) -> tuple[ResidualSums, set[nn.Module]]:
-        """Inline the children in which residual additions of ``module`` turn out to be."""
+        """Inline the children that contain residual additions of ``module``.
+
+        Args:
+            name: The path of ``module``.
+            module: The block.
+            plain: Its residual additions if no child is inlined.
+
+        Returns:
+            The residual additions, and the children that are inlined.
+        """
         adding = {
             child
             for node in plain.nodes
@@ -182,10 +193,11 @@ class BlockReader:
     def _with_leaking_children(
         self, name: str, module: nn.Module, plain: ResidualSums, inlined: set[nn.Module]
     ) -> tuple[ResidualSums, set[nn.Module]]:
-        """Inline the children that return more than the branch needs, if fewer are masked then.
+        """Inline children whose output is used inside and outside a branch, if that saves masks.
 
         An attention may return a bias for the following layers besides its output. If it is
-        inlined, only the bias has to be computed for all rows.
+        inlined, only the bias has to be computed for all rows. Arguments and results are those of
+        :meth:`_with_adding_children`; ``inlined`` are the children that are inlined already.
         """
         leaking = {
             module.get_submodule(str(entry.leak.target)) for entry in plain.entries if entry.leak
@@ -204,6 +216,7 @@ class BlockReader:
         return plain, inlined
 
     def _finder(self, name: str, block: BlockGraph) -> ResidualSums:
+        """Return the residual additions of a graph, with the shapes of the example if known."""
         if self._example is None or name not in self._example.first.calls:
             return ResidualSums(block, self._children, batch_dim=self._batch_dim)
         shapes = cache(partial(self._example.shapes, name, block))
@@ -213,7 +226,7 @@ class BlockReader:
     def _adds_inputs(self, module: nn.Module) -> bool:
         """Whether ``module`` adds a branch of one input to another input, and returns the sum.
 
-        The residual addition of its parent is then inside it: post-norm blocks are written so.
+        Then it contains the residual addition of its parent, as in many post-norm blocks.
         """
         if module not in self._adds_two_inputs:
             self._adds_two_inputs[module] = False  # in case the module contains itself

@@ -1,4 +1,4 @@
-"""Record what the blocks of a model are called with in a forward pass of an example."""
+"""Record the arguments and outputs of the blocks of a model in a forward pass of an example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchdrop.finding.row_layout import differing_dims, same_rows
+from torchdrop.finding.row_layout import differing_dims, entries_are_adjacent
 from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.modes import under
@@ -38,8 +38,8 @@ Calls = dict[str, dict[str, Any]]
 # The shapes of each argument that is a tensor, for both batch sizes, by its path.
 ArgumentShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
-# How many assumptions about the batch dimensions of an example are tried.
-_GUESSES = 24
+# At most this many assumptions about the batch dimensions of an example are tried.
+_MOST_GUESSES = 24
 
 
 @contextmanager
@@ -185,12 +185,12 @@ def _size(value: Tensor, dim: int) -> int | None:
 class Example:
     """The arguments of the blocks of a model, for an example input and for a larger batch.
 
-    From two batch sizes follows which tensors carry the batch, and on which dimension. One batch
-    size is not enough: a sequence may be as long as the batch is large.
+    Two batch sizes show which tensors carry the batch, and on which dimension. One batch size is
+    not enough: the length of a sequence may happen to equal the batch size.
 
     Args:
         model: The model.
-        example_inputs: What it is called with.
+        example_inputs: The arguments of the model.
         batch_dim: Which dimension of the inputs is the batch; None: most likely the first.
 
     Attributes:
@@ -202,11 +202,11 @@ class Example:
         self.first = record(model, example_inputs)
         self._model = model
         self._inputs = example_inputs
-        self._samples = 1  # how many samples the inputs hold; known with ``larger``
+        self._samples = 1  # how many samples the inputs hold; ``larger`` sets it
 
     @cached_property
     def larger(self) -> Recording | None:
-        """The recording with a batch twice as large; None if the model does not take one."""
+        """The recording with a batch twice as large; None if the model cannot be called with it."""
         for dims in self._guesses():
             try:
                 found = record(self._model, self._twice(dims))
@@ -235,12 +235,12 @@ class Example:
             if rest or rows < 2 or two[dim] != 2 * one[dim]:
                 continue
             few, many = (flatten_arguments(r.calls[name])[1] for r in (self.first, self.larger))
-            if same_rows(few[path], many[path], dim):
+            if entries_are_adjacent(few[path], many[path], dim):
                 return rows
         return 1
 
-    def expect(self, batch_dim: int) -> None:
-        """Assume that the inputs carry the batch on dimension ``batch_dim``, before others."""
+    def assume_batch_dim(self, batch_dim: int) -> None:
+        """Try ``batch_dim`` as the batch dimension of the inputs before other dimensions."""
         self._batch_dim = batch_dim
         self.__dict__.pop("larger", None)
 
@@ -277,17 +277,22 @@ class Example:
                 if guess not in seen:
                     seen.append(guess)
                     yield guess
-                if len(seen) >= _GUESSES:
+                if len(seen) >= _MOST_GUESSES:
                     return
 
     def _given(self) -> Any:
+        """Return the example inputs with their container as a plain dict or list."""
         given = self._inputs
         if isinstance(given, Mapping):
             return dict(given)
         return list(given) if isinstance(given, tuple | list) else given
 
     def _twice(self, dims: Sequence[int | None]) -> Any:
-        """Return the inputs with a batch twice as large, which is on ``dims`` of the tensors."""
+        """Return the inputs with a batch twice as large.
+
+        Args:
+            dims: The batch dimension of each tensor; None for a tensor that has no batch.
+        """
         remaining = iter(dims)
 
         def twice(path: str, value: Tensor) -> Tensor:
@@ -307,7 +312,7 @@ class Example:
     def shapes(self, name: str, block: BlockGraph) -> tuple[Shapes, Shapes] | None:
         """Return the shapes of all tensors in the graph of a block, for both batch sizes.
 
-        None if the block was not called, or not as it was when ``block`` was read.
+        None if the block was not called, or with other arguments than ``block`` was traced with.
         """
         if self.larger is None or name not in self.first.calls or name not in self.larger.calls:
             return None
@@ -324,7 +329,7 @@ class Example:
             try:
                 with _evaluating(block.module):
                     recorder.run(*tensors.values())
-            except Exception:  # for example if the forward depends on a hook of the user's
+            except Exception:  # for example if the forward depends on a hook of the user
                 return None
             both.append(recorder)
         return both[0], both[1]

@@ -2,8 +2,8 @@
 
 Masking layers are recognised by their class name, so that copies of the class in other packages
 count as well. A forward may also multiply a branch by random numbers, one for each sample or one
-for the whole batch, as ``x + drop_path(f(x), p, training)`` does. If torchdrop did not know of
-them, the branch would be dropped by both, and more often than was asked for.
+for the whole batch, as ``x + drop_path(f(x), p, training)`` does. If torchdrop missed these, the
+model and torchdrop would both drop the branch, and together more often than was asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchdrop.tracing.operation import MASK_RATE_ATTRIBUTES, RATE_NAMES
 from torchdrop.tracing.operations import masks_branches, operation_of
 from torchdrop.tracing.padded_sums import ancestors
 
-__all__ = ["drops_layers", "inlined_drop", "is_mask", "layer_rate", "mask_rate"]
+__all__ = ["find_drop_operation", "is_mask", "layer_rate", "layerdrop_of", "mask_rate"]
 
 
 def is_mask(module: nn.Module) -> bool:
@@ -56,12 +56,14 @@ def _rate_in(module: nn.Module, attributes: Iterable[str]) -> float | None:
     return None
 
 
-def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
-    """Return where ``module`` keeps the rate at which it skips whole layers, and the rate.
+def layerdrop_of(module: nn.Module) -> tuple[Any, float] | None:
+    """Return the object that holds the ``layerdrop`` of ``module``, and its value.
+
+    ``layerdrop`` is the rate at which a forward skips whole layers of its loop.
 
     Returns:
         The object whose attribute ``layerdrop`` the forward of ``module`` reads (the module or its
-        ``config``), and the value. None if it skips no layers.
+        ``config``), and the value. None if the forward skips no layers.
     """
     for holder, name in ((module, "self"), (getattr(module, "config", None), "self.config")):
         rate = getattr(holder, "layerdrop", None)
@@ -77,12 +79,12 @@ def drops_layers(module: nn.Module) -> tuple[Any, float] | None:
     return None
 
 
-def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
-    """Return the operation in the forward that drops whole samples of the branch, if there is one.
+def find_drop_operation(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
+    """Return the operation in the forward that drops whole samples of the branch; None without one.
 
-    It is a call of ``torchdrop.functional.drop_path``, or an operation that draws random numbers,
-    one for each sample or one for the batch, by which the branch is multiplied. Random numbers of
-    any other shape are noise or dropout and do not count.
+    This is a call of ``torchdrop.functional.drop_path``, or an operation that draws the random
+    numbers by which the branch is multiplied, one number for each sample or one for the batch.
+    Random numbers of any other shape are noise or dropout and do not count.
 
     Args:
         graph: The forward.
@@ -100,7 +102,7 @@ def inlined_drop(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | N
         if not operation_of(node).mask_factor:
             continue
         for factor in node.all_input_nodes:
-            drawn = _row_mask_in(factor)
+            drawn = _draw_of_row_mask(factor)
             if drawn is not None:
                 return drawn
     return None
@@ -111,11 +113,11 @@ def _p_of_call(node: fx.Node) -> Any:
     return node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
 
 
-def _row_mask_in(factor: fx.Node) -> fx.Node | None:
-    """Return the node that draws ``factor``, if it is a random mask of whole samples.
+def _draw_of_row_mask(factor: fx.Node) -> fx.Node | None:
+    """Return the node that draws the random numbers of a mask of whole samples.
 
-    It is one if it is computed from random numbers, one number for each sample or one for the
-    batch, and from no activation.
+    None if ``factor`` is no such mask. A mask is computed from random numbers, one number for each
+    sample or one for the batch, and not from an activation.
     """
     random = None
     pending, seen = [factor], set()
@@ -137,7 +139,7 @@ def _row_mask_in(factor: fx.Node) -> fx.Node | None:
 
 
 def _sizes(args: Iterable[Any], node: fx.Node) -> Any:
-    """Return the sizes of the tensor that ``node`` makes, given one by one or as one argument."""
+    """Return the sizes of the tensor that ``node`` creates, from its arguments or ``size=``."""
     given = list(args) or [node.kwargs.get("size", ())]
     return given[0] if len(given) == 1 else given
 

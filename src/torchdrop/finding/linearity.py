@@ -20,10 +20,10 @@ from torchdrop.tracing.operations import (
 )
 from torchdrop.tracing.untraceable import UntraceableError
 
-__all__ = ["ModuleProperties", "depends_on_input", "is_curved"]
+__all__ = ["ModuleProperties", "depends_on_input", "is_nonlinear_function"]
 
 
-def is_curved(name: str) -> bool:
+def is_nonlinear_function(name: str) -> bool:
     """Whether ``name`` is the name of a function of torch that is not linear (an activation)."""
     # Functions of one tensor are methods as well; torch also has many names of other kinds.
     known = hasattr(nn.functional, name) or (hasattr(torch, name) and hasattr(Tensor, name))
@@ -38,7 +38,7 @@ def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
 
     Args:
         node: The node.
-        memo: What is known already, by node; it is extended.
+        memo: The results for nodes that were asked about before; new results are added.
     """
     if node not in memo:
         if node.op == "placeholder":
@@ -51,7 +51,7 @@ def depends_on_input(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
 
 
 class ModuleProperties:
-    """Tells whether a module is linear and whether it writes into its input; answers are cached."""
+    """Tells whether a module is linear and whether it writes into its input, and caches this."""
 
     def __init__(self) -> None:
         self._graphs: dict[nn.Module, BlockGraph | UntraceableError] = {}
@@ -59,7 +59,7 @@ class ModuleProperties:
         self._writing: dict[nn.Module, bool] = {}
 
     def read(self, module: nn.Module) -> BlockGraph:
-        """Return the graph of ``module``, read without an example of a call."""
+        """Return the graph of ``module``, traced without the arguments of an example."""
         if module not in self._graphs:
             try:
                 self._graphs[module] = trace_block(module)
@@ -71,7 +71,7 @@ class ModuleProperties:
         return found
 
     def linear(self, module: nn.Module) -> bool:
-        """Whether ``module`` is linear (affine; norms, pools and dropout count as such)."""
+        """Whether ``module`` is linear or affine. Norms, pooling and dropout count as linear."""
         if module not in self._linear:
             self._linear[module] = True  # ends the recursion if the module calls itself
             self._linear[module] = self._is_linear(module)
@@ -150,7 +150,7 @@ class ModuleProperties:
         return any(node is not None and node.op == "placeholder" for node in written)
 
     def written(self, node: fx.Node, owner: nn.Module) -> fx.Node | None:
-        """Return the node into whose memory ``node`` writes; None if it writes into none.
+        """Return the node that allocated the memory that ``node`` writes into; None if it does not.
 
         Args:
             node: A node of the forward of ``owner``.
@@ -166,10 +166,9 @@ class ModuleProperties:
         return writes_first_argument(node)
 
     def storage(self, node: Any, owner: nn.Module) -> fx.Node | None:
-        """Return the node that allocates the memory of ``node``.
+        """Return the node that allocated the memory of ``node``; None if no node did.
 
-        Views and in-place operations return the memory of their first argument, so these are
-        followed back. None if that leads to something other than a node.
+        Views and in-place operations return the memory of their first argument.
         """
         while isinstance(node, fx.Node):
             is_view = operation_of(node).view or self._writes(node, owner)

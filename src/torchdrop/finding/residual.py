@@ -31,13 +31,12 @@ class Branch:
         children: The paths, from the model, of the modules that the branch calls.
         masks: The paths of the masking layers (DropPath, StochasticDepth) inside the branch, and of
             a module around it that skips whole layers by itself (``layerdrop``).
-        proved: True after a call in which the branch was tested and found right; False if a call
-            has shown that its rows depend on each other, or could not be tested, which ``reason``
-            says; None before the first such call, and with ``verify=False``.
+        proved: True after a call in which the branch passed the test. False after a call which has
+            shown that its rows depend on each other, or which could not be tested; ``reason`` says
+            why. None before the first such call, and with ``verify=False``.
         share: The branch's share of the FLOPs of a forward pass; None without ``example_inputs``,
             since it is measured on them.
-        source: Where the branch stands in the forward that was read. For torchdrop itself; it may
-            change with any version.
+        source: Where the model adds the branch. For internal use; may change in any version.
     """
 
     name: str
@@ -60,8 +59,9 @@ class Residual:
         name: The path of the block from the model.
         module: The block.
         branches: Its branches in the order in which they are added.
-        default: Whether ``add_stochastic_depth`` takes the block if ``select`` is not given. A
-            lone, inner or linear residual is taken only if ``select`` chooses it.
+        default: Whether ``add_stochastic_depth`` takes the block if ``select`` is not given. It
+            does not take a block that is the only one of its kind, is inside another residual
+            branch, or has a linear branch.
         why_not: Why ``default`` is False.
         owner: The path of the module whose forward adds the branches: the block itself, or a module
             around it that calls the block in a loop.
@@ -107,14 +107,14 @@ class Residual:
 
 @dataclass(eq=False)
 class BranchSource:
-    """Where a branch stands in the forward that was read.
+    """Where a model adds a branch.
 
     Attributes:
         owner: The path of the module whose forward adds the branch.
-        split: The addition and how it falls into shortcut and branch; None where a block is dropped
-            as a whole.
-        graph: The forward that holds the addition; None where a block is dropped as a whole.
-        whole_block: How the block is dropped as a whole; None where it is split.
+        split: The addition, split into shortcut and branch; None if the block is dropped as a
+            whole.
+        graph: The forward that contains the addition; None if the block is dropped as a whole.
+        whole_block: How the block is dropped as a whole; None if it is split.
     """
 
     owner: str

@@ -19,9 +19,9 @@ from torchdrop.finding.row_layout import (
     RowLayout,
     RowLayouts,
     differing_dims,
+    entries_are_adjacent,
     layout_if_broadcast,
     row_layout,
-    same_rows,
 )
 from torchdrop.finding.split import ResidualSum, Split, called_modules, outside_inputs
 from torchdrop.tracing.block_graph import BlockGraph
@@ -37,7 +37,14 @@ __all__ = [
 
 
 class _Sides(NamedTuple):
-    """Which operand of an addition is the branch, and what only that operand needs."""
+    """Which operand of an addition is the branch.
+
+    Attributes:
+        branch_is_right: Whether the right operand is the branch.
+        inside: The nodes that only the branch needs.
+        shortcut: ``"identity"`` or ``"projection"``.
+        why_not: Why the addition is not taken by default; empty if it may be taken.
+    """
 
     branch_is_right: bool
     inside: set[fx.Node]
@@ -84,7 +91,7 @@ class ResidualSums:
 
     Args:
         block: The graph.
-        children: What is known about the modules that it calls.
+        children: Tells the properties of the modules that the graph calls.
         shapes: Returns the shapes of all nodes for two batch sizes, or None if there is no example.
         arguments: Returns the shapes of the arguments of the forward for two batch sizes.
         batch_dim: Which dimension of the residual tensors is the batch; None: to be found out.
@@ -94,8 +101,9 @@ class ResidualSums:
     Attributes:
         entries: The residual additions in order.
         nodes: The nodes of the graph in order.
-        order: The place of each node in ``nodes``.
-        ancestors: What each node is computed from, itself included, as a set of bits.
+        order: The position of each node in ``nodes``.
+        ancestors: For each node, the nodes that it is computed from and itself, as bits of an
+            integer.
         contradicted: Whether layers name another batch dimension than the example inputs do.
     """
 
@@ -135,7 +143,7 @@ class ResidualSums:
                 self.entries.append(entry)
 
     def nodes_in(self, bits: int) -> set[fx.Node]:
-        """Return the nodes of a set of bits, without those that read only shapes."""
+        """Return the nodes whose bits are set in ``bits``, without those that read only shapes."""
         found = set()
         while bits:
             low = bits & -bits
@@ -203,13 +211,13 @@ class ResidualSums:
         common = self.nodes_in(left_bits & right_bits)
         memo: dict[fx.Node, bool] = {}
         if not any(depends_on_input(n, memo) and not _is_container(n) for n in common):
-            return None  # a bias or a positional embedding: both sides have no common origin
+            return None  # no value is common to both sides: a bias or a positional embedding
         only_left = self.nodes_in(left_bits & ~right_bits)
         only_right = self.nodes_in(right_bits & ~left_bits)
         shortcut, why_not = "identity", ""
         if only_left and only_right:
-            # A branch that was added to one side before belongs to neither:
-            # x + f(x) + g(x) are two branches of x.
+            # A branch that was added earlier belongs to neither side: x + f(x) + g(x) has two
+            # branches of x.
             both = [self._without_earlier_branches(side) for side in (only_left, only_right)]
             linear = [self.children.linear_nodes(side, self.owner) for side in both]
             if linear[0] == linear[1]:
@@ -223,7 +231,7 @@ class ResidualSums:
             if self.has_parameters(inside) and self.children.linear_nodes(inside, self.owner):
                 why_not = "its branch is linear"
         inside = only_right if branch_is_right else only_left
-        # an argument comes from outside, even if only the branch reads it
+        # an argument of the forward is not part of the branch, even if only the branch reads it
         inside = {node for node in inside if not _is_argument(node)}
         return _Sides(branch_is_right, inside, shortcut, why_not)
 
@@ -232,7 +240,7 @@ class ResidualSums:
 
         Returns:
             The dimension, None if it is not known; and the dimension according to each child with
-            ``batch_first``, where nothing but these children decided.
+            ``batch_first``, if only these children determined it.
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
@@ -247,8 +255,7 @@ class ResidualSums:
 
     def _dims_that_grow(self, value: fx.Node) -> list[int]:
         """Return the dimensions of ``value`` that are larger for a larger batch, if measured."""
-        # Arguments with the same layout are asked first: their shapes are known without running
-        # the forward.
+        # The shapes of arguments with the same layout are known without running the forward.
         arguments = self.arguments()
         placeholders = self.block.graph.find_nodes(op="placeholder")
         paths = dict(zip(placeholders, self.block.tensors, strict=True))
@@ -264,6 +271,7 @@ class ResidualSums:
         return differing_dims(shapes[0].shapes[value], shapes[1].shapes[value])
 
     def _without_earlier_branches(self, side: set[fx.Node]) -> set[fx.Node]:
+        """Return ``side`` without the branches that earlier residual additions added to it."""
         rest = set(side)
         for entry in self.entries:
             if entry.split.add in side and not entry.why_not:
@@ -274,13 +282,13 @@ class ResidualSums:
         """Whether ``node`` returns the values of its input unchanged."""
         if node.op == "call_module":
             return isinstance(self.owner.get_submodule(str(node.target)), layers_with("copies"))
-        if node.target is operator.add:  # sum() of Python starts from the number 0
+        if node.target is operator.add:  # sum() of Python starts with 0 + first item
             return any(type(a) in (int, float) and a == 0 for a in node.args)
         return operation_of(node).copies
 
     def _decision(self, split: Split) -> _Decision:
         """Decide whether rows of the branch can be skipped; if not, say why."""
-        inside, used_outside = self._apart_from_outside(split)
+        inside, used_outside = self._inside_and_shared(split)
         drops_more = any(map(self._is_drop_path, used_outside))
         leak, reason = None, ""
         if used_outside:
@@ -301,8 +309,8 @@ class ResidualSums:
         split = replace(split, row_layouts=row_layouts, assumed=self._assumes(split))
         return _Decision(split, "skip", reason, leak, drops_more)
 
-    def _apart_from_outside(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
-        """Return the nodes that only the branch uses, and those that others use as well."""
+    def _inside_and_shared(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
+        """Return the nodes that only the branch uses, and those that are used outside it, too."""
         inside = set(split.inside)
         used_outside: set[fx.Node] = set()
         for node in sorted(inside, key=self.order.__getitem__, reverse=True):
@@ -312,7 +320,7 @@ class ResidualSums:
                 used_outside |= needed
                 inside -= needed
         for node in sorted(inside, key=self.order.__getitem__):
-            # rows are selected from the items of a tuple, not from the tuple
+            # rows cannot be selected from a tuple, only from its items
             if node.target is operator.getitem and node.args[0] in used_outside:
                 used_outside.add(node)
                 inside.remove(node)
@@ -323,7 +331,7 @@ class ResidualSums:
 
     @cached_property
     def elements(self) -> dict[ResidualSum, str | None]:
-        """The element of a ModuleList that each addition belongs to, where a loop makes it."""
+        """The path of the list element that each addition belongs to; None without a loop."""
         found = {entry: _element(called_modules(entry.split), self.owner) for entry in self.entries}
         containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
         return {
@@ -333,7 +341,7 @@ class ResidualSums:
 
     @staticmethod
     def _readers(node: fx.Node) -> set[fx.Node]:
-        """Return the nodes that use ``node``, directly or through its shape."""
+        """Return the nodes that use ``node`` or its shape."""
         found: set[fx.Node] = set()
         pending = list(node.users)
         while pending:
@@ -347,7 +355,7 @@ class ResidualSums:
         return found
 
     def _why_not_deferred(self, split: Split) -> str:
-        """Say why the branch cannot be computed later than in the forward; empty if it can."""
+        """Say why the branch cannot be computed only when it is added; empty if it can."""
         modes = [modes_of(node, self.block.modes) for node in (*split.inside, split.add)]
         if len({found.inference for found in modes if found is not None}) > 1:
             return "a part of it runs in inference mode, and another part does not"
@@ -401,7 +409,7 @@ class ResidualSums:
             if layout is None:
                 return None, f"how its input {node.name} carries the batch is not clear"
             one_value, two_value = (s.values.get(node) for s in shapes)
-            if layout.entries > 1 and not same_rows(one_value, two_value, layout.dim):
+            if layout.entries > 1 and not entries_are_adjacent(one_value, two_value, layout.dim):
                 return None, (
                     f"its input {node.name} holds several rows for each sample, and their order "
                     "is not known"
@@ -419,18 +427,19 @@ class ResidualSums:
         }
 
     def _measured_argument(self, node: fx.Node) -> RowLayouts | None:
-        """Return the layouts of another reading in which the argument ``node`` was measured."""
+        """Return the known layouts that include the argument ``node``; None if none do."""
         known = (layouts for layouts in self.known_layouts if node.name in layouts)
         return next(known, None) if node.op == "placeholder" else None
 
     def _assumed(self, node: fx.Node, skip: fx.Node, dim: int) -> RowLayout | None:
+        """Return how an input of a branch is assumed to carry the batch."""
         if node is skip:
             return RowLayout(dim, 1)
         measured = self._measured_argument(node)
         return RowLayout(dim, 0) if measured is None else measured[node.name]
 
     def _assumes(self, split: Split) -> bool:
-        """Whether it is assumed, not measured, how an input of the branch carries the batch."""
+        """Whether the layout of an input of the branch is assumed, because it was not measured."""
         inputs = self.outside_inputs(split)
         if not self.assume or inputs == [split.skip] or len(self._sources(inputs)) <= 1:
             return False
@@ -439,12 +448,12 @@ class ResidualSums:
         return any(n is not split.skip and self._measured_argument(n) is None for n in inputs)
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
-        """Return the values from outside that a branch reads; see :func:`outside_inputs`."""
+        """Return the inputs of a branch; see :func:`outside_inputs`."""
         return outside_inputs(split, self.nodes)
 
 
 def _is_container(node: fx.Node) -> bool:
-    """Whether ``node`` is an argument of which only items are used: a list of feature maps."""
+    """Whether ``node`` is an argument of which only items are used, such as a list of tensors."""
     return (
         node.op == "placeholder"
         and len(node.users) > 0

@@ -12,9 +12,9 @@ __all__ = [
     "RowLayout",
     "RowLayouts",
     "differing_dims",
+    "entries_are_adjacent",
     "layout_if_broadcast",
     "row_layout",
-    "same_rows",
 ]
 
 
@@ -24,9 +24,9 @@ class RowLayout(NamedTuple):
     Attributes:
         dim: The dimension that carries the batch.
         entries: How many entries each sample has on that dimension, next to each other. A tensor of
-            shape (batch * heads, length, length) has ``heads`` of them. 0 if that depends on the
-            call: it has one entry for each sample where it is as large as the batch on ``dim``,
-            and none otherwise.
+            shape (batch * heads, length, length) has ``heads`` of them. 0 if each call decides: the
+            tensor has one entry for each row if its size on ``dim`` is the batch size, and does
+            not carry the batch otherwise.
     """
 
     dim: int
@@ -68,26 +68,31 @@ def row_layout(
 
 
 def layout_if_broadcast(shape: tuple[int, ...], dim: int) -> RowLayout | None:
-    """Return the layout of a tensor that did not carry the batch; None if it never will.
+    """Return the layout of a tensor that carries the batch in other calls only; None if in none.
 
-    Positions of shape (1, length) are broadcast over the batch, and another call may bring some of
-    shape (batch, length).
+    Positions of shape (1, length), for example, are broadcast over the batch, but another call may
+    pass positions of shape (batch, length).
 
     Args:
-        shape: Its shape for both batch sizes.
+        shape: Its shape, the same for both batch sizes.
         dim: The dimension of the residual that carries the batch.
     """
     of_size_1 = [d for d in dict.fromkeys((dim, 0)) if d < len(shape) and shape[d] == 1]
     return RowLayout(of_size_1[0], 0) if of_size_1 else None
 
 
-def same_rows(few: Tensor | None, many: Tensor | None, dim: int) -> bool:
+def entries_are_adjacent(few: Tensor | None, many: Tensor | None, dim: int) -> bool:
     """Whether the entries of one sample are next to each other, as in (batch * heads, ...).
 
-    The larger batch is the smaller one twice. So if the entries of a sample are next to each other,
-    the tensor for the larger batch begins with that for the smaller one; in the other order,
-    (heads * batch, ...), it does not. If all entries are equal, both orders look alike, and the
-    answer is False.
+    The larger batch repeats the smaller one. So if the entries of a sample are next to each other,
+    the tensor for the larger batch begins with that for the smaller one. In the other order,
+    (heads * batch, ...), it does not. If all entries are equal, the order cannot be told, and the
+    result is False.
+
+    Args:
+        few: The tensor for the smaller batch.
+        many: The tensor for the larger batch.
+        dim: The dimension that carries the batch.
     """
     if few is None or many is None or many.shape[dim] < few.shape[dim]:
         return False  # a detector may resize its images, so that a larger batch has fewer entries

@@ -8,18 +8,18 @@ import textwrap
 
 from torch import nn
 
-from torchdrop.finding.linearity import ModuleProperties, is_curved
+from torchdrop.finding.linearity import ModuleProperties, is_nonlinear_function
 from torchdrop.tracing.operations import layers_with, names_of_additions
 
 __all__ = ["may_loop_over_branches", "source_has_addition"]
 
 
 def source_has_addition(module: nn.Module) -> bool:
-    """Whether a method of ``module``'s class adds anything; True if its source is not available."""
+    """Whether a method of the class of ``module`` adds two values; True without its source."""
     methods = _methods(module)
     if methods is None:
         return True
-    # Names of variables that hold a length: adding one is arithmetic of indices.
+    # Names of variables that hold a length: to add a length is to compute an index.
     lengths = {
         target.id
         for node in methods
@@ -37,7 +37,7 @@ def source_has_addition(module: nn.Module) -> bool:
                 return True
         if isinstance(node, ast.Attribute) and node.attr in additions:
             return True
-    # A layer that is read as part of the forward may add what it is given.
+    # A layer that is traced as part of the forward may add its arguments.
     return any(isinstance(child, layers_with("inlined")) for child in module.modules())
 
 
@@ -58,7 +58,7 @@ def may_loop_over_branches(module: nn.Module) -> bool:
         return True
     calls = [node.func for node in _methods(module) or () if isinstance(node, ast.Call)]
     names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls}
-    return any(map(is_curved, names))
+    return any(map(is_nonlinear_function, names))
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

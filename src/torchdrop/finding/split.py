@@ -34,7 +34,8 @@ class Split:
             path of the child; empty where the dimension is known from example inputs.
         row_layouts: How each tensor that the branch takes from outside carries the batch, by the
             name of its node; None if that was not measured.
-        assumed: Whether that is assumed by the shapes of each call, and was not measured.
+        assumed: Whether how a tensor carries the batch was not measured, so that in each call its
+            shape decides.
     """
 
     order: int
@@ -62,8 +63,9 @@ class ResidualSum:
         action: ``"skip"`` if only the kept rows of the branch have to be computed, else ``"mask"``.
         reason: Why the action is ``"mask"``, or which part is computed for all rows nevertheless.
         shortcut: ``"identity"`` or ``"projection"``.
-        why_not: Why the addition is not taken by default; empty if it may be.
-        leak: The call of a child that is made for the branch and used outside of it, too.
+        why_not: Why the addition is not taken by default; empty if it may be taken.
+        leak: The call of a child whose output is used inside and outside the branch; None without
+            such a call.
     """
 
     split: Split
@@ -75,9 +77,10 @@ class ResidualSum:
 
 
 def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the values from outside that a branch reads, or whose shape it reads, in order.
+    """Return the inputs of a branch, in order: values computed outside that it reads.
 
-    Parameters are not among them: the branch reads those from the module.
+    A value counts also if the branch reads only its shape. Parameters do not count, because the
+    branch reads them from the module.
     """
     found: dict[fx.Node, None] = {}
     pending = [node for node in nodes if node in split.inside]

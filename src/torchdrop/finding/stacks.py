@@ -1,4 +1,4 @@
-"""Choose the residual sums that form a stack of blocks; these are taken by default."""
+"""Tell which residual sums form a stack of blocks, and so are taken by default."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from torchdrop.finding.residual_sums import ResidualSums
 from torchdrop.finding.split import ResidualSum
 
-__all__ = ["choose", "module_of", "uses_of"]
+__all__ = ["count_calls", "module_of", "reasons_not_taken"]
 
 
-def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Module]:
-    """Return how often each module is called in one forward pass, as far as can be read."""
-    # A module whose calls are in no graph that was read counts once for each path that it has.
+def count_calls(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Module]:
+    """Return how often each module is called in one forward pass, as far as graphs show it."""
+    # A module that no graph calls counts once for each of its paths.
     uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for finder in finders:
         calls = Counter(
@@ -29,15 +29,17 @@ def uses_of(model: nn.Module, finders: Iterable[ResidualSums]) -> Counter[nn.Mod
     return uses
 
 
-def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[ResidualSum, str]:
+def reasons_not_taken(
+    finders: dict[str, ResidualSums], uses: Counter[nn.Module]
+) -> dict[ResidualSum, str]:
     """Return for each residual sum why it is not taken by default; empty if it is taken.
 
     The blocks of a residual stack are repeated: as modules of one class, as modules of different
     classes at similar paths ("layer1.0" and "layer2.0"), or one after the other in one forward. A
     sum that is not repeated is left out, with one exception: one whose shortcut is the identity is
-    taken if its block is in a list and other blocks of the same class exist. For example, if most
-    blocks of a list stride and add nothing, the block that does not may be the only one that adds.
-    If sums of one forward are nested, the outermost ones that are repeated are taken.
+    taken if its block is in a list and other blocks of the same class exist. For example, most
+    blocks of a list may have a stride and add nothing, and a single block adds its input. If sums
+    of one forward are nested, the outermost ones that are repeated are taken.
 
     Args:
         finders: The residual sums of each forward, by the path of its module.
@@ -51,14 +53,14 @@ def choose(finders: dict[str, ResidualSums], uses: Counter[nn.Module]) -> dict[R
     for name, finder in finders.items():
         for entry in finder.entries:
             module, element = module_of(finder, entry)
-            # Elements of a list are repeated only within the forward that loops over the list.
+            # Elements of a list count as repeated only within the forward that loops over it.
             keys[entry] = [(name, type(module)) if element else type(module)]
             path_pattern = re.sub(r"\d+", "#", name)
             if element is None and "#" in path_pattern:
                 keys[entry].append(path_pattern)
                 if kinds[type(finder.owner)] > 1 and entry.shortcut == "identity":
                     may_be_single.add(entry)
-    # Leaving out a sum may make one inside it the outermost, so this ends when none is left out.
+    # If a sum is left out, one inside it may become the outermost. So repeat until none is.
     while True:
         outermost = {
             entry: finder

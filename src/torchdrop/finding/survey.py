@@ -1,4 +1,4 @@
-"""Find the residual branches of a model. The model is read and not changed.
+"""Find the residual branches of a model. The model is not changed.
 
 A residual is an addition ``shortcut + branch`` in the forward of a block. The *branch* is what one
 operand depends on and the other does not; it has parameters and is not linear. The other operand
@@ -16,12 +16,12 @@ from torch import nn
 from torchdrop.checks import check_model
 from torchdrop.finding.block_reader import CONTAINERS, BlockReader
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.existing_drops import drops_layers, is_mask, mask_rate
+from torchdrop.finding.existing_drops import is_mask, layerdrop_of, mask_rate
 from torchdrop.finding.residual import Branch, BranchSource, Residual
 from torchdrop.finding.residual_sums import ResidualSums
 from torchdrop.finding.split import ResidualSum, Split, called_modules
-from torchdrop.finding.stacks import choose, uses_of
-from torchdrop.finding.whole_blocks import whole_layers
+from torchdrop.finding.stacks import count_calls, reasons_not_taken
+from torchdrop.finding.whole_blocks import find_whole_blocks
 from torchdrop.tracing.nodes import summands
 
 __all__ = [
@@ -66,20 +66,21 @@ def survey(
     reader = BlockReader(model, example, batch_dim)
     finders, unreadable = reader.read_all()
     if example is not None and any(finder.contradicted for finder in finders.values()):
-        # The dimension that grew was not the batch: according to layers of torch it is on 1.
-        example.expect(1)
+        # The dimension that grew is not the batch: layers of torch say that the batch is on 1.
+        example.assume_batch_dim(1)
         again, unreadable = reader.read_all()
         if example.larger:
             finders = again
-    uses = uses_of(model, finders.values())
+    uses = count_calls(model, finders.values())
     if example is not None:
         uses |= example.first.times
-    taken = choose(finders, uses)
-    found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, taken)]
+    why_not = reasons_not_taken(finders, uses)
+    found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, why_not)]
     if example is not None:
         # A block that branches on data may take another path on the kept rows than on all rows.
-        candidates = {name: why for name, why in unreadable.items() if name not in reader.on_data}
-        found += whole_layers(model, example, found, candidates, uses, batch_dim)
+        branching = reader.branching_on_data
+        candidates = {name: why for name, why in unreadable.items() if name not in branching}
+        found += find_whole_blocks(model, example, found, candidates, uses, batch_dim)
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         found.sort(key=lambda residual: order.get(residual.owner, 0))
     _assign_masks(model, found)
@@ -92,7 +93,7 @@ def survey(
 def _residuals_of(
     name: str, finder: ResidualSums, why_not: dict[ResidualSum, str]
 ) -> list[Residual]:
-    """Return the blocks in one forward: its module, or the elements of a list in a loop."""
+    """Return the blocks in one forward: its module, or the elements of the list it loops over."""
     owner = finder.owner
     blocks: dict[tuple[str, str], list[ResidualSum]] = {}
     for entry in finder.entries:
@@ -151,7 +152,7 @@ def _assign_masks(model: nn.Module, residuals: list[Residual]) -> None:
         rates = [mask_rate(model.get_submodule(path)) or 0.0 for path in masks]
         atoms = branch.source.owner.split(".")
         for around in [".".join(atoms[:i]) for i in range(len(atoms))]:
-            loop = drops_layers(model.get_submodule(around))
+            loop = layerdrop_of(model.get_submodule(around))
             if loop is not None:
                 masks.append(around)
                 rates.append(loop[1])
@@ -175,7 +176,7 @@ def _masks_in(model: nn.Module, child: str, owners: set[str]) -> Iterator[str]:
 
 
 def _mark_inner(residuals: list[Residual]) -> None:
-    """Of nested residuals, leave all but the outermost out by default."""
+    """Set ``default`` to False for each residual that is inside the branch of another one."""
     outer = {c for r in residuals if r.default for b in r.branches for c in b.children}
     for residual in residuals:
         atoms = residual.owner.split(".")
@@ -208,10 +209,10 @@ def _with_inner_parts_joined(model: nn.Module, residuals: list[Residual]) -> lis
     for residual in joined:
         names = [branch.name for branch in residual.branches]
         if residual.name in names and len(names) > 1:
-            # named when it was the only branch of its block
+            # this branch was named when it was the only branch of its block
             branch = residual.branches[names.index(residual.name)]
             size = {c: _size(model.get_submodule(c)) for c in branch.children}
-            # A branch may call no child, as one of functions and parameters.
+            # a branch that consists of functions and parameters calls no child
             largest = max(size, key=size.__getitem__) if size else "sum"
             largest = largest.removeprefix(f"{residual.name}.").partition(".")[0]
             branch.name = f"{residual.name}:{largest}"
@@ -232,8 +233,9 @@ def find_residuals(
         model: Any module.
         example_inputs: What the model is called with: a tensor, a tuple, or a dict of keyword
             arguments. Needed for models whose blocks cannot be traced from their signature alone.
-        select: A function of a ``Residual`` that returns whether it is included. It is asked about
-            all residuals, also lone, inner and linear ones. None: those with ``Residual.default``.
+        select: A function of a ``Residual`` that returns whether it is included. It is called with
+            all residuals, also those that are not taken by default. None includes those with
+            ``Residual.default``.
 
     Returns:
         One entry for each block. A block may have several branches, such as attention and MLP.

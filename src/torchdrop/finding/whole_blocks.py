@@ -1,4 +1,4 @@
-"""Find blocks that can be dropped as a whole, though their forward cannot be read."""
+"""Find blocks whose forward cannot be read, but which can be dropped as a whole."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchdrop.finding.residual import Branch, BranchSource, Residual, WholeBloc
 from torchdrop.finding.row_layout import (
     RowLayouts,
     differing_dims,
+    entries_are_adjacent,
     layout_if_broadcast,
     row_layout,
-    same_rows,
 )
 from torchdrop.finding.source_code import source_has_addition
 from torchdrop.tracing.call_arguments import flatten_arguments
 
-__all__ = ["whole_layers"]
+__all__ = ["find_whole_blocks"]
 
 
-def whole_layers(
+def find_whole_blocks(
     model: nn.Module,
     example: Example,
     found: Sequence[Residual],
@@ -36,7 +36,7 @@ def whole_layers(
     Args:
         model: The model.
         example: What its blocks are called with, for two batch sizes.
-        found: The residuals that were read.
+        found: The residuals in the forwards that can be read.
         unreadable: Why forwards cannot be read, by the paths of their modules.
         uses: How often each module is called.
         batch_dim: Which dimension of the residual tensors is the batch; None: any.
@@ -78,7 +78,7 @@ def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
 
 
 def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlock | None:
-    """Return how a block is dropped as a whole; None if its output is not like its input."""
+    """Return how a block is dropped as a whole; None if its output does not fit its input."""
     first, larger = example.first, example.larger
     if larger is None or name not in first.returned or name not in larger.returned:
         return None
@@ -103,7 +103,7 @@ def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlo
         layout = row_layout(tuple(pair[0].shape), tuple(pair[1].shape), (few[dim], many[dim]))
         if layout is None:
             return None
-        if layout.entries > 1 and not same_rows(pair[0], pair[1], layout.dim):
+        if layout.entries > 1 and not entries_are_adjacent(pair[0], pair[1], layout.dim):
             return None
         one = tuple(pair[0].shape)
         row_layouts[path] = layout if layout.entries else layout_if_broadcast(one, dim)

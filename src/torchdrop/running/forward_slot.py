@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from torchdrop.finding.existing_drops import drops_layers
+from torchdrop.finding.existing_drops import layerdrop_of
 from torchdrop.internals import (
     replicate_for_data_parallel,
     set_replicate_method,
@@ -82,7 +82,7 @@ class LayerDropBypass(MaskBypass):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with ``layerdrop`` 0."""
         module = self.module
-        found = drops_layers(module)
+        found = layerdrop_of(module)
         if found is None:
             return type(module).forward(module, *args, **kwargs)
         holder, rate = found
