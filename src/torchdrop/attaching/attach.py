@@ -20,7 +20,7 @@ from torchdrop.attaching.refusals import (
     check_attachable,
     check_batch_dims,
     check_settings,
-    nothing_found,
+    message_if_nothing_found,
     refuse_doubled,
     refuse_unreadable,
 )
@@ -87,8 +87,8 @@ def add_stochastic_depth(
         scale: ``"train"``: kept branches are divided by 1-p in training. ``"eval"``: branches are
             multiplied by 1-p in evaluation, as in the paper.
         select: A function that is called with every :class:`Residual` of the model, and returns
-            whether to drop its branches. It also sees residuals that are not taken by default
-            (``r.default`` is False: lone, inner and linear ones).
+            whether to drop its branches. It is also called with residuals that are not taken by
+            default (``r.default`` is False; ``r.why_not`` says why).
         compute: ``"skip"``: only kept rows are computed. ``"mask"``: all rows are computed, and the
             dropped ones are set to zero. ``"auto"``: skip wherever it is possible; the plan gives
             the reason where it is not. In row mode, ``"auto"`` also masks branches without weight
@@ -111,13 +111,12 @@ def add_stochastic_depth(
         rows_per_sample: How many neighbouring rows of the residual tensors belong to one sample:
             frames of a clip, windows of an image. They are dropped together, so the rate is exact
             for each sample, and a branch may mix them. None: every row is a sample.
-        verify: Whether each block is proved before rows of it are trusted: on ``example_inputs``
-            now, and else in its first forward pass in training, again for each kind of call
-            (dtypes, autocast, which tensors are given). The generated forward has to be the same
-            function as the block's own forward, and what a branch gives for some rows must not
-            depend on the other rows. A branch that fails is computed for all rows and masked; a
-            block that fails is dropped as a whole; the plan says which and why. False: neither is
-            tested.
+        verify: Whether each block is tested before any of its rows is dropped: on
+            ``example_inputs`` now, and else in its first forward pass in training, again for each
+            kind of call (dtypes, autocast, which tensors are given). The generated forward has to
+            return the same as the block's own forward, and the output of a branch for a row must
+            not depend on other rows. A branch that fails is computed for all rows and masked; a
+            block that fails is dropped as a whole; the plan says which and why.
 
     Returns:
         The plan. Print it to see which branches are dropped, and at which rates.
@@ -156,7 +155,8 @@ def add_stochastic_depth(
     found = survey(model, example, batch_dim)
     chosen = [r for r in found.residuals if (select(r) if select else r.default)]
     if not chosen:
-        raise ValueError(nothing_found(model, found, select is not None, example is not None))
+        selected, has_example = select is not None, example is not None
+        raise ValueError(message_if_nothing_found(model, found, selected, has_example))
     if select is None:
         refuse_unreadable(model, found, example is not None)
     refuse_doubled(model, chosen)
@@ -169,8 +169,8 @@ def add_stochastic_depth(
     plan = Plan(model, sites)
     masks = {path for branch in branches for path in branch.facts.masks}
     try:
-        # Everything was checked and generated before. Only an interrupt (KeyboardInterrupt) or
-        # the user's own code, in the example forward pass, can raise here.
+        # All checks were made before. Only an interrupt (KeyboardInterrupt) or the user's own code,
+        # in the example forward pass, can raise here.
         for site in sites:
             put_in_slot(site.module, site)
         for path in masks:

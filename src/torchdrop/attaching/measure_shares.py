@@ -16,7 +16,7 @@ __all__ = ["measure_shares"]
 
 
 def measure_shares(model: nn.Module, sites: Sequence[BlockSite], example_inputs: Any) -> None:
-    """Set ``share`` of every branch: its part of the FLOPs of one pass in which all rows are kept.
+    """Set ``share`` of every branch: its part of the FLOPs of a pass in which all rows are kept.
 
     It stays None for a branch that the pass does not reach.
     """

@@ -48,9 +48,9 @@ class Plan:
     def _check_attached(self) -> None:
         if not self._is_attached():
             raise ValueError(
-                "the stochastic depth of this plan was removed from the model, from all blocks or "
-                "from some (or blocks of the model were replaced), so the plan has no effect any "
-                "more; torchdrop.get_plan(model) returns the plan of what is attached now"
+                "this plan no longer has an effect, because its stochastic depth was removed from "
+                "some or all blocks, or blocks of the model were replaced; "
+                "torchdrop.get_plan(model) returns the plan of what is attached now"
             )
 
     @property
@@ -61,7 +61,7 @@ class Plan:
             for state in site.branches:
                 facts = state.facts
                 block = blocks.setdefault(facts.block, Residual(facts.block, site.module, []))
-                if facts.path is not None:  # else another site of the block knows its module
+                if facts.path is not None:  # if it is None, another site of the block has a path
                     block.module = site.module.get_submodule(facts.path)
                 block.branches.append(
                     Branch(

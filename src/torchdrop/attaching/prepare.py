@@ -1,4 +1,4 @@
-"""Make the sites of a model from its residuals. Nothing is attached to the model yet."""
+"""Create the sites of a model from its residuals, without attaching them to the model."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class _Preparation:
         )
 
     def action_of(self, branch: Branch) -> tuple[str, str]:
-        """Return the action of a branch, given what was asked for, and the reason."""
+        """Return the action of a branch for the given ``compute``, and the reason."""
         if self.compute == "mask" and branch.action == "skip":
             return "mask", MASK_REQUESTED
         if self.compute == "skip" and branch.action == "mask":
@@ -156,8 +156,8 @@ class _Preparation:
             )
         return branch.action, branch.reason
 
-    def keeps_values(self, branch: Branch) -> bool:
-        """Whether the model's own masking layers do not divide what they keep by 1 - p."""
+    def is_unscaled(self, branch: Branch) -> bool:
+        """Whether kept rows are not divided by 1 - p, because the model's own masks do not."""
         masks = (self.model.get_submodule(path) for path in branch.masks)
         unscaled = any(getattr(mask, "scale_by_keep", True) is False for mask in masks)
         return unscaled and self.settings.scale == "train"
@@ -200,20 +200,20 @@ class _Preparation:
             dim=_batch_dim(branch, split),
             row_layouts=None if split is None else split.row_layouts,
             sampling=self.settings.sampling,
-            scale="none" if self.keeps_values(branch) else self.settings.scale,
+            scale="none" if self.is_unscaled(branch) else self.settings.scale,
             rows_per_sample=self.rows_per_sample(branch, _batch_dim(branch, split)),
             samples_given=self.settings.rows_per_sample is not None,
         )
 
     def rows_per_sample(self, branch: Branch, dim: int) -> int:
-        """Return how many rows each sample has in a branch, as given or as the example shows."""
+        """Return how many rows each sample has in a branch: as given, or as the example shows."""
         if self.settings.rows_per_sample is not None or self.settings.mode == "batch":
             return self.settings.rows_per_sample or 1
         return 1 if self.example is None else self.example.rows_per_sample(branch.source.owner, dim)
 
 
 def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, split: Split) -> None:
-    """Raise if the forward drops rows of the branch itself, by random numbers."""
+    """Raise if the forward itself drops samples of the branch at random."""
     drawn = find_drop_operation(block.graph, split.branch, split.skip)
     if drawn is not None:
         raise ValueError(
@@ -225,7 +225,7 @@ def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, spl
 
 
 def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:
-    """Return the reason of an action, with what the plan says about the branch besides."""
+    """Return the reason of an action, followed by other facts that the plan prints."""
     reasons = [
         reason,
         _NEEDS_SECOND_ROW if facts.has_batch_norm and action == "skip" else "",
@@ -236,7 +236,7 @@ def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:
 
 
 def _own_tensors(split: Split) -> tuple[str, ...]:
-    """Return the paths of the parameters and buffers that the branch reads itself."""
+    """Return the paths of the parameters and buffers that the block's own forward reads for it."""
     sources = (source for node in split.inside for source in (node, *node.all_input_nodes))
     return tuple(dict.fromkeys(str(s.target) for s in sources if s.op == "get_attr"))
 

@@ -1,4 +1,4 @@
-"""Prove the blocks of a model on the example inputs, when stochastic depth is added."""
+"""Test the blocks of a model on the example inputs, when stochastic depth is added."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["prove_on_example"]
 
 
 def prove_on_example(model: nn.Module, sites: Sequence[BlockSite], example_inputs: Any) -> None:
-    """Test every block that a forward pass of the example reaches; nothing is dropped.
+    """Test every block that a forward pass of the example reaches, without dropping anything.
 
     A model that cannot be run in training with the example (it may need targets there) is tested
     in its first training steps instead.

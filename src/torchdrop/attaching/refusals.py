@@ -25,7 +25,7 @@ __all__ = [
     "check_attachable",
     "check_batch_dims",
     "check_settings",
-    "nothing_found",
+    "message_if_nothing_found",
     "refuse_doubled",
     "refuse_unreadable",
 ]
@@ -126,12 +126,12 @@ def check_attachable(model: nn.Module) -> None:
             )
 
 
-def nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool) -> str:
+def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool) -> str:
     """Return the error message for a model in which no residual is taken.
 
     Args:
         model: The model.
-        found: What was found in it.
+        found: The residuals of the model.
         selected: Whether ``select`` was given.
         example: Whether ``example_inputs`` were given.
     """
@@ -142,7 +142,7 @@ def nothing_found(model: nn.Module, found: Survey, selected: bool, example: bool
             f"torchdrop.find_residuals(model) lists those that are taken by default"
         )
     unread = found.unreadable and not example
-    hint = "; give example_inputs, so that it is read as it is called" if unread else ""
+    hint = "; give example_inputs, so that its blocks are read as they are called" if unread else ""
     text = (
         f"no residual branches found in this {name}{hint}. torchdrop looks for additions skip + "
         f"branch in blocks that repeat; the branch has to contain parameters and an activation, "
@@ -210,8 +210,8 @@ def check_batch_dims(chosen: Sequence[Residual]) -> None:
 
     Layers with ``batch_first=False`` say that it is dimension 1 of their block.
     """
-    layers: dict[str, int] = {}  # the dimension that a layer says, by its path
-    silent = []  # branches about which nothing is known
+    layers: dict[str, int] = {}  # the dimension according to each layer, by its path
+    silent = []  # branches whose layers say nothing
     for residual in chosen:
         for branch in residual.branches:
             split = branch.source.split

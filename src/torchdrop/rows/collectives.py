@@ -27,16 +27,16 @@ def find_communicating_module(
     """Return the kind of the first module in ``modules`` that communicates with the other ranks.
 
     Such a module waits for all ranks in each forward or backward pass. If one rank skipped it, the
-    others would wait forever, or take its next collective for this one, so all ranks have to run it
-    every time. Parameters that are split by tensor parallelism are no reason to run it every time,
-    but all ranks have to drop the same samples, so without ``same_on_all_ranks`` they are an error.
+    others would wait forever, or mistake the next collective of that rank for this one. So all
+    ranks have to run it every time. A module whose parameters are split by tensor parallelism may
+    be skipped, but only if all ranks drop the same samples.
 
-    The answer has to be asked for in each call: a model may be sharded, or its BatchNorms converted
-    to SyncBatchNorm, after stochastic depth was added.
+    Call this function in each forward pass: a model may be sharded, or its BatchNorms converted to
+    SyncBatchNorm, after stochastic depth was added.
 
     Args:
         modules: The modules that may be skipped; their descendants are searched too.
-        name: What the error message calls ``modules``.
+        name: The name of ``modules`` in the error message.
         same_on_all_ranks: Whether all ranks skip ``modules`` in the same calls.
 
     Returns:

@@ -41,7 +41,7 @@ _UNITS = 2**30
 
 
 class GraphBranch(Protocol):
-    """What a graph needs to know of a branch.
+    """What a compiled graph needs to know about a branch.
 
     Attributes:
         p: The drop probability.
@@ -108,8 +108,8 @@ def row_count_in_graph(number: int, batch: Any, least: int) -> Any:
     Args:
         number: The number of the branch.
         batch: The batch size.
-        least: The least number of rows that the branch can compute with, as BatchNorm needs two.
-            Even so it is never more than ``batch``.
+        least: The least number of rows that the branch needs (BatchNorm needs two). The result is
+            still at most ``batch``.
     """
     share = _shares[number].shape[0]
     # ``share`` is rounded, so where ``batch * (1 - p)`` is an integer, the product may be a little
@@ -227,7 +227,7 @@ def scatter_in_graph(slices: Tensor, drawn: GraphRows, dim: int) -> Tensor:
 
 
 def run_uncompiled(*modules: str) -> None:
-    """Mark the functions of these modules, so that no graph of ``torch.compile`` begins in them.
+    """Mark the functions of these modules so that no graph of ``torch.compile`` begins in them.
 
     In batch mode a graph ends at each draw, since the draw decides whether the branch runs. Without
     the mark, dynamo would continue in the functions of torchdrop between the draw and the branch,

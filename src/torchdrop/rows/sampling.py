@@ -122,14 +122,14 @@ def draw_row_order(batch: int, p: float, sampling: str = "exact") -> tuple[Tenso
 
 
 def _refuse_different_draws_in_vmap() -> None:
-    """Raise inside ``vmap(randomness="different")``, which asks for one draw for each mapped call.
+    """Raise inside ``vmap(randomness="different")``, which requires a draw for each mapped call.
 
-    vmap runs the forward once for all of them, so the rows can be drawn only once.
+    vmap runs the forward once for all mapped calls, so the rows can be drawn only once.
     """
     if not torch.compiler.is_compiling() and vmap_draws_differently():
         raise RuntimeError(
-            "stochastic depth draws on the host, once for everything that vmap maps over, so vmap "
-            "cannot be called with randomness='different'; pass randomness='same' to vmap"
+            "stochastic depth draws rows once for all calls that vmap maps over, so vmap cannot "
+            "be called with randomness='different'; pass randomness='same' to vmap"
         )
 
 
@@ -149,8 +149,8 @@ def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
 
     Args:
         p: The probability that it is dropped.
-        sync_ranks: With True or None all ranks of a process group get the same answer; with False
-            each rank draws by itself.
+        sync_ranks: With True or None all ranks of a process group get the same result; with False
+            each rank draws for itself.
     """
     _refuse_different_draws_in_vmap()
     # A shared number is an integer of 53 bits, so this is uniform in [0, 1).

@@ -17,10 +17,10 @@ __all__ = ["regather_in_backward"]
 class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tensors_hooks)
     """Context in which gathered rows are not saved for backward, but gathered again in backward.
 
-    If the tensor that rows were gathered from is saved anyway, saving the rows too takes memory
-    for nothing. The first time that operations inside this context save a tensor of gathered rows,
-    the tensor that they were gathered from and the indices are saved in its place. If it is saved
-    again, for another operation, it is saved as it is.
+    If the tensor that rows were gathered from is saved anyway, saving the rows as well wastes
+    memory. The first time that an operation inside this context saves a tensor of gathered rows,
+    the tensor that they were gathered from and the indices are saved instead. If another operation
+    saves the gathered rows again, they are saved themselves.
 
     The hooks of an outer context (a checkpoint, ``save_on_cpu``) get the whole tensor instead of
     its rows.
@@ -66,8 +66,8 @@ class regather_in_backward:  # noqa: N801 (used as a statement, like saved_tenso
         """Return the tensor for which :func:`_pack` returned ``saved``."""
         packed, version, is_source = saved
         tensor: Tensor = packed if self._outer is None else self._outer[1](packed)
-        # PyTorch does not check for writes in between where hooks save a tensor, so it is checked
-        # here. What an outer hook returns may be another tensor, with a version of its own.
+        # PyTorch does not check whether a tensor that a hook saved was written into meanwhile, so
+        # it is checked here. An outer hook may return another tensor, with a version of its own.
         if self._outer is None and modifications_of(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "

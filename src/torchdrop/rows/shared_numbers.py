@@ -23,23 +23,23 @@ def _group() -> Any:
 
 
 class SharedNumbers:
-    """A stream of random numbers, which each rank computes by itself, equal to that of all others.
+    """A stream of random numbers that is the same on all ranks; each rank computes it by itself.
 
     Number n since ``torch.manual_seed`` is a hash of n and of the seed of rank 0. The difference
     between a rank's own seed and that of rank 0 is communicated once, with the first number (one
     broadcast). If all ranks are seeded again later, no communication is needed, as long as the
     differences between their seeds stay the same.
 
-    n has to follow the state of the global generator, which cannot be asked how often it was drawn
-    from. So each draw also takes an integer from the generator, the token, and stores n under it.
-    A token that is known shows that the generator was restored to an earlier state, and its n is
-    used again: the recomputation of a checkpoint, which restores nothing but the generator, gets
-    the numbers of the forward pass. If it is the first token of a seed, the generator was seeded
-    again with this seed, and n starts at 0.
+    n has to follow the state of the global generator, which does not tell how many numbers were
+    drawn from it. So each draw also takes an integer from the generator, the token, and stores n
+    under this token. If a token is known already, the generator was restored to an earlier state,
+    and the n of the token is used again. This is how the recomputation of a checkpoint, which
+    restores only the generator, gets the numbers of the forward pass. If the token is the first one
+    of a seed, the generator was seeded again with this seed, and n starts at 0.
     """
 
-    # How many tokens and seeds are stored at most; the oldest are forgotten first. A token has to
-    # last until the backward pass in which a checkpoint is recomputed.
+    # How many tokens and seeds are stored at most; the oldest are removed first. A token has to
+    # stay until the backward pass in which a checkpoint is recomputed.
     _MAX_TOKENS = 2**14
     _MAX_SEEDS = 256
 
@@ -97,17 +97,14 @@ class SharedNumbers:
             dist.broadcast_object_list(theirs, src=0)
             self._seed_difference = mine - theirs[0]
             if self._known_group is not None:
-                # Some ranks of the new group may not have drawn the old numbers: all start anew.
+                # Some ranks of the new group may not have drawn numbers before: all start at 0.
                 self._streams.clear()
                 self._number_of_token.clear()
             self._known_group = weakref.ref(group)
         return self._seed_difference
 
     def state_dict(self) -> dict[str, int] | None:
-        """Return the seed and the count of the stream, the same on all ranks.
-
-        None if no number was drawn.
-        """
+        """Return seed and count of the stream, the same on all ranks; None before any draw."""
         if not self._streams:
             return None
         seed = next(reversed(self._streams))

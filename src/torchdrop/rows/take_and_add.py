@@ -241,7 +241,7 @@ class _SkipAndRows(torch.autograd.Function):
         # With create_graph=True an operation may have saved it for the second derivative.
         may_write = may_write and not torch.is_grad_enabled()
         whole, gathered = grads
-        # Elements of an expanded gradient, as of sum(), share memory.
+        # An expanded gradient, as of sum(), cannot be written into: its elements share memory.
         in_order = whole if ctx.order is None else whole.permute(ctx.order)
         may_write = may_write and in_order.is_contiguous()
         out = _add(whole, gathered, ctx.rows, 1.0, ctx.dim, ctx.order, inplace=may_write)
