@@ -90,7 +90,7 @@ def test_the_copies_can_be_imported_if_nothing_is_missing(user: ModuleType) -> N
             "_FrameExecStrategy",
             lambda: internals.leave_frame_uncompiled(compile("1", "", "eval")),
             None,
-            "set_code_exec_strategy.* anew for each block",
+            "set_code_exec_strategy.* again for each block",
         ),
         (
             nn.Module,

@@ -1,4 +1,4 @@
-"""Measurements on a model: what it costs, and what its drops do to BatchNorm."""
+"""Measure what a model costs, and how its dropouts affect BatchNorm."""
 
 from torchdrop.cost import flops, saved_bytes
 from torchdrop.diagnostics.order import OrderFinding, OrderReport, check_order

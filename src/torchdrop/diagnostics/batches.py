@@ -1,4 +1,4 @@
-"""Turn the batches that a user already has into calls of a model."""
+"""Turn batches, as a data loader yields them, into the arguments of calls of a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_sizes_known(model: nn.Module) -> None:
-    """Raise if a layer of ``model`` is lazy and was not run yet.
+    """Raise if a layer of ``model`` is lazy and has no sizes yet.
 
     Raises:
-        ValueError: A parameter or buffer gets its shape in the first forward pass.
+        ValueError: A parameter or buffer will get its shape in the first forward pass.
     """
     for name, module in model.named_modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -72,7 +72,7 @@ def calls(model: nn.Module, batches: Iterable[Any]) -> Iterator[Call]:
         ) from None
     for number, batch in enumerate(iterator):
         args, kwargs = _arguments(batch, number)
-        _check_taken(model, args, kwargs, number)
+        _check_accepted(model, args, kwargs, number)
         if device is not None:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         yield args, kwargs
@@ -83,6 +83,7 @@ def calls(model: nn.Module, batches: Iterable[Any]) -> Iterator[Call]:
 
 
 def _arguments(batch: Any, number: int) -> Call:
+    """Return the arguments in ``batch``; raise if it has none of the forms of :func:`calls`."""
     given = batch
     if isinstance(batch, tuple | list) and batch:
         given = batch[0]
@@ -101,9 +102,10 @@ def _arguments(batch: Any, number: int) -> Call:
     )
 
 
-def _check_taken(
+def _check_accepted(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int
 ) -> None:
+    """Raise unless the signature of the model's forward accepts the arguments."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):

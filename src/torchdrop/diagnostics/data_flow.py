@@ -25,10 +25,11 @@ from torchdrop.tracing.untraceable import UntraceableError
 __all__ = ["AN_INPUT", "DataFlow", "Dropout"]
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that drops or shakes, by its class or its name.
+def _is_dropout(module: nn.Module) -> bool:
+    """Whether ``module`` is a dropout layer, or another layer that drops at random.
 
-    The name decides only for layers without parameters and children: a block may be called so too.
+    It is one by its class, or by "drop" or "shake" in its class name. The name counts only for
+    layers without parameters and children, because a block may have such a name, too.
     """
     if isinstance(module, layers_with("drops")) or is_mask(module):
         return True
@@ -50,8 +51,8 @@ class Dropout:
             name ("head.dropout()"). For stochastic depth, the name of the branch.
         kind: The class or function: "Dropout", "DropPath", "dropout()", "stochastic depth".
         rate: Its drop probability; None if it is not known.
-        node: The name of the node, if it is a call of a function: it tells two calls in one forward
-            apart.
+        node: The name of the node if it is the call of a function, which distinguishes two calls in
+            one forward.
     """
 
     path: str
@@ -60,15 +61,15 @@ class Dropout:
     node: str = ""
 
 
-# The dropouts whose outputs a value depends on. For each of them: the distance, in operations since
-# the dropout, and whether the dependence is only assumed, because a forward could not be read.
+# The dropouts that a value depends on, each with the number of operations since the dropout, and
+# with whether the dependence is only assumed, because a forward could not be read.
 _Flow = dict[Dropout, tuple[int, bool]]
 
 
 def _merge(flows: Iterable[_Flow]) -> _Flow:
     """Return the dropouts of all ``flows``, each with its shortest distance.
 
-    A dependence that was read in a forward takes precedence over one that is assumed.
+    A dependence that a graph shows takes precedence over one that is assumed.
     """
     merged: _Flow = {}
     for flow in flows:
@@ -80,7 +81,7 @@ def _merge(flows: Iterable[_Flow]) -> _Flow:
 
 
 def _leaves(value: Any) -> Iterator[_Flow]:
-    """Yield the flows of a value: one, or those of the items of a container."""
+    """Yield the flow of a value, or of each item if it is a container."""
     if isinstance(value, _Value):
         if value.parts is None:
             yield value.flow
@@ -106,7 +107,7 @@ class _Value:
         return _merge(_leaves(self))
 
     def part(self, key: Any) -> _Value:
-        """Return the item at ``key``; if it is not known, a value that depends on all of them."""
+        """Return the item at ``key``; if the items are not known, a value that depends on all."""
         if self.parts is not None and isinstance(key, int | str):
             if isinstance(key, int) and key < 0:
                 key += len(self.parts)
@@ -159,8 +160,8 @@ class DataFlow:
 
     Attributes:
         dropouts: The dropouts in the order of the forward pass.
-        reached: The BatchNorms that each dropout reaches: for the path of each of them the distance
-            and whether it is assumed.
+        reached: The BatchNorms that each dropout reaches, by path, each with its distance and with
+            whether the dependence is assumed.
         unreadable: Why forwards could not be read, by the paths of the modules.
     """
 
@@ -191,8 +192,9 @@ class DataFlow:
 
         Args:
             module: The module.
-            args: Its positional arguments: of each the value, and its form for ``trace_block``.
-            kwargs: Its keyword arguments, likewise.
+            args: Its positional arguments, each as a pair of its value and of what ``trace_block``
+                takes for it.
+            kwargs: Its keyword arguments, as the same pairs.
         """
         path = self.paths[module]
         flow_in = _merge(v.merged() for v, _ in [*args, *kwargs.values()])
@@ -201,14 +203,14 @@ class DataFlow:
             return _Value({})  # only the first BatchNorm on a path is reported
         if isinstance(occupant_of(module), MaskBypass):
             return _Value(flow_in)
-        if _drops(module):
+        if _is_dropout(module):
             return self._through_dropout(module, path, flow_in)
         if _is_operation(module):
             return _Value(_after_one_operation(flow_in))
         return self._through_forward(module, path, flow_in, args, kwargs)
 
     def _through_dropout(self, module: nn.Module, path: str, flow_in: _Flow) -> _Value:
-        """Return the output of a layer that drops; a module in it is followed as well."""
+        """Return the output of a dropout; modules inside it are followed as well."""
         inner = [self._through_child(child, flow_in) for child in _children(module)]
         flow = _merge([_after_one_operation(flow_in), *inner])
         rate = layer_rate(module)
@@ -217,7 +219,7 @@ class DataFlow:
         return _Value(_merge([flow, self.start(path, type(module).__name__, rate)]))
 
     def _through_child(self, module: nn.Module, flow_in: _Flow) -> _Flow:
-        """Return the flow out of a module whose call was not read, as if it took one tensor."""
+        """Return the flow out of a module whose arguments are not known, as if it took a tensor."""
         return self.module(module, [(_Value(flow_in), A_TENSOR)], {}).merged()
 
     def _through_forward(
@@ -246,13 +248,13 @@ class DataFlow:
         self, module: nn.Module, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[BlockGraph, dict[str, _Value]]:
         """Return the graph of a module for this call, and the values of its arguments by name."""
-        # Of the class: attached stochastic depth replaces the forward of the instance.
+        # The forward of the class, because stochastic depth replaces that of the instance.
         signature = inspect.signature(type(module).forward.__get__(module))
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            # The arguments do not fit the signature if they are not known, because the call is in a
-            # forward that could not be read. Then those of the example call are taken.
+            # The arguments are not known if the module is called in a forward that could not be
+            # read. Then those of the example call are taken.
             if path in self.recorded:
                 merged = _Value(_merge(v.merged() for v, _ in [*args, *kwargs.values()]))
                 given = self.recorded[path]
@@ -302,7 +304,7 @@ class DataFlow:
             block: The graph of the forward.
             path: The path of the module.
             inputs: The values of its arguments, by name.
-            adds: The additions at which stochastic depth drops, with the branch and the rate.
+            adds: The additions whose branches stochastic depth drops: name and rate of the branch.
         """
         env: dict[fx.Node, _Value] = {}
         # For each placeholder the argument and the keys that lead to its tensor: "batch.image.0".
@@ -353,11 +355,12 @@ class DataFlow:
 
 
 def _after_one_operation(flow: _Flow) -> _Flow:
+    """Return ``flow`` with all distances larger by 1."""
     return {source: (distance + 1, assumed) for source, (distance, assumed) in flow.items()}
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children; in place of a ModuleList or ModuleDict its elements."""
+    """Yield the children of ``module``, and the elements of a ModuleList or ModuleDict for it."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _children(child)
@@ -378,11 +381,11 @@ def _is_operation(module: nn.Module) -> bool:
 
 
 def _attached_adds(module: nn.Module, block: BlockGraph) -> dict[fx.Node, tuple[str, float]]:
-    """Return the additions at which stochastic depth drops, each with its branch and rate."""
+    """Return the additions whose branches stochastic depth drops: name and rate of each branch."""
     site = occupant_of(module)
     if not isinstance(site, SplitSite):
         return {}
-    # The site knows its sums by their order in the graph that it was attached with.
+    # The site knows its sums by their order among the residual sums of the forward.
     entries = read_residual_sums(block)
     if len(entries) <= max(site.orders):
         raise UntraceableError("it does not add the same branches in every call")

@@ -20,8 +20,8 @@ __all__ = ["OrderFinding", "OrderReport", "check_order"]
 def check_order(model: nn.Module, example_inputs: Any = None) -> OrderReport:
     """Report each dropout whose output reaches a BatchNorm.
 
-    Dropout changes the variance of the values that follow, in training and not in evaluation. A
-    BatchNorm after it learns the variance of training and normalises with it in evaluation
+    Dropout changes the variance of the values that follow in training, but not in evaluation. A
+    BatchNorm after it stores the variance of training and normalises with it in evaluation
     (:func:`variance_shift` measures the difference). The reference recommends to drop after the
     last BatchNorm.
 
@@ -42,9 +42,9 @@ def check_order(model: nn.Module, example_inputs: Any = None) -> OrderReport:
             The model is run once, in evaluation, and restored.
 
     Returns:
-        A sequence with one :class:`OrderFinding` for each dropout; empty, and false, if there is
-        nothing to report. Its ``unreadable`` names the forwards that could not be read. The modules
-        in them are followed one by one, and findings that depend on them are marked as assumed.
+        A sequence with one :class:`OrderFinding` for each dropout; empty if there is nothing to
+        report. Its ``unreadable`` names the forwards that could not be read. The modules in them
+        are followed one by one, and findings that depend on them are marked as assumed.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

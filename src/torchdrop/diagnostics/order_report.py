@@ -23,8 +23,8 @@ class OrderFinding:
         distance: The number of operations from the dropout to the BatchNorm, the BatchNorm
             included: 1 if it takes the output of the dropout.
         further: The other BatchNorms that the output reaches without passing a BatchNorm, in order.
-        assumed: Whether the output passes a forward that could not be read, of which every output
-            is assumed to depend on every input and every module in it.
+        assumed: Whether the output passes through a forward that could not be read. Its outputs are
+            assumed to depend on all its inputs and on all modules in it.
     """
 
     dropout: str

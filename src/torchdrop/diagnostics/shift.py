@@ -58,7 +58,7 @@ class LayerShift:
 
     @property
     def shift(self) -> float:
-        """``max(ratio, 1 / ratio)``: how far the ratio is from 1, either way."""
+        """``max(ratio, 1 / ratio)``: how far the ratio is from 1, in either direction."""
         if self.ratio == 0.0:
             return math.inf
         return max(self.ratio, 1.0 / self.ratio)
@@ -138,10 +138,10 @@ class VarianceShift(Sequence[LayerShift]):
 
     @property
     def steepest(self) -> LayerShift:
-        """The residual sum at which the ratio grows most over the one before it.
+        """The residual sum whose ratio grows most compared with that of the residual sum before.
 
-        Without residual sums, the BatchNorm. (Where there are both, a BatchNorm inside a branch
-        follows another one, which has just taken the shift away.)
+        Without residual sums, the BatchNorm of which the same is true. (BatchNorms do not count if
+        there are residual sums: one inside a branch follows another one, which removes the shift.)
 
         Raises:
             ValueError: As for :attr:`largest`.

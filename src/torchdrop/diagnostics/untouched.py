@@ -1,4 +1,4 @@
-"""Run a model in a diagnostic and leave it as it was."""
+"""Run a model for a diagnostic, and restore what the forward pass changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["untouched"]
 def untouched(model: nn.Module) -> Iterator[BufferCopies]:
     """Run ``model`` without gradients, and restore everything that a forward pass changes.
 
-    That is: training flags, buffers (except those that are kept, see :class:`BufferCopies`),
+    These are training flags, buffers (except those that are kept, see :class:`BufferCopies`),
     ``requires_grad`` of the parameters, the counts of attached stochastic depth, and the global
     random numbers of Python, NumPy and torch, on the host and on the devices of the model. Compiled
     parts run uncompiled.

@@ -38,7 +38,8 @@ _CHANNELS_FIRST = (BatchNormBase, ConvBase)
 class Moments:
     """Mean and sums of squared deviations per channel over several batches, in float64.
 
-    Batches are merged by the formulas of Chan, Golub and LeVeque, which subtract no large numbers.
+    Batches are merged by the formulas of Chan, Golub and LeVeque, which are numerically stable:
+    they do not subtract large numbers from each other.
 
     Attributes:
         count: The number of values of each channel.
@@ -59,7 +60,7 @@ class Moments:
         """Add one batch.
 
         Raises:
-            ValueError: Its number of channels differs from that of the batches before.
+            ValueError: The number of channels differs from that of earlier batches.
         """
         if x.numel() == 0:
             return
@@ -98,11 +99,11 @@ class Moments:
 
 
 class _Probe:
-    """Collects the moments of each layer, separately for training and evaluation.
+    """Accumulates mean and variance of the values at each layer, in training and in evaluation.
 
     Attributes:
-        training: Whether the present pass is one of training.
-        moments: By kind and name of the layer, and by ``training``.
+        training: Whether the current forward pass is in training.
+        moments: The :class:`Moments` of each layer, by its kind and name, and by ``training``.
         unreadable: Why sums could not be observed, by the path of the module that adds them.
     """
 
@@ -112,7 +113,7 @@ class _Probe:
         self.unreadable: dict[str, str] = {}
 
     def note(self, kind: str, name: str, x: Tensor, channel_dim: int) -> None:
-        """Add the values of one layer in the present pass to its moments."""
+        """Add ``x``, the values at one layer in the current pass, to the moments of the layer."""
         sides = self.moments.setdefault((kind, name), {False: Moments(), True: Moments()})
         if x.dim() == 0:
             x = x.unsqueeze(0)
@@ -130,7 +131,7 @@ class _Probe:
             ) from None
 
     def observe(self, path: str, module: nn.Module, sums: list[_Sum]) -> ObservedSums:
-        """Collect the moments of residual sums of ``module`` inside the returned context."""
+        """Return a context in which the residual sums of ``module`` are added to the moments."""
 
         def note_sum(event: SumEvent) -> None:
             observed = sums[event.index]
@@ -169,7 +170,7 @@ def _residual_sums(
     paths = {module: path for path, module in reversed(list(model.named_modules()))}
     sums: dict[str, list[_Sum]] = {}
     unreadable: dict[str, str] = {}
-    # Where stochastic depth is attached: the sums at which it drops.
+    # In modules to which stochastic depth is attached: the sums whose branches it drops.
     for site in sites_of(model):
         path = paths[site.module]
         if not isinstance(site, SplitSite):
@@ -183,8 +184,8 @@ def _residual_sums(
             )
             for order, branch in zip(site.orders, site.branches, strict=True)
         ]
-    # In all other modules: the sums that find_residuals takes by default. The example is only made
-    # if a forward cannot be read without one.
+    # In all other modules: the sums that find_residuals takes by default. An example is used only
+    # if a forward cannot be read without it.
     attached = {*sums, *unreadable}
     found = survey(model)
     if set(found.unreadable) - attached:
@@ -326,7 +327,9 @@ def variance_shift(
             raise ValueError(
                 f"the model has to have a BatchNorm or a residual sum to measure, but there is no "
                 f"BatchNorm and no residual sum in this {type(model).__name__}"
-                + "".join(f"; {k or 'it'} cannot be read: {v}" for k, v in unreadable.items())
+                + "".join(
+                    f"; {k or 'the model'} cannot be read: {v}" for k, v in unreadable.items()
+                )
             )
         modes = _modes(model)
         for norm, name in norms.items():
@@ -339,7 +342,7 @@ def variance_shift(
                 probe.training = training
                 for module, flag in modes[training]:
                     module.training = flag
-                buffers.reset()  # a pass in training updates the running statistics
+                buffers.reset()  # because a pass in training updates the running statistics
                 # a copy, in case the model writes into its input
                 args, kwargs = tree_map_only(Tensor, torch.clone, call)
                 model(*args, **kwargs)
@@ -392,7 +395,7 @@ def _layer_shift(
     running = getattr(module, "running_var", None) if kind == "batch_norm" else None
     if isinstance(running, Tensor):
         running = running.detach().to(evaluation.device, torch.float64)
-    ratios = train / evaluation  # constant in both: 0 / 0, which is NaN
+    ratios = train / evaluation  # a channel that is constant in both gives 0 / 0, which is NaN
     return LayerShift(
         name=name,
         kind=kind,

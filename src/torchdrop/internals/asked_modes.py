@@ -24,9 +24,9 @@ __all__ = [
     "sdpa_backends",
 ]
 
-# In the namespaces of torch and torch._C: the functions that ask for a mode or set one, by the kind
-# of the mode. If PyTorch uses another function, what it answered while a block was read is held
-# fixed, and only the proof notices.
+# The functions in torch and torch._C that ask for a mode or set one, by the kind of the mode. If
+# PyTorch uses another function, its result is a constant in the graph of a block, and only the test
+# of the block on a real call notices.
 _FUNCTIONS = {
     "grad": ("is_grad_enabled", "_set_grad_enabled", "is_inference_mode_enabled"),
     "autocast": (
@@ -50,8 +50,8 @@ _FUNCTIONS = {
     ),
 }  # fmt: skip
 
-# By id, because a builtin that is bound to an object without a hash has no hash either. The
-# functions stay alive, so no other object has their id.
+# The kind of mode by the id of the function, because a builtin that is bound to an object without
+# a hash has no hash either. The functions stay alive, so no other object has their id.
 _BY_ID = {
     id(found): kind
     for kind, names in _FUNCTIONS.items()
@@ -60,38 +60,38 @@ _BY_ID = {
     if (found := getattr(place, name, None)) is not None
 }
 
-# Functions in Python that call none of the above.
-_ENTERED = {
+# Functions written in Python that call none of the functions above, by their code.
+_BY_CODE = {
     torch.inference_mode.__enter__.__code__: "grad",
     torch.get_default_device.__code__: "device",
 }
 
 
 def mode_of_builtin(function: Any) -> str | None:
-    """Return which kind of mode a builtin of PyTorch asks for or sets; None: none."""
+    """Return the kind of mode that a builtin of PyTorch asks for or sets; None without one."""
     return _BY_ID.get(id(function))
 
 
 def mode_of_code(code: CodeType) -> str | None:
-    """Return which kind of mode a function of PyTorch in Python asks for or sets; None: none."""
-    return _ENTERED.get(code)
+    """Return the kind of mode that a Python function of PyTorch asks for or sets, or None."""
+    return _BY_CODE.get(code)
 
 
 def function_modes() -> list[TorchFunctionMode]:
-    """Return the active modes that see calls of functions, without those of ``torch.device``.
+    """Return the active function modes, without those of ``torch.device``.
 
-    Uses ``torch.overrides._get_current_function_mode_stack``. A forward that enters a mode of the
-    user's cannot be read. Without it torchdrop cannot be imported.
+    Uses ``torch.overrides._get_current_function_mode_stack``. A forward that enters a function mode
+    of the user cannot be traced. Without it torchdrop cannot be imported.
     """
     active: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return [mode for mode in active if not isinstance(mode, DeviceContext)]
 
 
 def default_device() -> str | None:
-    """Return the device on which tensors are made by default; None if none was set.
+    """Return the device on which tensors are created by default; None if none was set.
 
-    Uses ``torch.utils._device.DeviceContext``, because ``torch.get_default_device`` makes a tensor
-    to find out the index. Without it torchdrop cannot be imported.
+    Uses ``torch.utils._device.DeviceContext``, because ``torch.get_default_device`` creates a
+    tensor to find out the index. Without it torchdrop cannot be imported.
     """
     for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         if isinstance(mode, DeviceContext):
@@ -100,10 +100,10 @@ def default_device() -> str | None:
 
 
 def sdpa_backends() -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the names of the kernels that attention may use, and in which order they are tried.
+    """Return the names of the kernels that attention may use, and the order in which it tries them.
 
-    Uses ``torch._C._get_flash_sdp_enabled`` and its relatives. Without them the call raises an
-    AttributeError while a block is read.
+    Uses ``torch._C._get_flash_sdp_enabled`` and the like. Without them the call raises an
+    AttributeError while a block is traced.
     """
     functions: Any = torch._C
     flags = (

@@ -57,7 +57,7 @@ def mark_first_size_symbolic(tensor: Tensor, *, value_known: bool, largest: int,
 
 
 def leave_frame_uncompiled(code: CodeType) -> None:
-    """Let dynamo not compile ``code`` by itself, but still compile the functions that it calls.
+    """Make dynamo run ``code`` uncompiled, but still compile the functions that it calls.
 
     Does what ``torch._dynamo.skip`` does, with ``torch._C._dynamo.eval_frame``, since importing
     ``torch._dynamo`` takes seconds. Without it dynamo compiles torchdrop's own functions for each
@@ -71,5 +71,5 @@ def leave_frame_uncompiled(code: CodeType) -> None:
     except (AttributeError, TypeError):
         warn_once(
             "torch._C._dynamo.eval_frame.set_code_exec_strategy",
-            "torch.compile compiles torchdrop's own functions in batch mode, anew for each block",
+            "in batch mode torch.compile compiles torchdrop's own functions again for each block",
         )

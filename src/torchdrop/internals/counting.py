@@ -1,4 +1,4 @@
-"""Counting floating point operations."""
+"""Count floating point operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 
 
 class _NoModules:
-    """Replaces the module tracker of a FLOP counter: every operation counts for the total alone."""
+    """Replaces the module tracker of a FLOP counter, so that only the total is counted."""
 
     parents = frozenset({"Global"})
 

@@ -1,4 +1,4 @@
-"""Tracing with torch.fx, and tensors without data."""
+"""Trace with torch.fx, and use tensors without data."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ __all__ = [
 class NotAParameter:
     """Base class of proxies for which ``isinstance(x, nn.Parameter)`` is False.
 
-    Sets ``_is_param``, which the metaclass of nn.Parameter reads. Otherwise the proxy would return
-    another proxy, which cannot be converted to a bool, and a forward that asks ``isinstance`` could
-    not be traced. If PyTorch reads another name, such a forward cannot be traced, and the plan says
-    so.
+    Sets ``_is_param``, which the metaclass of nn.Parameter reads. Without it, reading the attribute
+    would return another proxy, which cannot be converted to a bool, and a forward that calls
+    ``isinstance`` could not be traced. If PyTorch reads another name, such a forward cannot be
+    traced, and the plan says so.
     """
 
     _is_param = False
 
 
 def reserve_name(graph: fx.Graph, name: str) -> None:
-    """Let no node of ``graph`` have the name ``name``: ``fx.Graph._graph_namespace``.
+    """Reserve ``name`` in ``graph``, so that no node gets it: ``fx.Graph._graph_namespace``.
 
-    The generated function has an argument of that name. Without it the call raises an
+    The generated function has an argument of that name. Without the attribute the call raises an
     AttributeError while stochastic depth is added.
     """
     graph._graph_namespace.create_name(name, None)
 
 
 def wrap_functions_of(tracer: fx.Tracer, module: ModuleType) -> None:
-    """Let ``tracer`` record calls of its wrapped functions as attributes of ``module`` too.
+    """Make ``tracer`` record its wrapped functions also if they are called as ``module.name``.
 
-    Appends to ``fx.Tracer._autowrap_search``. Factories such as ``torch.zeros`` take no proxy, so
-    fx records them only if it replaces them in the module torch. Without it the call raises an
-    AttributeError while a block is traced.
+    Appends to ``fx.Tracer._autowrap_search``. Functions such as ``torch.zeros`` take no proxy, so
+    fx records them only if it replaces them in the module torch. Without the attribute the call
+    raises an AttributeError while a block is traced.
     """
     search: Any = tracer._autowrap_search
     search.append(module)
@@ -55,16 +55,16 @@ def wrap_functions_of(tracer: fx.Tracer, module: ModuleType) -> None:
 def tensors_of_tracer(tracer: fx.Tracer) -> dict[Any, Any]:
     """Return the tensors that are attributes of the traced module: ``fx.Tracer.tensor_attrs``.
 
-    If an operation is recorded with any other tensor, that tensor was made in the forward without
-    being recorded, which is an error. Without it the call raises an AttributeError while a block is
-    traced.
+    If an operation takes another tensor, that tensor was created in the forward without being
+    recorded, which is an error. Without the attribute the call raises an AttributeError while a
+    block is traced.
     """
     found: dict[Any, Any] = tracer.tensor_attrs
     return found
 
 
 def call_by_full_name(node: fx.Node) -> None:
-    """Let the code of a graph call the target of ``node`` by its full name.
+    """Make generated code call the target of ``node`` by its full name.
 
     Removes ``node.meta["is_wrapped"]``, which fx sets for wrapped functions. With it, generated
     code calls them by their bare names, which are not defined there. If PyTorch uses another key,
@@ -99,8 +99,8 @@ def is_data_dependent_error(error: BaseException) -> bool:
 def is_fake_tensor(value: Any) -> bool:
     """Whether ``value`` is a tensor of the mode that :func:`fake_tensor_mode` returns.
 
-    Compares with ``torch._subclasses.fake_tensor.FakeTensor``. What is computed from real tensors
-    alone is computed for real, so that no fake tensor stays in a cache of the user's.
+    Compares with ``torch._subclasses.fake_tensor.FakeTensor``. Operations on real tensors alone are
+    run for real, so that no fake tensor stays in a cache of the user.
     """
     fake_tensor: Any = importlib.import_module("torch._subclasses.fake_tensor")
     return isinstance(value, fake_tensor.FakeTensor)

@@ -1,4 +1,4 @@
-"""Say that a private PyTorch API is missing: by an error, or by a warning."""
+"""Report that a private PyTorch API is missing, with an error or a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def required(path: str) -> Any:
 
 @cache
 def warn_once(api: str, consequence: str) -> None:
-    """Warn that ``api`` is missing, and of what follows from it."""
+    """Warn that ``api`` is missing, and say what the consequence is."""
     warnings.warn(
         f"PyTorch {torch.__version__} does not have {api}, or it behaves differently: "
         f"{consequence}; install a newer torchdrop, or an older PyTorch",

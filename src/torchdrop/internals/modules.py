@@ -1,4 +1,4 @@
-"""Classes of layers, and what an nn.Module holds: tensors, children, hooks."""
+"""Base classes of layers, and the tensors, children and hooks of an nn.Module."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def parameters_of_tree(module: nn.Module) -> list[Tensor]:
-    """Return the parameters of ``module`` and its descendants, tied ones twice.
+    """Return the parameters of ``module`` and its descendants; tied parameters occur repeatedly.
 
     Uses ``nn.Module._parameters`` and ``nn.Module._modules``. It is called for every dropped
     branch, and ``parameters()`` takes several times as long. Without them the call raises an
@@ -77,13 +77,13 @@ def has_backward_hooks(module: nn.Module) -> bool:
     """Whether ``module`` has backward hooks: ``_backward_hooks`` and ``_backward_pre_hooks``.
 
     They cannot be called for a module whose children are run one by one, so torchdrop raises an
-    error for it. Without the attributes the call raises an AttributeError.
+    error for such a module. Without the attributes the call raises an AttributeError.
     """
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def forward_pre_hooks_of(module: nn.Module) -> Iterator[tuple[Callable[..., Any], bool]]:
-    """Give each forward pre-hook of ``module``, and whether it takes keyword arguments.
+    """Yield each forward pre-hook of ``module``, and whether it takes keyword arguments.
 
     Uses ``nn.Module._forward_pre_hooks``. If torchdrop runs the children of a module one by one, it
     has to call the hooks of the module itself. Without them the call raises an AttributeError.
@@ -93,7 +93,7 @@ def forward_pre_hooks_of(module: nn.Module) -> Iterator[tuple[Callable[..., Any]
 
 
 def forward_hooks_of(module: nn.Module) -> Iterator[tuple[Callable[..., Any], bool]]:
-    """Give each forward hook of ``module``, and whether it takes keyword arguments.
+    """Yield each forward hook of ``module``, and whether it takes keyword arguments.
 
     Uses ``nn.Module._forward_hooks``, see :func:`forward_pre_hooks_of`.
     """
@@ -117,12 +117,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @contextmanager
 def hooks_suspended(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Call no hooks of ``modules``, nor those of all modules, inside this context.
+    """Suspend the hooks of ``modules``, and global module hooks, inside this context.
 
     Replaces ``nn.Module._forward_hooks``, ``_forward_pre_hooks``, ``_backward_hooks`` and
-    ``_backward_pre_hooks`` by empty dictionaries, and ``_global_forward_hooks`` and its three
-    siblings in ``torch.nn.modules.module``. A block is run for a test in it, of which hooks that
-    collect outputs must not see anything. If PyTorch calls hooks by other names, they see it.
+    ``_backward_pre_hooks`` by empty dictionaries, and ``_global_forward_hooks`` and the three other
+    global ones in ``torch.nn.modules.module``. When a block is run for a test, hooks that collect
+    outputs must not be called. If PyTorch stores hooks under other names, they are called.
     """
     replaced: list[tuple[dict[str, Any], str, Any]] = [
         (module.__dict__, name, module.__dict__[name])
@@ -158,7 +158,7 @@ def replicate_for_data_parallel(module: nn.Module) -> nn.Module:
 
 
 def set_replicate_method(module: nn.Module, method: Callable[[], nn.Module]) -> None:
-    """Let ``nn.DataParallel`` call ``method`` to make a replica of ``module``.
+    """Make ``nn.DataParallel`` call ``method`` to create a replica of ``module``.
 
     Sets ``_replicate_for_data_parallel`` on the instance. If PyTorch did not call it, a replica
     would run with the parameters of the original module, so a warning is given once.
@@ -173,5 +173,5 @@ def set_replicate_method(module: nn.Module, method: Callable[[], nn.Module]) -> 
 
 
 def unset_replicate_method(module: nn.Module) -> None:
-    """Undo :func:`set_replicate_method`, where it was done."""
+    """Undo :func:`set_replicate_method`; without effect if it was not called."""
     module.__dict__.pop(_REPLICATE, None)

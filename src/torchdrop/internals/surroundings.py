@@ -1,4 +1,4 @@
-"""What is active around a call: transforms, modes, autocast, a backward pass."""
+"""Tell what is active around a call: transforms, modes, autocast, a backward pass."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
     "writes_into_arguments",
 ]
 
-# TorchDispatchMode (torch.utils._python_dispatch): the base class of modes that see each operation;
-#   one of them notices random draws.
+# TorchDispatchMode (torch.utils._python_dispatch): the base class of modes that see each operation.
+#   One mode of torchdrop records whether random numbers are drawn.
 # disable_dispatch_modes (torch.utils._python_dispatch._disable_current_modes): a context without
 #   the active dispatch modes. Shapes are worked out in it, so that no mode sees these operations.
 
@@ -40,9 +40,9 @@ functorch_transforms_active: Callable[[], bool] = required(
     "torch._C._are_functorch_transforms_active"
 )
 
-#: How many dispatch modes are active (fake tensors, make_fx, a FLOP counter). Under one, random
-#: numbers are not read on the host, or a traced graph would hold them as constants. Without it
-#: torchdrop cannot be imported.
+#: How many dispatch modes are active (fake tensors, make_fx, a FLOP counter). Under such a mode,
+#: random numbers are not read on the host, because a traced graph would hold them as constants.
+#: Without it torchdrop cannot be imported.
 count_dispatch_modes: Callable[[], int] = required("torch._C._len_torch_dispatch_stack")
 
 #: Whether a tensor was batched by ``autograd.grad(is_grads_batched=True)``, so that it stands for
@@ -52,11 +52,11 @@ is_legacy_batched_tensor: Callable[[Tensor], bool] = required(
     "torch._C._functorch.is_legacy_batchedtensor"
 )
 
-#: Whether autocast is enabled for any device. Every call asks this first, since asking for one
+#: Whether autocast is enabled for any device. Every call checks this first, because checking one
 #: device takes longer. Without it torchdrop cannot be imported.
 any_autocast_enabled: Callable[[], bool] = required("torch._C._is_any_autocast_enabled")
 
-#: A context that disables ``__torch_function__``, of modes and of tensor subclasses. Shapes are
+#: A context that disables ``__torch_function__`` of modes and of tensor subclasses. Shapes are
 #: worked out in it, so that neither sees these operations. Without it torchdrop cannot be imported.
 DisableTorchFunction: Any = required("torch._C.DisableTorchFunction")
 
@@ -67,7 +67,7 @@ def in_backward_pass() -> bool:
     """Whether a backward pass is running in this thread.
 
     Uses ``torch._C._current_graph_task_id``. Activation checkpointing runs a block again inside the
-    backward pass; that repeats a decision, and must not count as a new one. Without it torchdrop
+    backward pass. This repeats an earlier decision and must not be counted. Without it torchdrop
     cannot be imported.
     """
     return _current_graph_task_id() != -1
@@ -76,11 +76,11 @@ def in_backward_pass() -> bool:
 def vmap_draws_differently() -> bool:
     """Whether ``vmap(randomness="different")`` is active.
 
-    Uses the stack of interpreters in ``torch._C._functorch``. Rows are drawn once for everything
-    that vmap maps over, so this setting has to be refused. Without it every vmap is refused.
+    Uses the stack of interpreters in ``torch._C._functorch``. Rows are drawn once for all calls
+    that vmap maps over, so this setting raises an error. Without the stack every vmap does.
 
     Raises:
-        RuntimeError: PyTorch does not tell.
+        RuntimeError: PyTorch does not tell the randomness of vmap.
     """
     if not functorch_transforms_active():
         return False
@@ -100,9 +100,9 @@ def vmap_draws_differently() -> bool:
 
 
 def writes_into_arguments(operation: Any) -> bool:
-    """Whether ``operation``, which a dispatch mode got, writes into tensors that it is given.
+    """Whether ``operation``, as a dispatch mode receives it, writes into its arguments.
 
     Uses ``OpOverload._schema``. The buffers of a model must not be written into while shapes are
-    worked out. Without it the call raises an AttributeError while a block is read.
+    worked out. Without it the call raises an AttributeError while a block is traced.
     """
     return bool(operation._schema.is_mutable)

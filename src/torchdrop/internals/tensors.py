@@ -1,4 +1,4 @@
-"""Writes, views, references and saved tensors."""
+"""Tell how a tensor is used: writes, views, references, and tensors saved for backward."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def modifications_of(tensor: Tensor) -> int:
     written into before the backward pass. Without it those calls raise an AttributeError.
 
     Raises:
-        RuntimeError: ``tensor`` is an inference tensor, which does not count.
+        RuntimeError: ``tensor`` is an inference tensor, which has no such counter.
     """
     return tensor._version
 
@@ -94,7 +94,7 @@ def _count(tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
 
 @cache
 def _counts_references() -> bool:
-    """Whether each kind of reference to a tensor is counted by :func:`_count`."""
+    """Whether :func:`_count` counts each kind of reference to a tensor."""
     try:
         with DisableTorchFunction(), disable_dispatch_modes(), torch.inference_mode(False):
             leaf = torch.ones(2, device="cpu", requires_grad=True)
@@ -126,8 +126,8 @@ def _counts_references() -> bool:
 
 
 # The attributes under which an autograd node saves its own output (ReLU, sigmoid, softmax, an
-# autograd function in Python). Only the class is asked: to read one from the node would unpack the
-# saved tensor, which in a checkpointed region starts the recomputation.
+# autograd function in Python). They are looked up in the class only: to read one from the node
+# would unpack the saved tensor, which in a checkpointed region starts the recomputation.
 _SAVED_OUTPUT = ("_saved_result", "_saved_result0", "_saved_output", "saved_tensors")
 
 
@@ -135,14 +135,14 @@ def saved_by_producer(tensor: Tensor) -> bool:
     """Whether the operation that made ``tensor`` saves it for backward, as ReLU saves its result.
 
     Uses the name ``_saved_result`` of the classes of autograd nodes. Rows of such a tensor need not
-    be saved a second time. Without it they are: more memory, and a warning is given once.
+    be saved a second time. Without the name they are, which takes memory; a warning is given once.
     """
     _check_saved_names()
     return tensor.grad_fn is not None and hasattr(type(tensor.grad_fn), "_saved_result")
 
 
 def may_be_saved_by_producer(tensor: Tensor) -> bool:
-    """Whether the operation that made ``tensor`` may save it for backward, by whatever name.
+    """Whether the operation that made ``tensor`` may save it for backward, under any known name.
 
     Uses the names ``_saved_result``, ``_saved_result0``, ``_saved_output`` and ``saved_tensors`` of
     the classes of autograd nodes. A tensor that is saved must not be written into. If a name is
@@ -155,6 +155,7 @@ def may_be_saved_by_producer(tensor: Tensor) -> bool:
 
 @cache
 def _check_saved_names() -> None:
+    """Warn once if the autograd node of ReLU does not save its output as ``_saved_result``."""
     with torch.enable_grad(), torch.inference_mode(False), own_saved_tensor_hooks():
         node = torch.zeros(1, device="cpu", requires_grad=True).relu().grad_fn
     if not hasattr(type(node), "_saved_result"):
@@ -191,8 +192,8 @@ def innermost_saved_tensor_hooks() -> tuple[bool, Any]:
 def is_python_autograd_node(node: Any) -> bool:
     """Whether ``node`` of an autograd graph belongs to a ``torch.autograd.Function`` in Python.
 
-    Asks for ``torch.autograd.function.BackwardCFunction``, the base class of such nodes. The
-    gradients of such a function are compared, because it may mix rows in the backward pass alone.
+    Uses ``torch.autograd.function.BackwardCFunction``, the base class of such nodes. The gradients
+    of such a function have to be compared, because it may mix rows in the backward pass only.
     Without the class the call raises an AttributeError.
     """
     return isinstance(node, torch.autograd.function.BackwardCFunction)
@@ -200,11 +201,11 @@ def is_python_autograd_node(node: Any) -> bool:
 
 @contextmanager
 def own_saved_tensor_hooks() -> Iterator[Any]:
-    """Let no saved-tensor hooks of the user see what is saved inside the ``with``.
+    """Hide the tensors that are saved inside the ``with`` from saved-tensor hooks of the user.
 
     A checkpoint counts the tensors that its forward saves, and raises if the recomputation saves
-    another number of them. Gives the pair of hooks that is innermost inside the ``with``; see
-    :func:`innermost_saved_tensor_hooks`.
+    another number of them. The context returns the pair of hooks that is innermost inside the
+    ``with``; see :func:`innermost_saved_tensor_hooks`.
     """
     allowed, outer = innermost_saved_tensor_hooks()
     if not allowed or outer is None:
