@@ -46,6 +46,7 @@ class Plan:
         return all(id(site) in attached for site in self._sites)
 
     def _check_attached(self) -> None:
+        """Raise ValueError unless all blocks still have the stochastic depth of this plan."""
         if not self._is_attached():
             raise ValueError(
                 "this plan no longer has an effect, because its stochastic depth was removed from "
@@ -178,6 +179,7 @@ class Plan:
         return "\n".join([*lines, *self._notes(blocks)])
 
     def _title(self, blocks: Sequence[Residual]) -> str:
+        """Return the first line of the printed plan."""
         settings = self._sites[0].settings
         how = f"{settings.mode} mode"
         if settings.mode == "row":

@@ -259,6 +259,7 @@ def _relative(name: str, owner: str) -> str | None:
 
 
 def _batch_dim(branch: Branch, split: Split | None) -> int:
+    """Return the batch dimension of the skip of a branch; 0 if it is not known."""
     if split is not None:
         return split.dim or 0
     whole_block = branch.source.whole_block

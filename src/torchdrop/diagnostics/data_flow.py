@@ -360,7 +360,7 @@ def _after_one_operation(flow: _Flow) -> _Flow:
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of ``module``, and the elements of a ModuleList or ModuleDict for it."""
+    """Yield the children of ``module``, and in place of a ModuleList or ModuleDict its elements."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _children(child)

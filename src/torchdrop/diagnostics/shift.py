@@ -140,8 +140,8 @@ class VarianceShift(Sequence[LayerShift]):
     def steepest(self) -> LayerShift:
         """The residual sum whose ratio grows most compared with that of the residual sum before.
 
-        Without residual sums, the BatchNorm of which the same is true. (BatchNorms do not count if
-        there are residual sums: one inside a branch follows another one, which removes the shift.)
+        If there are no residual sums, the BatchNorm whose ratio grows most. (BatchNorms do not
+        count otherwise: one inside a branch follows another one, which removes the shift.)
 
         Raises:
             ValueError: As for :attr:`largest`.

@@ -39,6 +39,7 @@ def untouched(model: nn.Module) -> Iterator[BufferCopies]:
 
 @contextmanager
 def _requires_grad_restored(model: nn.Module) -> Iterator[None]:
+    """Restore ``requires_grad`` of the parameters of ``model`` at the end."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -234,6 +234,7 @@ class BlockReader:
         return self._adds_two_inputs[module]
 
     def _does_add_inputs(self, module: nn.Module) -> bool:
+        """Return the result of :meth:`_adds_inputs` by tracing ``module``."""
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             return False
         try:

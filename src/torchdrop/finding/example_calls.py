@@ -63,6 +63,7 @@ def run_with_gradients(model: nn.Module, example_inputs: Any) -> None:
 
 
 def _call(model: nn.Module, example_inputs: Any) -> None:
+    """Call ``model`` with a tensor, a tuple of arguments or a dict of keyword arguments."""
     if isinstance(example_inputs, Mapping):
         model(**example_inputs)
     elif isinstance(example_inputs, tuple | list):

@@ -78,6 +78,7 @@ class ModuleProperties:
         return self._linear[module]
 
     def _is_linear(self, module: nn.Module) -> bool:
+        """Return the result of :meth:`linear` by its class, else by tracing ``module``."""
         # A mask scales whole samples; modules for quantisation only observe or round values.
         if is_mask(module) or type(module).__module__.startswith("torch.ao.quantization"):
             return True
@@ -107,6 +108,7 @@ class ModuleProperties:
         return all(self._linear_node(node, owner, memo) for node in nodes)
 
     def _linear_node(self, node: fx.Node, owner: nn.Module, memo: dict[fx.Node, bool]) -> bool:
+        """Whether ``node`` is linear; ``memo`` is that of :func:`depends_on_input`."""
         if node.op == "call_module":
             return self.linear(owner.get_submodule(str(node.target)))
         if node.op in ("placeholder", "output") or not depends_on_input(node, memo):
@@ -132,6 +134,7 @@ class ModuleProperties:
         return self._writing[module]
 
     def _does_write(self, module: nn.Module) -> bool:
+        """Return the result of :meth:`writes_input` by its class, else by tracing ``module``."""
         if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):
             return bool(getattr(module, "inplace", False))
         if _has_forward_of(module, (nn.Sequential,)):
@@ -161,6 +164,7 @@ class ModuleProperties:
         return self.storage(node.args[0], owner)
 
     def _writes(self, node: fx.Node, owner: nn.Module) -> bool:
+        """Whether the call of ``node`` writes into its first argument."""
         if node.op == "call_module":
             return self.writes_input(owner.get_submodule(str(node.target)))
         return writes_first_argument(node)

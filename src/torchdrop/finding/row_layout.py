@@ -68,7 +68,7 @@ def row_layout(
 
 
 def layout_if_broadcast(shape: tuple[int, ...], dim: int) -> RowLayout | None:
-    """Return the layout of a tensor that carries the batch in other calls only; None if in none.
+    """Return the layout, in other calls, of a tensor that carried no batch; None if it never does.
 
     Positions of shape (1, length), for example, are broadcast over the batch, but another call may
     pass positions of shape (batch, length).

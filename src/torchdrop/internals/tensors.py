@@ -86,6 +86,7 @@ def count_references(tensors: tuple[Tensor, ...]) -> tuple[int, int, int] | None
 
 
 def _count(tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+    """Return the result of :func:`count_references`, without any checks."""
     first: Any = tensors[0]
     storage = first.untyped_storage()
     memory = _storage_use_count(storage._cdata) + sys.getrefcount(storage)

@@ -174,7 +174,7 @@ def _add(
 class _AddRows(torch.autograd.Function):
     """``index_add`` that does not save the branch for backward.
 
-    PyTorch's own ``index_add`` saves the whole branch, of which it needs only the shape.
+    PyTorch's own ``index_add`` saves the whole branch, although it needs only its shape.
     """
 
     @staticmethod

@@ -27,7 +27,6 @@ from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
-from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = [
@@ -122,6 +121,7 @@ class BlockSite(SlotOccupant):
         return ObserverHandle(self._observers, observer)
 
     def _report(self, index: int, skip: Tensor, total: Tensor, rows: Tensor | bool) -> None:
+        """Call the observers with the residual sum of branch ``index``."""
         batch = total.shape[self.branches[index].facts.dim]
         event = SumEvent(index, skip, total, rows, batch)
         for observer in list(self._observers):
@@ -201,7 +201,7 @@ class BlockSite(SlotOccupant):
     # The steps of a call --------------------------------------------------------------------
 
     def _check_caches(self, values: Sequence[Any], training: bool) -> None:
-        """Warn of an empty key/value cache among the arguments; raise for one that is needed."""
+        """Warn of an empty key/value cache among the arguments in training; raise for any other."""
         for cache in filter(is_cache, values):
             indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
             index = next((i for i in indices if isinstance(i, int)), 0)
@@ -378,13 +378,14 @@ class BlockSite(SlotOccupant):
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
-        with torch.no_grad(), PROCESS_STATE, unchanged(*inner, devices=[skip.device]):
+        with torch.no_grad(), unchanged(*inner, devices=[skip.device]):
             out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
 
 
 def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
+    """Return the error for a skip that does not have the batch dimension."""
     return ValueError(
         f"the batch is on dimension {facts.dim} according to batch_dim, but the skip of "
         f"{facts.name} has the shape {tuple(x.shape)}; remove stochastic depth and add it with "
@@ -393,6 +394,7 @@ def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
 
 
 def _has_entries(cache: Any, layer: int) -> bool:
+    """Whether a key/value cache has entries for the layer number ``layer``."""
     try:
         return bool(cache.get_seq_length(layer) > 0)
     except Exception:  # the cache of a state-space model does not count tokens

@@ -129,7 +129,7 @@ class BranchCounts:
     last: tuple[Any, int] | None = None
 
     def add(self, batch: int, rows: Any, kept: int) -> None:
-        """Count one decision about ``batch`` rows, of which the first ``kept`` of ``rows`` stay."""
+        """Count one decision: the first ``kept`` of the ``rows`` of a batch are kept."""
         # Activation checkpointing runs the block again inside the backward pass. That repeats the
         # decision, it is not a new one.
         if not in_backward_pass():
@@ -274,7 +274,7 @@ class BranchState:
         return "; ".join(filter(None, (self.reason, *self.notes, self.normalises, samples, found)))
 
     def proved(self) -> bool | None:
-        """Whether a call has proved the branch; None before the first training call."""
+        """Whether a call has proved the branch; None if no test was tried yet."""
         if self.depends:
             return False
         return self.proof == "proved" if self.proof else None

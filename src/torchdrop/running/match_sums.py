@@ -16,8 +16,8 @@ def match_sums(
 ) -> list[ResidualSum | None]:
     """Return the residual sum of each branch; None for a branch that the new graph lacks.
 
-    A branch is recognised by the modules that it calls and the parameters that it reads. Where
-    several branches have the same, their order decides.
+    A branch is recognised by the modules that it calls and the parameters that it reads, or by most
+    of these. Where several branches have the same, their order decides.
 
     Args:
         entries: The residual sums of the new graph.
@@ -61,10 +61,12 @@ def is_used(block: BlockGraph, branch: BranchState) -> bool:
 
 
 def _key_of_branch(branch: BranchState) -> frozenset[str]:
+    """Return the paths of the modules that a branch calls, and of the parameters it reads."""
     return frozenset((*branch.facts.inner, *branch.facts.own))
 
 
 def _key_of_sum(entry: ResidualSum) -> frozenset[str]:
+    """Return the paths of the modules that a branch calls in a new graph, and of parameters."""
     sources = (s for node in entry.split.inside for s in (node, *node.all_input_nodes))
     own = (str(source.target) for source in sources if source.op == "get_attr")
     return frozenset((*called_modules(entry.split), *own))

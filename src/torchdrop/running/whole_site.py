@@ -172,6 +172,7 @@ class WholeSite(BlockSite):
         return out
 
     def _writes_input(self) -> Exception:
+        """Return the error for a block that writes into its input."""
         return RuntimeError(
             f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input, "
             f"which no test has shown; use verify=True, or leave the block out with select="

@@ -322,6 +322,7 @@ class Constants(TorchFunctionMode):
         return needed
 
     def _erase(self, graph: fx.Graph, needed: set[fx.Node]) -> None:
+        """Erase the nodes that were run and are not ``needed``, and constants without users."""
         for node in reversed(list(graph.nodes)):
             unused = node in self._run and node not in needed
             if unused or (isinstance(node.target, Constant) and not node.users):

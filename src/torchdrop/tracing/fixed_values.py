@@ -145,6 +145,7 @@ def _depends_on_the_batch() -> UntraceableError:
 
 
 def _unknown(node: fx.Node) -> UntraceableError:
+    """Return the error for a key whose value is not known."""
     return UntraceableError(
         f"it uses {node.name} as a key of a dict, a set or a cache, and its value is not known; "
         f"give example_inputs"

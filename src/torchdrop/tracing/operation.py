@@ -70,6 +70,7 @@ class DropForm:
         return float(value) if isinstance(value, int | float) else None
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Return the arguments of the call ``node`` by the names of the parameters."""
         if inspect.isfunction(node.target):
             try:
                 bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
@@ -88,7 +89,7 @@ class Operation:
         names: What the functions and methods are called: ``__name__`` of a function, also of an
             operator such as ``operator.add``; the name of a method of ``Tensor``.
         in_place: The names of those that write into their first argument. Names that end in an
-            underscore and stand nowhere in the table are taken to do so as well.
+            underscore and are not in the table are assumed to do so as well.
         functions: Functions that are not found under their name in ``operator``, ``torch`` or
             ``torch.nn.functional``, or that have none.
         attributes: The names of attributes of a tensor, or of what another operation returns.
@@ -96,7 +97,7 @@ class Operation:
         layer_names: The class names of layers that are recognised by name, so that copies of the
             class in other packages count as well.
         linear: It is linear in its inputs, or affine. Norms, pooling and dropout count as linear,
-            as they may stand on a shortcut.
+            as they may be on a shortcut.
         product: It is linear in each factor, so it is linear if only one depends on the input.
         pools: It counts as linear, like pooling, if it has one input (a maximum over a dimension).
         view: What it returns may share the memory of its first argument.
@@ -109,7 +110,7 @@ class Operation:
         reads_device: It reads the device.
         factory: A function of ``torch`` that creates a tensor without a tensor as its input.
         sizes: The position of the first argument that gives the size of the tensor it creates.
-        draws_mask: It is one of those that create the random tensor of a drop mask.
+        draws_mask: It creates a tensor of random numbers, or fills one, as for a drop mask.
         mask_factor: It may apply a drop mask: one input is the mask, another the activation.
         concatenates: It concatenates tensors.
         batch_norm: It normalises with the statistics of the batch.

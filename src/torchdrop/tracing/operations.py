@@ -231,10 +231,10 @@ _BY_ATTRIBUTE: dict[str, Operation] = {}
 for _entry in TABLE:
     _own = [f.__name__ for f in _entry.functions if inspect.isfunction(f)]
     for _key in (*_entry.names, *_entry.in_place, *_own):
-        assert _key not in _BY_NAME, f"{_key} stands in the table of operations twice"
+        assert _key not in _BY_NAME, f"{_key} is in the table of operations twice"
         _BY_NAME[_key] = _entry
     for _key in _entry.attributes:
-        assert _key not in _BY_ATTRIBUTE, f"{_key} stands in the table of operations twice"
+        assert _key not in _BY_ATTRIBUTE, f"{_key} is in the table of operations twice"
         _BY_ATTRIBUTE[_key] = _entry
 
 

@@ -94,6 +94,7 @@ class _RealTensorsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
     def _copy(self, tensor: Tensor, is_written: bool) -> Tensor:
+        """Return the copy of a real tensor that was or will be written into; else ``tensor``."""
         if is_written and not is_fake_tensor(tensor) and id(tensor) not in self._copies:
             with disable_dispatch_modes():
                 self._copies[id(tensor)] = tensor, tensor.clone()
@@ -161,6 +162,7 @@ class ShapeFacts:
         return value
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Run the operation of ``node`` with the given arguments."""
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self._owner)
         if node.op == "call_module":

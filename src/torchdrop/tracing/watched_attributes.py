@@ -140,7 +140,7 @@ class AttributeWatch:
         def refuse_deletion(self_: nn.Module, name: str) -> None:
             raise UntraceableError(f"it deletes self.{prefix}{name}")
 
-        def as_key(self_: nn.Module) -> int:
+        def hash_of(self_: nn.Module) -> int:
             if is_called_by_torch():  # module.parameters(), say, does not keep the key
                 return id(module)
             raise UntraceableError("it uses itself as a key of a dict, a set or a cache")
@@ -149,7 +149,7 @@ class AttributeWatch:
             "__getattribute__": read,
             "__setattr__": refuse,
             "__delattr__": refuse_deletion,
-            "__hash__": as_key,
+            "__hash__": hash_of,
         }
         state = {**module.__dict__, "training": training}
         for name in MODULE_DICTS:
