@@ -61,12 +61,12 @@ def is_used(block: BlockGraph, branch: BranchState) -> bool:
 
 
 def _key_of_branch(branch: BranchState) -> frozenset[str]:
-    """Return the paths of the modules that a branch calls, and of the parameters it reads."""
+    """Return the paths of the modules and parameters that a branch calls and reads."""
     return frozenset((*branch.facts.inner, *branch.facts.own))
 
 
 def _key_of_sum(entry: ResidualSum) -> frozenset[str]:
-    """Return the paths of the modules that a branch calls in a new graph, and of parameters."""
+    """Return the paths of the modules and parameters that the branch of a sum calls and reads."""
     sources = (s for node in entry.split.inside for s in (node, *node.all_input_nodes))
     own = (str(source.target) for source in sources if source.op == "get_attr")
     return frozenset((*called_modules(entry.split), *own))

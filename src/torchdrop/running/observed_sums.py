@@ -38,8 +38,8 @@ class ObservedSums(SlotOccupant):
         orders: The numbers of the sums to report, among all residual sums of the forward.
             ``SumEvent.index`` counts the entries of this sequence.
         observer: Called with each sum.
-        on_unreadable: Called with the error if the forward cannot be traced with the arguments of a
-            call; that call is not observed.
+        on_unreadable: Called with the error if the forward cannot be traced with the arguments of
+            a call. That call is not observed.
     """
 
     def __init__(
