@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop.tracing import block_graph
+from torchdrop.tracing import block_graph, calls_of_forward
 from torchdrop.tracing.block_graph import trace_block
 from torchdrop.tracing.shape_facts import _RealTensorsApart
 from torchdrop.tracing.untraceable import UntraceableError
@@ -98,15 +100,13 @@ def test_a_checkpoint_in_a_block_stays(
     monkeypatch.setattr(InCheckpoint, "reentrant", reentrant)
     monkeypatch.setattr(InCheckpoint, "closure", closure)
     model = two(InCheckpoint)()
-    with pytest.raises(UntraceableError, match=r"checkpoint|no_grad"):
-        trace_block(model.blocks[0])
     if closure and reentrant:
         return  # no gradients in the plain model either
     runs: list[bool] = []
     for block in model.blocks:
         block.f[0].register_forward_hook(lambda *args: runs.append(True))
     plan = torchdrop.add_stochastic_depth(model, [0.5, 0.5], example_inputs=flat())
-    assert [b.action for b in plan.blocks] == ["layer", "layer"]
+    assert [b.action for block in plan.blocks for b in block.branches] == ["skip", "skip"]
     model(flat().requires_grad_())  # the proof is over
     runs.clear()
     model(flat().requires_grad_()).sum().backward()
@@ -131,6 +131,62 @@ def test_a_block_may_be_read_inside_a_checkpoint() -> None:
     torchdrop.add_stochastic_depth(model, [0.5, 0.5], example_inputs=torch.randn(2, 3, W))
     for rows in (8, 5):
         model(torch.randn(rows, 3, W, requires_grad=True)).sum().backward()
+
+
+# ---------------------------------------------------------------------- imports
+
+
+class Imports(Base):
+    """Imports modules in its forward: one that patches nothing, and one that does not exist."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            import module_that_does_not_exist  # type: ignore[import-not-found]
+
+            x = module_that_does_not_exist.changed(x)
+        except ImportError:
+            pass
+        import imported_by_a_forward  # type: ignore[import-not-found]
+
+        return x + imported_by_a_forward.activation(self.f(x))
+
+
+MODULE = """
+import torch
+from torch import arange, finfo, zeros
+COUNT = 0
+TABLE = torch.arange(3)
+def count():
+    global COUNT
+    COUNT += 1
+count()
+activation = torch.tanh
+"""
+
+
+def test_a_module_that_a_forward_imports_is_imported_as_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported_by_a_forward.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = two(Imports)()
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    assert len(plan.blocks) == 2
+    module = sys.modules.pop("imported_by_a_forward")
+    assert module.arange is torch.arange
+    assert module.finfo is torch.finfo
+    assert module.zeros is torch.zeros
+    assert type(module.TABLE) is Tensor
+    assert module.COUNT == 1
+
+
+def test_an_import_that_is_traced_would_keep_what_fx_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls_of_forward.CallWatch, "_note_import", lambda *args: None)
+    with pytest.raises((AssertionError, ValueError)):
+        test_a_module_that_a_forward_imports_is_imported_as_always(tmp_path, monkeypatch)
+    sys.modules.pop("imported_by_a_forward", None)
 
 
 # ---------------------------------------------------------------------- tensors without data
@@ -222,7 +278,7 @@ def test_keys_that_are_not_known_or_depend_on_the_batch_are_refused() -> None:
     positions.cache_clear()
     with pytest.raises(UntraceableError, match=r"as a key .* not known; give example_inputs"):
         trace_block(KeyOfArgument())
-    with pytest.raises(UntraceableError, match=r"as a key .* depends on the batch"):
+    with pytest.raises(UntraceableError, match=r"that depends on the batch as a key"):
         trace_block(KeyOfBatch(), arguments={"x": flat()})
     assert positions.cache_info().currsize == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,14 @@ _MOST_GUESSES = 24
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in evaluation and without gradients, and leave it as it was."""
-    with unchanged(model), attention_fast_path_off(), torch.no_grad():
+    with (
+        unchanged(model),
+        attention_fast_path_off(),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
+        # a reentrant checkpoint warns of what is intended here: no gradients
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
         model.eval()
         yield
 

@@ -16,6 +16,7 @@ If an API is missing, one of three things happens:
 
 from torchdrop.internals import (
     asked_modes,
+    checkpoints,
     compilers,
     counting,
     graphs,
@@ -24,6 +25,7 @@ from torchdrop.internals import (
     tensors,
 )
 from torchdrop.internals.asked_modes import *  # noqa: F403
+from torchdrop.internals.checkpoints import *  # noqa: F403
 from torchdrop.internals.compilers import *  # noqa: F403
 from torchdrop.internals.counting import *  # noqa: F403
 from torchdrop.internals.graphs import *  # noqa: F403
@@ -32,6 +34,7 @@ from torchdrop.internals.surroundings import *  # noqa: F403
 from torchdrop.internals.tensors import *  # noqa: F403
 
 __all__ = [
+    *checkpoints.__all__,
     *compilers.__all__,
     *counting.__all__,
     *graphs.__all__,

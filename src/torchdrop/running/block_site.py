@@ -27,6 +27,7 @@ from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = [
@@ -378,7 +379,7 @@ class BlockSite(SlotOccupant):
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
-        with torch.no_grad(), unchanged(*inner, devices=[skip.device]):
+        with torch.no_grad(), PROCESS_STATE, unchanged(*inner, devices=[skip.device]):
             out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]

@@ -21,9 +21,10 @@ from torch import fx
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.finding.split import Split, outside_inputs
 from torchdrop.internals import reserve_name
-from torchdrop.running.mode_statements import ModeWriter, with_statements
+from torchdrop.running.nested_statements import CheckpointWriter, ModeWriter, nested_statements
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
+from torchdrop.tracing.checkpoint import Checkpoint, checkpoints_of
 from torchdrop.tracing.modes import Modes, answers_under, modes_of
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.traced_functions import pad_like, passed_through
@@ -95,9 +96,9 @@ class _Rewriter:
         """Generate the forward, and the branches with it."""
         graph = _graph()
         env = {_SITE: graph.placeholder("site")}
-        self.emit(graph, self.nodes, env, self.modes)
+        options = self.emit(graph, self.nodes, env, self.modes)
         self.note_reused_skips(graph)
-        return _source(self.label, graph)
+        return _source(self.label, graph, options)
 
     def branch(self, k: int, split: Split, inputs: list[fx.Node]) -> Source:
         """Generate the function of branch ``k``, with ``inputs`` as its arguments."""
@@ -108,20 +109,42 @@ class _Rewriter:
             env[node] = graph.placeholder(f"{node.name}_" if reserved else node.name)
         expectations = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         region = [n for n in self.nodes if n in split.inside | expectations]
-        self.emit(graph, region, env, modes_of(split.add, self.modes))
-        graph.output(env[split.branch])
+        options = self.emit(
+            graph,
+            region,
+            env,
+            modes_of(split.add, self.modes),
+            checkpoints_of(split.add),
+            split.branch,
+        )
         self.note_reused_skips(graph)
-        return _source(f"{self.label}, branch {k}", graph)
+        return _source(f"{self.label}, branch {k}", graph, options)
 
     def emit(
-        self, graph: fx.Graph, region: list[fx.Node], env: _Environment, base: Modes | None
-    ) -> None:
+        self,
+        graph: fx.Graph,
+        region: list[fx.Node],
+        env: _Environment,
+        base: Modes | None,
+        outside: tuple[Checkpoint, ...] = (),
+        output: fx.Node | None = None,
+    ) -> list[dict[str, Any]]:
         """Copy the nodes ``region`` into ``graph``, with calls of the site for residual sums.
 
-        ``base`` are the modes in which the generated code is called.
+        Args:
+            graph: The graph that is generated.
+            region: The nodes to copy.
+            env: The copies that are there.
+            base: The modes in which the generated code is called.
+            outside: The checkpoints in which it is called.
+            output: What it returns, unless that is one of the nodes.
+
+        Returns:
+            The options of the checkpoints in the generated code.
         """
         modes = ModeWriter(graph, base)
-        here = set(region)
+        checkpoints = CheckpointWriter(graph, outside)
+        here, given = set(region), set(env)
         sums = {split.add: k for k, (split, _) in self.splits.items() if split.add in here}
         skipped = {
             node
@@ -134,6 +157,14 @@ class _Rewriter:
             # that of the kept rows.
             if node in skipped or node in env or is_shape_node(node) or node.op == "get_attr":
                 continue
+            within = () if node.op in ("placeholder", "output") else checkpoints_of(node)
+            if checkpoints.would_switch(within):
+                modes.end()
+                checkpoints.switch(within)
+                # they are copied again on the other side, where they are needed
+                for copied in [n for n in env if is_shape_node(n) or n.op == "get_attr"]:
+                    if copied not in given:
+                        del env[copied]
             modes.switch(modes_of(node, self.modes))
             if "expected" in node.meta:
                 _emit_expectation(graph, node, env)
@@ -145,6 +176,11 @@ class _Rewriter:
             else:
                 env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
         modes.end()
+        if output is not None:
+            checkpoints.switch(outside)
+            graph.output(_copied(output, graph, env))
+        checkpoints.end(lambda node: node.op == "call_method" and node.target in _SUMS)
+        return checkpoints.options
 
     def emit_sum(self, graph: fx.Graph, k: int, env: _Environment) -> fx.Node:
         """Add the call of the site for the sum with branch ``k``."""
@@ -186,9 +222,10 @@ class _Rewriter:
                 self.reuses_skip.add(k)
 
 
-def _source(label: str, graph: fx.Graph) -> Source:
+def _source(label: str, graph: fx.Graph, options: list[dict[str, Any]] | None = None) -> Source:
     code = graph.python_code("self")
-    return Source(label, *with_statements(without_keywords(code.src), code.globals))
+    text = without_keywords(code.src)
+    return Source(label, *nested_statements(text, code.globals, options or []))
 
 
 def without_keywords(text: str) -> str:

@@ -51,6 +51,7 @@ from torchdrop.running.proof import (
 from torchdrop.running.read_again import read_again
 from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
 from torchdrop.running.whole_site import WholeSite, run_whole
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.unchanged import unchanged
 from torchdrop.tracing.watched_attributes import same
@@ -345,7 +346,8 @@ class SplitSite(BlockSite):
             inner = [self.module.get_submodule(path) for path in branch.facts.inner]
             # The FLOPs of this run are not part of the measured work.
             unmetered = nullcontext() if self.meter is None else disable_dispatch_modes()
-            with torch.no_grad(), unchanged(*inner, devices=[skip.device]), unmetered:
+            restored = unchanged(*inner, devices=[skip.device])
+            with torch.no_grad(), PROCESS_STATE, restored, unmetered:
                 branch.sizes[k] = self.compute(programs, k, inputs).shape[dim]
         return pad_like(skip, branch.sizes[k], dim)
 

@@ -21,6 +21,7 @@ from torchdrop.internals import (
     hooks_suspended,
     own_saved_tensor_hooks,
 )
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = ["held_still", "plain_attributes_restored", "unseen"]
@@ -41,6 +42,7 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         devices: The devices of their arguments.
     """
     with ExitStack() as stack:
+        stack.enter_context(PROCESS_STATE)
         stack.enter_context(plain_attributes_restored(*modules))
         stack.enter_context(unchanged(*modules, devices=devices))
         stack.enter_context(hooks_suspended(m for top in modules for m in top.modules()))

@@ -6,13 +6,14 @@ stands, and reading it changes no module.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
 import threading
 import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +21,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
+from torchdrop.tracing.calls_of_forward import FirstImportError
 from torchdrop.tracing.fixed_values import UsedAsKeyError
 from torchdrop.tracing.left_behind import remove_what_was_kept
 from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
+from torchdrop.tracing.process_state import PROCESS_STATE
 from torchdrop.tracing.random_states import RandomStates
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.tracer import Reader
@@ -32,9 +35,6 @@ from torchdrop.tracing.untraceable import UntraceableError
 from torchdrop.tracing.watched_globals import WatchedGlobals
 
 __all__ = ["BlockGraph", "PlainValue", "trace_block"]
-
-# torch.fx patches nn.Module for the whole process while it traces.
-_LOCK = threading.RLock()
 
 # How often a block is read if other threads draw random numbers of Python or NumPy meanwhile.
 _ATTEMPTS_WITH_OTHER_THREADS = 5
@@ -123,13 +123,13 @@ def trace_block(
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
-    with _LOCK, warnings.catch_warnings():
+    with PROCESS_STATE, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns about some uses of proxies
         generators = RandomStates()
         try:
             with _errors_with_line(module):
                 reader, graph = _read_without_draws(
-                    module, partial(Reader, arguments, training, batch_dim, inlined, set())
+                    module, partial(Reader, arguments, training, batch_dim, inlined, set(), set())
                 )
         except UntraceableError:
             generators.restore()
@@ -190,6 +190,10 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
         except BaseException as error:
             _clear_frames(error)  # which hold proxies, too
             remove_what_was_kept(reader.proxies)
+            if isinstance(error, FirstImportError):
+                with suppress(ImportError):  # the forward may handle it
+                    importlib.import_module(str(error))
+                continue
             if not isinstance(error, UsedAsKeyError):
                 raise
             keys += 1

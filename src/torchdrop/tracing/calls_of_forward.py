@@ -18,13 +18,29 @@ from torchdrop.internals import mode_of_builtin, mode_of_code
 from torchdrop.tracing.modes import MODE_KINDS
 from torchdrop.tracing.untraceable import UntraceableError
 
-__all__ = ["CallWatch"]
+__all__ = ["CallWatch", "FirstImportError"]
 
 _OF_TORCH = ("torch", "contextlib")
+
+# The name and the file of the function of Python that imports a module for the first time.
+_IMPORT = ("_find_and_load", "<frozen importlib._bootstrap>")
+
+
+class FirstImportError(BaseException):
+    """Raised where a forward imports a module that was not imported before; holds its name.
+
+    The module has to be imported first, because its own code must not be traced, and would keep
+    functions of torch that torch.fx replaces while it traces. Not an Exception, so that no forward
+    catches it.
+    """
 
 
 class CallWatch:
     """Records which functions of the user a forward calls, and which modes it asks for or sets.
+
+    Args:
+        imported: The names of modules whose import was tried after earlier attempts to trace the
+            forward. A name is added before :class:`FirstImportError` is raised.
 
     Attributes:
         modes: The kinds of modes, of :data:`MODE_KINDS`, that the forward or a function that it
@@ -34,7 +50,8 @@ class CallWatch:
             Python itself, with its global variables.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, imported: set[str]) -> None:
+        self._imported = imported
         self.modes: set[str] = set()
         self.functions: dict[CodeType, dict[str, Any]] = {}
         self._known: set[CodeType] = set()
@@ -68,7 +85,9 @@ class CallWatch:
         """Record one call. Python calls this function as its profiler."""
         if event == "call":
             code = frame.f_code
-            if code not in self._known and not self._paused() and not _is_in_gc_callback(frame):
+            if (code.co_name, code.co_filename) == _IMPORT:
+                self._note_import(frame.f_locals["name"])
+            elif code not in self._known and not self._paused() and not _is_in_gc_callback(frame):
                 mode = mode_of_code(code)
                 if mode is not None:
                     self._note_mode(mode, frame)
@@ -78,6 +97,12 @@ class CallWatch:
             mode = mode_of_builtin(called)
             if mode is not None:
                 self._note_mode(mode, frame)
+
+    def _note_import(self, name: str) -> None:
+        """Raise if a module is imported for which that was not tried before."""
+        if name not in self._imported:
+            self._imported.add(name)
+            raise FirstImportError(name)
 
     def _note_mode(self, mode: str, frame: FrameType | None) -> None:
         """Record that a mode is asked for or set in ``frame``, unless torchdrop itself does it."""

@@ -33,7 +33,8 @@ def remove_what_was_kept(proxies: Iterable[Any]) -> str:
     gc.collect(1)
     if any(reference() is not None for reference in references):
         gc.collect()
-    alive = [proxy for reference in references if (proxy := reference()) is not None]
+    # no variable of this function may hold a proxy, or it would be found as a holder
+    alive = [one for one in (reference() for reference in references) if one is not None]
     if not alive:
         return ""
     ids = {id(proxy) for proxy in alive}

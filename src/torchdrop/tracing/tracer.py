@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,14 @@ from torchdrop.internals import (
     count_dispatch_modes,
     function_modes,
     innermost_saved_tensor_hooks,
+    notice_checkpoints,
     tensors_of_tracer,
     wrap_functions_of,
 )
 from torchdrop.tracing.asked_class import asked_by_isinstance
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.calls_of_forward import CallWatch
+from torchdrop.tracing.checkpoint import Checkpoint
 from torchdrop.tracing.constants import Constants
 from torchdrop.tracing.doubles import is_called_by_torch
 from torchdrop.tracing.fixed_values import FixedValues
@@ -54,8 +57,8 @@ from torchdrop.tracing.watched_attributes import AttributeWatch
 
 __all__ = ["Reader"]
 
-# The generated forward would run this part without the checkpoint, so with more memory.
-_CHECKPOINTED = "it runs a part of itself under torch.utils.checkpoint or other saved-tensor hooks"
+# The generated forward would run this part without the hooks.
+_HOOKED = "it runs a part of itself under saved-tensor hooks"
 
 
 class _Proxy(NotAParameter, fx.Proxy):
@@ -71,10 +74,7 @@ class _Proxy(NotAParameter, fx.Proxy):
         # isinstance(x, Tensor) has to be true for the arguments that are tensors. Functions of
         # torch written in C ask for the class as well and would read the memory of a Tensor, so
         # they get the real class.
-        asking = sys._getframe(1)
-        if asking.f_globals.get("__name__") == "torch.utils.checkpoint":
-            raise UntraceableError(_CHECKPOINTED)
-        if self.node.op == "placeholder" and asked_by_isinstance(asking):
+        if self.node.op == "placeholder" and asked_by_isinstance(sys._getframe(1)):
             return Tensor
         return _Proxy
 
@@ -154,6 +154,7 @@ class Reader(fx.Tracer):
         batch_dim: Which dimension of the arguments is the batch.
         inlined: The children whose own forwards become part of the graph.
         fixed: What is used as a key; see :class:`FixedValues`. It is extended.
+        imported: Modules whose import was tried; see :class:`CallWatch`. It is extended.
 
     Attributes:
         arguments: The arguments by name that the forward is read with.
@@ -177,6 +178,7 @@ class Reader(fx.Tracer):
         batch_dim: int,
         inlined: Collection[nn.Module],
         fixed: set[str],
+        imported: set[str],
     ) -> None:
         wrapped: tuple[Any, ...] = (*_FACTORIES, torch.finfo, torch.iinfo)
         super().__init__(autowrap_modules=(math,), autowrap_functions=wrapped)
@@ -195,7 +197,7 @@ class Reader(fx.Tracer):
         self.made = Constants(self, _FACTORIES)
         self.fixed = FixedValues(self, fixed)
         self.proxies: list[weakref.ref[fx.Proxy]] = []
-        self.calls = CallWatch()
+        self.calls = CallWatch(imported)
         self.decisions: dict[fx.Node, bool] = {}
         self.computed = False
         self.saved_tensor_hooks: Any = None  # that are innermost around the forward
@@ -203,6 +205,7 @@ class Reader(fx.Tracer):
         self._shape_facts: dict[bool, ShapeFacts] = {}  # as in the call; with a larger batch
         self._working_out_shapes = False
         self._inlined_path = ""  # of the child whose forward is being read
+        self._checkpoints: tuple[Checkpoint, ...] = ()  # that the forward has entered
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of ``node``."""
@@ -268,14 +271,29 @@ class Reader(fx.Tracer):
         """Add an operation to the graph; raise if it runs under a mode that a graph cannot show."""
         modes = self._modes_now()
         if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
-            raise UntraceableError(_CHECKPOINTED)
+            raise UntraceableError(_HOOKED)
         node = super().create_node(*args, **kwargs)
         if self._inlined_path:
             node.meta["inlined"] = self._inlined_path
+        if self._checkpoints:
+            node.meta["checkpoints"] = self._checkpoints
         if modes != self.modes_outside:
             node.meta["modes"] = modes
             self.calls.modes |= kinds_of_change(self.modes_outside, modes)
         return node
+
+    @contextmanager
+    def _inside_checkpoint(self, options: dict[str, Any]) -> Iterator[None]:
+        """Record that the operations inside the ``with`` belong to one checkpoint."""
+        if self._working_out_shapes:
+            yield
+            return
+        outside = self._checkpoints
+        self._checkpoints = (*outside, Checkpoint(options))
+        try:
+            yield
+        finally:
+            self._checkpoints = outside
 
     def _modes_now(self) -> Modes:
         """Return the modes that are active; raise if the forward entered a mode of its own."""
@@ -334,7 +352,10 @@ class Reader(fx.Tracer):
                 positional.append(value)
 
         def forward(*args: Any) -> Any:
-            with self.calls.watching(root_fn, self.works_out_shapes):
+            with (
+                self.calls.watching(root_fn, self.works_out_shapes),
+                notice_checkpoints(self._inside_checkpoint),
+            ):
                 return root_fn(*args, **by_name)
 
         return forward, positional
