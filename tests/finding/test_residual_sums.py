@@ -328,3 +328,84 @@ def test_a_branch_that_is_used_elsewhere_is_masked_with_the_reason() -> None:
     out, y = model["a"](x)
     assert_same(out, x)
     assert bool(y.any())
+
+
+class WritesIntoAConstant(Base):
+    """The table is made after ``n1`` and from its dtype, and is written into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.n1(x)
+        table = torch.zeros(h.shape[-1], dtype=h.dtype)
+        table[0] = 1.0
+        table[1:] += 0.5
+        return x + self.f(h * table)
+
+
+class WritesIntoAConstantUsedTwice(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.n1(x)
+        table = torch.zeros(h.shape[-1], dtype=h.dtype)
+        table[0] = 1.0
+        return (x + self.f(h * table)) * table
+
+
+class WritesOfTheBatch(Base):
+    """What is written depends on all rows, which only a proof can see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.n1(x)
+        table = torch.zeros(h.shape[-1], dtype=h.dtype)
+        table[:] = h.detach().mean(0)
+        return x + self.f(h * table)
+
+
+class FilledPartByPart(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.n1(x)
+        out = torch.empty_like(h)
+        out[:, :2] = h[:, 2:4]
+        out[:, 2:] = torch.tanh(h)[:, : W - 2]
+        out[:, 0].mul_(0.5)
+        return x + self.f(out)
+
+
+class FilledAfterwards(Base):
+    """A part of the tensor is returned in another way, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out[:, :2] = x[:, 2:4]
+        out[:, 2:] = self.n1(x)[:, : W - 2]
+        return x + self.f(out) + 0.1 * out
+
+
+@pytest.mark.filterwarnings("ignore:.*its rows depend on each other")
+@pytest.mark.parametrize(
+    ("kind", "all_rows"),
+    [
+        (WritesIntoAConstant, False),
+        (WritesIntoAConstantUsedTwice, True),
+        (WritesOfTheBatch, True),
+        (FilledPartByPart, False),
+        (FilledAfterwards, True),
+    ],
+)
+def test_a_tensor_that_is_written_into_is_made_in_the_branch_that_uses_it(
+    kind: type[Base], all_rows: bool
+) -> None:
+    """So that what it is made after, as ``n1`` here, is computed for the kept rows only."""
+    torch.manual_seed(0)
+    model = two(kind)().double().train()
+    dense, x = copy.deepcopy(model), torch.randn(6, W, dtype=torch.float64)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    rows: list[int] = []
+    for block in model.blocks:
+        block.n1.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    out = model.blocks[0](x)
+    kept = next(iter(plan.last_kept().values()))
+    assert rows == [6 if all_rows else len(kept)]
+    wanted = torch.where(torch.isin(torch.arange(6), kept)[:, None], dense.blocks[0](x), x)
+    if not all_rows:
+        torch.testing.assert_close(out[kept], (x + 2 * (wanted - x))[kept])
+        dropped = [row for row in range(6) if row not in kept]
+        assert torch.equal(out[dropped], x[dropped])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ probe = Probes()
 
 
 @probe(
-    "notice_checkpoints",
+    "replace_checkpoints",
     api="CheckpointFunction or _checkpoint_without_reentrant_generator_impl of "
     "torch.utils.checkpoint",
     purpose="keep the checkpoints of a forward that it generates",
@@ -30,7 +30,7 @@ def _() -> None:
         with noticed() as (calls, inside):
             out = checkpoint(lambda x: (x, len(inside)), "a", use_reentrant=reentrant)
         assert out == ("a", 1)
-        assert calls == [{}]
+        assert calls == [{"use_reentrant": True}] if reentrant else [{}]
         assert inside == []
 
 
@@ -45,7 +45,7 @@ def noticed() -> Iterator[tuple[list[Any], list[Any]]]:
     inside: list[Any] = []
 
     @contextmanager
-    def around(options: dict[str, Any]) -> Iterator[None]:
+    def around(options: dict[str, Any], args: Sequence[Any]) -> Iterator[None]:
         calls.append(options)
         inside.append(options)
         try:
@@ -53,7 +53,7 @@ def noticed() -> Iterator[tuple[list[Any], list[Any]]]:
         finally:
             inside.pop()
 
-    with internals.notice_checkpoints(around):
+    with internals.replace_checkpoints(around):
         yield calls, inside
 
 
@@ -68,7 +68,7 @@ def test_options_that_are_not_the_defaults_are_given() -> None:
         checkpoint(abs, 1, use_reentrant=False, determinism_check="none")
     assert calls == [
         {"preserve_rng_state": False, "context_fn": nothing},
-        {"preserve_rng_state": False},
+        {"use_reentrant": True, "preserve_rng_state": False},
         {"determinism_check": "none"},
     ]
 

@@ -40,7 +40,7 @@ def _mixing(name: str) -> Spec:
 def test_composed_blocks_are_right_or_refused(example: bool) -> None:
     ends: Counter[str] = Counter()
 
-    @settings(quick, max_examples=40)
+    @settings(quick, max_examples=25)
     @given(specs())
     def holds(spec: Spec) -> None:
         try:
@@ -74,7 +74,7 @@ def test_rows_that_depend_on_each_other_are_masked(name: str, example: bool) -> 
 def test_every_construct_is_drawn() -> None:
     drawn: Counter[str] = Counter()
 
-    @settings(quick, max_examples=1500, phases=[Phase.generate])
+    @settings(quick, max_examples=700, phases=[Phase.generate])
     @given(specs())
     def collect(spec: Spec) -> None:
         drawn.update(spec.constructs())

@@ -390,7 +390,7 @@ def test_what_a_forward_keeps_is_taken_out_again(kind: type[Base]) -> None:
 
 
 def test_what_is_kept_would_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_graph, "remove_what_was_kept", lambda proxies: "")
+    monkeypatch.setattr(block_graph, "remove_stored_proxies", lambda proxies: "")
     trace_block(KeepsInDict())
     assert proxies() != []
     KEPT.clear()

@@ -124,7 +124,7 @@ def test_the_gain_in_training_follows_the_scale(scale: str, gain: float) -> None
 def test_a_graph_may_hold_fixed_whether_rows_are_drawn(p: float, always: bool | None) -> None:
     state = BranchState(facts(), "skip", "")
     state.rate.set(p)
-    assert state.rate.always is always
+    assert state.rate.fixed_decision is always
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
@@ -151,7 +151,7 @@ def test_a_state_is_restored() -> None:
     state.dtypes["new"] = torch.float64
     state.sizes[0] = 3
     state.restore(before)
-    assert (state.rate.p, state.rate.always) == (0.5, None)
+    assert (state.rate.p, state.rate.fixed_decision) == (0.5, None)
     assert (state.counts.rows_seen, state.counts.last) == (0, None)
     assert (state.action, state.reason, state.share) == ("skip", "", None)
     assert state.dtypes == {"known": torch.float32}

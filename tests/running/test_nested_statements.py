@@ -169,11 +169,11 @@ def assert_alike(ours: list[Tensor], theirs: list[Tensor], kind: type[Base] = Ba
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-# A reentrant checkpoint of a closure computes no gradients in the plain model either.
-FORMS = [(k, r) for k in BLOCKS for r in REENTRANT if not (k is Closure and r["use_reentrant"])]
+FORMS = [(k, r) for k in BLOCKS for r in REENTRANT]
 
 
-# A reentrant one in another warns: the first run of the outer one is without gradients.
+# A reentrant one in another warns: the first run of the outer one is without gradients. One of a
+# closure warns, too, and computes no gradients.
 WARNS = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 
 
@@ -191,8 +191,11 @@ def test_with_nothing_dropped_it_is_the_block(
     assert_alike(step(model, x), step(dense, x), kind)
 
 
+@WARNS
 @MODES
-@pytest.mark.parametrize(("kind", "options"), FORMS)
+@pytest.mark.parametrize(
+    ("kind", "options"), [f for f in FORMS if not (f[0] is Closure and f[1]["use_reentrant"])]
+)
 def test_what_is_dropped_does_not_depend_on_checkpoints(
     kind: type[Checkpointing], options: dict[str, bool], mode: str
 ) -> None:
@@ -203,6 +206,26 @@ def test_what_is_dropped_does_not_depend_on_checkpoints(
         step(model, x)
         found.append(step(model, x))
     assert_alike(*found, kind)
+
+
+@WARNS
+@pytest.mark.parametrize("kind", [Branch, PartOfBranch, Whole])
+def test_a_reentrant_checkpoint_of_what_needs_no_gradients_computes_none(
+    kind: type[Checkpointing],
+) -> None:
+    model, dense = model_of(kind, use_reentrant=True), model_of(kind, use_reentrant=True)
+    torchdrop.add_stochastic_depth(model, [BARELY, BARELY])
+    x = batch().detach()
+    for m in (model, dense):
+        m(x)
+        torch.manual_seed(1)
+        out = m(x)
+        if out.requires_grad:
+            out.square().sum().backward()
+    ours, theirs = ([p.grad for p in m.parameters()] for m in (model, dense))
+    assert any(grad is None for grad in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None or not one.any()) if other is None else torch.allclose(one, other)
 
 
 def test_a_branch_that_is_added_in_a_checkpoint_is_drawn_again() -> None:

@@ -188,7 +188,7 @@ def test_recorded_operations_would_stay_in_caches(monkeypatch: pytest.MonkeyPatc
         return self._tracer.create_proxy("call_function", func, args, kwargs or {})
 
     monkeypatch.setattr(Constants, "__torch_function__", record)
-    monkeypatch.setattr(block_graph, "remove_what_was_kept", lambda proxies: "")
+    monkeypatch.setattr(block_graph, "remove_stored_proxies", lambda proxies: "")
     with contextlib.suppress(UntraceableError):
         trace_block(Ramp())
     assert type(ramp(W)) is not Tensor

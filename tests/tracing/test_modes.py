@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import torchdrop
 from torchdrop.running.forward_slot import occupant_of
 from torchdrop.tracing.block_graph import trace_block
-from torchdrop.tracing.modes import Modes, changes, current_modes, under
+from torchdrop.tracing.modes import Modes, contexts_between, current_modes, use_modes
 from torchdrop.tracing.untraceable import UntraceableError
 from written_blocks import Base, Stack, W, flat
 from zoo import BARELY, assert_same
@@ -276,17 +276,17 @@ def test_under_sets_exactly_these_modes_and_restores_the_others(name: str) -> No
     with AROUND[name]():
         other = current_modes()
     assert other != before
-    with under(other):
+    with use_modes(other):
         assert current_modes() == other
-        with under(before):
+        with use_modes(before):
             assert current_modes() == before
         assert current_modes() == other
     assert current_modes() == before
-    assert changes(before, before) == []
+    assert contexts_between(before, before) == []
 
 
 def test_every_mode_can_be_changed() -> None:
-    """A field of Modes that changes() forgets would stay as it is."""
+    """A field of Modes that contexts_between() forgets would stay as it is."""
     before = current_modes()
     others = Modes(
         grad=False,
@@ -304,7 +304,7 @@ def test_every_mode_can_be_changed() -> None:
             wanted = before._replace(**{field: getattr(others, field)})
             if field == "inference":  # gradients are off in it
                 wanted = wanted._replace(grad=False)
-            with under(wanted):
+            with use_modes(wanted):
                 assert current_modes() == wanted, field
             assert current_modes() == before, field
 

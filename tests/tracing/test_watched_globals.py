@@ -136,7 +136,7 @@ def test_a_forward_that_watches_nothing_would_go_on_as_before(kind: type[Base]) 
     dense = copy.deepcopy(model)
     torchdrop.add_stochastic_depth(model, [BARELY, BARELY], verify=False)
     for block in model.blocks:
-        occupant_of(block).train[0].names = None  # type: ignore[union-attr]
+        occupant_of(block).train[0].watched_globals = None  # type: ignore[union-attr]
     try:
         set_name(0.25), SETTINGS.update(alpha=0.25)
         x = flat()
@@ -165,10 +165,10 @@ def test_caches_and_what_is_not_named_are_not_watched() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.f(x) * len(CACHE)
 
-    assert trace_block(Caching()).names is None
+    assert trace_block(Caching()).watched_globals is None
     block = trace_block(Named())
-    assert block.names is not None
-    assert [name for _, name in block.names.known] == ["ALPHA"]
+    assert block.watched_globals is not None
+    assert [name for _, name in block.watched_globals.known] == ["ALPHA"]
 
 
 def test_no_property_runs() -> None:
@@ -183,7 +183,7 @@ def test_no_property_runs() -> None:
             return x + self.f(x) * (HOLDER.counted if x.dim() > 9 else 1.0)
 
     trace_block(Reads())
-    assert trace_block(Names(), arguments={"x": flat()}).names is None
+    assert trace_block(Names(), arguments={"x": flat()}).watched_globals is None
 
 
 def test_a_forward_that_sets_a_global_is_not_read() -> None:
@@ -221,7 +221,7 @@ def test_a_callback_of_the_garbage_collector_is_no_part_of_a_forward() -> None:
     finally:
         gc.callbacks.remove(_count_collections)
     assert before < COLLECTIONS
-    assert block.names is None  # nor are its global variables those of the forward
+    assert block.watched_globals is None  # nor are its global variables those of the forward
 
 
 def test_with_a_profiler_of_somebody_else_every_mode_counts_and_the_profiler_stays() -> None:
@@ -235,7 +235,7 @@ def test_with_a_profiler_of_somebody_else_every_mode_counts_and_the_profiler_sta
     finally:
         sys.setprofile(None)
     assert "grad" in block.asks
-    assert block.names is not None
+    assert block.watched_globals is not None
     assert trace_block(Named()).asks == ()
     assert sys.getprofile() is None
 

@@ -114,7 +114,7 @@ class _Probe:
 
     def note(self, kind: str, name: str, x: Tensor, channel_dim: int) -> None:
         """Add ``x``, the values at one layer in the current pass, to the moments of the layer."""
-        sides = self.moments.setdefault((kind, name), {False: Moments(), True: Moments()})
+        by_training = self.moments.setdefault((kind, name), {False: Moments(), True: Moments()})
         if x.dim() == 0:
             x = x.unsqueeze(0)
         if not -x.dim() <= channel_dim < x.dim():
@@ -123,7 +123,7 @@ class _Probe:
                 f"one from {-x.dim()} to {x.dim() - 1}"
             )
         try:
-            sides[self.training].add(x, channel_dim)
+            by_training[self.training].add(x, channel_dim)
         except ValueError as error:
             raise ValueError(
                 f"the channels of {name} are not on dimension {channel_dim} ({error}); "
@@ -245,15 +245,15 @@ def variance_shift(
     training flags of its modules are used as they are (a BatchNorm frozen with ``eval()`` stays
     frozen); if it is in evaluation mode, ``model.train()`` sets them.
 
-    With p the rate, the closed forms that this is tested against are, for elementwise noise in
-    front of BatchNorm, with ``c = E[x]^2 + Var[x]``, and for Uout, which multiplies by numbers that
-    are uniform in [1 - beta, 1 + beta]::
+    The results are tested against closed forms. Let p be the rate and ``c = E[x]^2 + Var[x]``. For
+    elementwise noise in front of BatchNorm (Uout multiplies by numbers that are uniform in
+    [1 - beta, 1 + beta])::
 
         dropout            V_train = c / (1-p) - E[x]^2
         Uout               V_train = Var[x] + c beta^2 / 3
         Gaussian           V_train = Var[x] + c p / (1-p)
 
-    and for a residual sum s + f under stochastic depth::
+    For a residual sum s + f under stochastic depth::
 
         row, scale="train"     T_train = T_eval + p / (1-p) E[f^2]
         batch, scale="train"   V_train = Var[s] + 2 Cov[s, f] + Var[f] / (1-p)
@@ -266,7 +266,7 @@ def variance_shift(
     ``torch.nn.functional.batch_norm``, and sums in forwards that cannot be read, which the result
     lists.
 
-    The model is not changed, also if an exception is raised: parameters, buffers, training flags,
+    The model is not changed, even if an exception is raised: parameters, buffers, training flags,
     hooks, the counts of its plan, and the states of the random generators of Python, NumPy and
     torch are restored. The draws depend on ``torch.manual_seed``, and two calls in a row make the
     same draws.
@@ -331,7 +331,7 @@ def variance_shift(
                     f"; {k or 'the model'} cannot be read: {v}" for k, v in unreadable.items()
                 )
             )
-        modes = _modes(model)
+        flags = _training_flags(model)
         for norm, name in norms.items():
             hook = norm.register_forward_pre_hook(_input_hook(probe, name), with_kwargs=True)
             stack.callback(hook.remove)
@@ -340,7 +340,7 @@ def variance_shift(
         for call in chain([first], rest):
             for training in [False] + [True] * repeats:
                 probe.training = training
-                for module, flag in modes[training]:
+                for module, flag in flags[training]:
                     module.training = flag
                 buffers.reset()  # because a pass in training updates the running statistics
                 # a copy, in case the model writes into its input
@@ -349,8 +349,8 @@ def variance_shift(
             count += 1
     norm_by_name = {name: norm for norm, name in norms.items()}
     layers = [
-        _layer_shift(name, kind, sides, norm_by_name.get(name))
-        for (kind, name), sides in probe.moments.items()
+        _layer_shift(name, kind, by_training, norm_by_name.get(name))
+        for (kind, name), by_training in probe.moments.items()
     ]
     effort = f"batches: {count}, training passes each: {repeats}"
     return VarianceShift(type(model).__name__, layers, {**unreadable, **probe.unreadable}, effort)
@@ -362,7 +362,7 @@ def _as_example(call: Call) -> Any:
     return kwargs or args
 
 
-def _modes(model: nn.Module) -> dict[bool, list[tuple[nn.Module, bool]]]:
+def _training_flags(model: nn.Module) -> dict[bool, list[tuple[nn.Module, bool]]]:
     """Return the training flags of every module, for training passes (True) and evaluation."""
     given = [(m, m.training) for m in model.modules()]
     if not model.training:
@@ -387,11 +387,11 @@ def _input_hook(
 
 
 def _layer_shift(
-    name: str, kind: str, sides: dict[bool, Moments], module: nn.Module | None
+    name: str, kind: str, by_training: dict[bool, Moments], module: nn.Module | None
 ) -> LayerShift:
     """Return the result for one layer from its moments in training (True) and evaluation."""
-    train, total_train = sides[True].variances()
-    evaluation, total_eval = sides[False].variances()
+    train, total_train = by_training[True].variances()
+    evaluation, total_eval = by_training[False].variances()
     running = getattr(module, "running_var", None) if kind == "batch_norm" else None
     if isinstance(running, Tensor):
         running = running.detach().to(evaluation.device, torch.float64)

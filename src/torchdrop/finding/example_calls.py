@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torchdrop.finding.row_layout import differing_dims, entries_are_adjacent
 from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
-from torchdrop.tracing.modes import under
+from torchdrop.tracing.modes import use_modes
 from torchdrop.tracing.unchanged import attention_fast_path_off, unchanged
 from torchdrop.tracing.watched_attributes import same
 
@@ -359,7 +359,7 @@ class Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run the node ``n`` and record the shape of its value."""
-        with under(n.meta.get("modes")):
+        with use_modes(n.meta.get("modes")):
             value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)

@@ -80,7 +80,7 @@ def layerdrop_of(module: nn.Module) -> tuple[Any, float] | None:
 
 
 def find_drop_operation(graph: fx.Graph, branch: fx.Node, skip: fx.Node) -> fx.Node | None:
-    """Return the operation in the forward that drops whole samples of the branch; None without one.
+    """Return the operation in the forward that drops whole samples of the branch, or None.
 
     This is a call of ``torchdrop.functional.drop_path``, or an operation that draws the random
     numbers by which the branch is multiplied, one number for each sample or one for the batch.
@@ -147,7 +147,7 @@ def _sizes(args: Iterable[Any], node: fx.Node) -> Any:
 def _is_row_shape(sizes: Any) -> bool:
     """Whether all sizes are 1, except for the first, which may be anything.
 
-    The forms are those of ``(x.shape[0], 1, 1)`` and ``(x.shape[0],) + (1,) * (x.ndim - 1)``.
+    Sizes are written as ``(x.shape[0], 1, 1)`` or as ``(x.shape[0],) + (1,) * (x.ndim - 1)``.
     """
     if isinstance(sizes, fx.Node) and sizes.target is operator.add:
         first, rest = sizes.args

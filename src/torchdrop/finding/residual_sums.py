@@ -75,7 +75,8 @@ def read_residual_sums(
         block: The graph of the forward.
         known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
         batch_dim: Which dimension of its residual tensors is the batch; None if it is not known.
-        assume: Whether a tensor that was not measured is assumed to carry the batch by its shape.
+        assume: Whether the layout of an input that was not measured may be told by its shape in
+            each call.
     """
     return ResidualSums(
         block,
@@ -239,8 +240,8 @@ class ResidualSums:
         """Return the dimension of ``skip`` that carries the batch.
 
         Returns:
-            The dimension, None if it is not known; and the dimension according to each child with
-            ``batch_first``, if only these children determined it.
+            The dimension; None if it is not known.
+            If only children with ``batch_first`` determined it: the dimension that each names.
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
@@ -288,6 +289,12 @@ class ResidualSums:
 
     def _decision(self, split: Split) -> _Decision:
         """Decide whether rows of the branch can be skipped; if not, say why."""
+        writes = self._writes_inside(split)
+        if writes:
+            more = replace(split, inside=split.inside | writes)
+            _, used_outside = self._inside_and_shared(more)
+            if not any(self.children.written(node, self.owner) in used_outside for node in writes):
+                split = more
         inside, used_outside = self._inside_and_shared(split)
         drops_more = any(map(self._is_drop_path, used_outside))
         leak, reason = None, ""
@@ -306,8 +313,29 @@ class ResidualSums:
             row_layouts, refusal = self._row_layouts(split)
         if refusal:
             return _Decision(split, "mask", refusal, leak, drops_more)
-        split = replace(split, row_layouts=row_layouts, assumed=self._assumes(split))
+        split = replace(split, row_layouts=row_layouts, assumed=self._has_assumed_layout(split))
         return _Decision(split, "skip", reason, leak, drops_more)
+
+    def _writes_inside(self, split: Split) -> set[fx.Node]:
+        """Return the nodes that write into tensors which the branch makes, and what only they need.
+
+        ``m = torch.zeros(n); m[0] = 1.0``: the result of the assignment is used by no node, so that
+        it is not among those from which the branch is computed.
+        """
+        found: set[fx.Node] = set()
+        memo: dict[fx.Node, bool] = {}
+        inside = sum(1 << self.order[node] for node in split.inside)
+        start = min((self.order[node] for node in split.inside), default=0)
+        for node in reversed(self.nodes[start : self.order[split.add]]):
+            readers = self._readers(node)
+            if node in split.inside or node.op == "get_attr" or readers - found - split.inside:
+                continue
+            writes = self.children.written(node, self.owner) in split.inside
+            # what is computed from the shortcut alone stays outside
+            follows = self.ancestors[node] & inside or not depends_on_input(node, memo)
+            if writes or (readers and readers <= found and follows):
+                found.add(node)
+        return found
 
     def _inside_and_shared(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
         """Return the nodes that only the branch uses, and those that are used outside it, too."""
@@ -355,7 +383,7 @@ class ResidualSums:
         return found
 
     def _why_not_deferred(self, split: Split) -> str:
-        """Say why the branch cannot be computed only when it is added; empty if it can."""
+        """Say why the branch cannot be computed later, when it is added; empty if it can."""
         modes = [modes_of(node, self.block.modes) for node in (*split.inside, split.add)]
         if len({found.inference for found in modes if found is not None}) > 1:
             return "a part of it runs in inference mode, and another part does not"
@@ -392,7 +420,9 @@ class ResidualSums:
                 vary = {node.name: depends_on_input(node, memo) for node in inputs}
                 return {n: RowLayout(dim, 1) if v else None for n, v in vary.items()}, ""
             if self.assume:
-                return {node.name: self._assumed(node, split.skip, dim) for node in inputs}, ""
+                return {
+                    node.name: self._assumed_layout(node, split.skip, dim) for node in inputs
+                }, ""
             return None, (
                 f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
                 "carry the batch is not known; give example_inputs, with which the model can be "
@@ -431,14 +461,14 @@ class ResidualSums:
         known = (layouts for layouts in self.known_layouts if node.name in layouts)
         return next(known, None) if node.op == "placeholder" else None
 
-    def _assumed(self, node: fx.Node, skip: fx.Node, dim: int) -> RowLayout | None:
+    def _assumed_layout(self, node: fx.Node, skip: fx.Node, dim: int) -> RowLayout | None:
         """Return how an input of a branch is assumed to carry the batch."""
         if node is skip:
             return RowLayout(dim, 1)
         measured = self._measured_argument(node)
         return RowLayout(dim, 0) if measured is None else measured[node.name]
 
-    def _assumes(self, split: Split) -> bool:
+    def _has_assumed_layout(self, split: Split) -> bool:
         """Whether the layout of an input of the branch is assumed, because it was not measured."""
         inputs = self.outside_inputs(split)
         if not self.assume or inputs == [split.skip] or len(self._sources(inputs)) <= 1:

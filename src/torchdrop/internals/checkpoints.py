@@ -1,16 +1,16 @@
-"""Notice the calls of ``torch.utils.checkpoint.checkpoint`` that a forward makes."""
+"""Replace what ``torch.utils.checkpoint.checkpoint`` does while a forward is traced."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.utils import checkpoint as module_of_torch
 
-__all__ = ["notice_checkpoints"]
+__all__ = ["replace_checkpoints"]
 
 _REENTRANT = "CheckpointFunction"
 # by the release of PyTorch
@@ -21,20 +21,22 @@ _NOT_REENTRANT = (
 
 
 @contextmanager
-def notice_checkpoints(
-    around: Callable[[dict[str, Any]], AbstractContextManager[None]],
+def replace_checkpoints(
+    around: Callable[[dict[str, Any], Sequence[Any]], AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Let ``checkpoint`` call its function without a checkpoint, in this thread.
+    """Let ``checkpoint`` call its function inside ``around(options, args)``, without a checkpoint.
+
+    Only calls in this thread are replaced.
 
     Replaces ``torch.utils.checkpoint.CheckpointFunction`` and
-    ``torch.utils.checkpoint._checkpoint_without_reentrant_generator_impl``, which ``checkpoint``
-    looks up in each call, since users have imported ``checkpoint`` itself under names of their own.
+    ``torch.utils.checkpoint._checkpoint_without_reentrant_generator_impl``. ``checkpoint`` looks
+    them up in each call; it is not replaced itself, because users import it under their own names.
     Without them a forward that calls ``checkpoint`` is not read, and an error says so.
 
     Args:
-        around: Gets the options of the call that are not the defaults (``preserve_rng_state`` and
-            others, but not ``use_reentrant``), and returns the context in which the function is
-            called.
+        around: Gets the options of the call that are not the defaults (``use_reentrant=False`` is
+            taken as the default) and the arguments of the function, and returns the context in
+            which the function is called.
     """
     thread = threading.get_ident()
 
@@ -43,7 +45,8 @@ def notice_checkpoints(
         def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
             if threading.get_ident() != thread:
                 return before[_REENTRANT].apply(function, preserve_rng_state, *args)
-            with around({} if preserve_rng_state else {"preserve_rng_state": False}):
+            options = {} if preserve_rng_state else {"preserve_rng_state": False}
+            with around({"use_reentrant": True, **options}, args):
                 return function(*args)
 
     def replacement_of(name: str) -> Any:
@@ -62,7 +65,7 @@ def notice_checkpoints(
             given = {
                 k: v for k, v in bound.arguments.items() if k in defaults and v is not defaults[k]
             }
-            with around(given):
+            with around(given, args):
                 yield
 
         def start(*args: Any, **kwargs: Any) -> Iterator[None]:

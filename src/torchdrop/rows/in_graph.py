@@ -26,9 +26,9 @@ __all__ = [
     "GraphBranch",
     "GraphRows",
     "draw_in_graph",
+    "mark_uncompiled",
     "register_branch",
     "row_count_in_graph",
-    "run_uncompiled",
     "scatter_in_graph",
     "set_keep_share",
     "take_in_graph",
@@ -226,7 +226,7 @@ def scatter_in_graph(slices: Tensor, drawn: GraphRows, dim: int) -> Tensor:
     return whole
 
 
-def run_uncompiled(*modules: str) -> None:
+def mark_uncompiled(*modules: str) -> None:
     """Mark the functions of these modules so that no graph of ``torch.compile`` begins in them.
 
     In batch mode a graph ends at each draw, since the draw decides whether the branch runs. Without

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import any_autocast_enabled, modifications_of, parameters_of_tree
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
-from torchdrop.rows.in_graph import run_uncompiled
+from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
@@ -27,7 +27,7 @@ from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
-from torchdrop.tracing.process_state import PROCESS_STATE
+from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = [
@@ -379,7 +379,7 @@ class BlockSite(SlotOccupant):
         others = {t.dtype for t in takes if isinstance(t, Tensor) and t.is_floating_point()}
         if precision[1] is None and others <= {skip.dtype}:
             return skip.dtype
-        with torch.no_grad(), PROCESS_STATE, unchanged(*inner, devices=[skip.device]):
+        with torch.no_grad(), PROCESS_LOCK, unchanged(*inner, devices=[skip.device]):
             out = run()
         branch.dtypes[precision] = torch.promote_types(skip.dtype, out.dtype)
         return branch.dtypes[precision]
@@ -443,4 +443,4 @@ def sites_of(model: nn.Module) -> list[BlockSite]:
     )
 
 
-run_uncompiled(__name__)
+mark_uncompiled(__name__)

@@ -145,8 +145,8 @@ class BranchRate:
 
     Attributes:
         p: The drop probability.
-        always: True if every row is kept (p = 0), False if none is (p = 1), None if rows are drawn.
-            It is a constant in a compiled graph.
+        fixed_decision: True if every row is kept (p = 0), False if none is (p = 1), None if rows
+            are drawn. It is a constant in a compiled graph.
         convolves: As in :class:`BranchFacts`; compiled graphs read it.
         number: The number by which compiled graphs know this rate.
     """
@@ -156,7 +156,7 @@ class BranchRate:
         self._counts = counts
         self.convolves = facts.convolves
         self.p = 0.0
-        self.always = _always_kept(0.0)
+        self.fixed_decision = _fixed_decision(0.0)
         self.number = register_branch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ class BranchRate:
     def set(self, p: float) -> None:
         """Drop with probability ``p`` from now on."""
         if p != self.p:
-            self.p, self.always = p, _always_kept(p)
+            self.p, self.fixed_decision = p, _fixed_decision(p)
             set_keep_share(self.number, p, value_known=self.convolves)
 
     def order_rows(self, batch: int) -> tuple[Tensor, int]:
@@ -205,7 +205,7 @@ class BranchRate:
         return facts.gain / (1.0 - self.p) if facts.scale == "train" else facts.gain
 
 
-def _always_kept(p: float) -> bool | None:
+def _fixed_decision(p: float) -> bool | None:
     """Whether every row is kept (True) or dropped (False); None if rows are drawn."""
     return True if p == 0.0 else False if p == 1.0 else None
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torchdrop.internals import is_python_autograd_node
 from torchdrop.tracing.random_states import RandomStates
 
-__all__ = ["Sample", "difference", "find_dependence"]
+__all__ = ["TrialCall", "difference", "find_dependence"]
 
 # The largest difference, relative to the largest value, that counts as rounding, by dtype and for
-# all other dtypes. For a row that stays in its place, the same kernels do the same; for a row that
-# moved, or that was computed in a smaller batch, other kernels may round differently.
+# all other dtypes. A row that stays in its place is computed by the same kernels; one that moved,
+# or that was computed in a smaller batch, may be computed by others, which round differently.
 _STAYED = {torch.float64: 1e-12}
 _STAYED_ELSE = 2e-6
 _MOVED = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -31,7 +31,7 @@ _NODES = 20_000
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrialCall:
     """A branch, or a block, as it is called in one training step.
 
     Attributes:
@@ -61,34 +61,34 @@ class Sample:
         return [self.cut(value, i, on_device) for i, value in enumerate(self.values)]
 
 
-def find_dependence(sample: Sample) -> str:
-    """Say how the output for a row of ``sample`` depends on other rows; empty if it does not.
+def find_dependence(trial: TrialCall) -> str:
+    """Say how the output for a row of ``trial`` depends on other rows; empty if it does not.
 
     The batch has to hold at least two samples.
     """
-    before, after = sample.randoms
-    out, dim = sample.out.detach(), sample.dim
-    if out.dim() <= dim or out.shape[dim] != sample.batch:
+    before, after = trial.randoms
+    out, dim = trial.out.detach(), trial.dim
+    if out.dim() <= dim or out.shape[dim] != trial.batch:
         return f"its output has the shape {tuple(out.shape)}, without the rows of its skip"
     random = before.differ_from(after)
     try:
-        for rows, stays in _replacements(sample):
+        for rows, stays in _replacements(trial):
             before.restore()
-            other = sample.run(sample.inputs_for(rows, out.device)).detach()
+            other = trial.run(trial.inputs_for(rows, out.device)).detach()
             # a row that moved gets other random numbers, so only rows that stay are compared then
             found = _compare(out, other, None if random else rows, stays, dim)
             if found:
                 return found
-        for rows in _smaller_batches(sample):
+        for rows in _smaller_batches(trial):
             before.restore()
-            other = sample.run(sample.inputs_for(rows, out.device)).detach()
+            other = trial.run(trial.inputs_for(rows, out.device)).detach()
             wanted = out.index_select(dim, rows.to(out.device))
             if other.shape != wanted.shape:
-                return f"for {len(rows)} of {sample.batch} rows its shape is {tuple(other.shape)}"
+                return f"for {len(rows)} of {trial.batch} rows its shape is {tuple(other.shape)}"
             off = 0.0 if random else difference(wanted, other)
             if off > _MOVED.get(out.dtype, _MOVED_ELSE):
-                return f"for {len(rows)} of {sample.batch} rows it differs by {off:.2g}"
-        return _find_dependence_in_backward(sample, before)
+                return f"for {len(rows)} of {trial.batch} rows it differs by {off:.2g}"
+        return _find_dependence_in_backward(trial, before)
     except Exception as error:  # a branch may raise anything with rows that it was not made for
         first = str(error).splitlines()[0] if str(error) else ""
         return f"with other rows it raises {type(error).__name__}: {first}"
@@ -102,20 +102,21 @@ def _rows(samples: Sequence[int], group: int) -> Tensor:
     return (first + torch.arange(group, device="cpu")).flatten()
 
 
-def _replacements(sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches in which copies replace some rows: the row in each place, the rows that stay.
+def _replacements(trial: TrialCall) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches in which copies of rows replace other rows.
 
+    For each batch, yields the numbers of its rows, and of those that are in their own places.
     In the first batch copies of the first half replace the second half. In the second batch one
     sample of each pair of neighbours is replaced, in some pairs the first, in others the second.
     """
-    count, group = sample.batch // sample.group, sample.group
+    count, group = trial.batch // trial.group, trial.group
     half = count // 2
     yield _rows([i % half for i in range(count)], group), _rows(range(half), group)
     mixed = _one_of_each_pair(count)
     copies = [i if i in mixed else mixed[(i // 2 + 1) % len(mixed)] for i in range(count)]
     yield _rows(copies, group), _rows(mixed, group)
     # An input that is an index of rows may happen to fit the copies. If all rows move, it cannot.
-    if any(isinstance(v, Tensor) and not v.is_floating_point() for v in sample.values):
+    if any(isinstance(v, Tensor) and not v.is_floating_point() for v in trial.values):
         yield _rows([(i + 1) % count for i in range(count)], group), torch.empty(0).long()
 
 
@@ -127,18 +128,23 @@ def _one_of_each_pair(count: int) -> list[int]:
     return [i for i in range(count) if i.bit_count() % 2]
 
 
-def _smaller_batches(sample: Sample) -> Iterator[Tensor]:
+def _smaller_batches(trial: TrialCall) -> Iterator[Tensor]:
     """Yield the rows of smaller batches: one sample of each pair, and a single one."""
-    count = sample.batch // sample.group
-    yield _rows(_one_of_each_pair(count), sample.group)
+    count = trial.batch // trial.group
+    yield _rows(_one_of_each_pair(count), trial.group)
     if count > 3:
-        yield _rows([count - 2], sample.group)
+        yield _rows([count - 2], trial.group)
 
 
 def _compare(out: Tensor, other: Tensor, rows: Tensor | None, stays: Tensor, dim: int) -> str:
-    """Say how ``other``, computed with the rows ``rows`` of the inputs, differs from ``out``.
+    """Say how ``other``, the output for other rows, differs from ``out``; empty if it does not.
 
-    Only the rows ``stays`` are compared if ``rows`` is None.
+    Args:
+        out: The output for the rows of the call.
+        other: The output for other rows.
+        rows: These rows; None if only the rows ``stays`` are to be compared.
+        stays: The rows that are in their own places in both.
+        dim: The dimension that carries the rows.
     """
     if other.shape != out.shape:
         return f"its shape depends on the values of its rows: {tuple(out.shape)}, {other.shape}"
@@ -172,18 +178,18 @@ def difference(one: Tensor, other: Tensor, like: Tensor | None = None) -> float:
         return float(off.amax() / largest.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _find_dependence_in_backward(sample: Sample, before: RandomStates) -> str:
+def _find_dependence_in_backward(trial: TrialCall, before: RandomStates) -> str:
     """Say how gradients mix rows; empty if they do not.
 
     Only branches that use an autograd function written in Python are tested.
     """
-    if not torch.is_grad_enabled() or not _uses_python_function(sample.out):
+    if not torch.is_grad_enabled() or not _uses_python_function(trial.out):
         return ""
-    for rows, stays in _replacements(sample):
+    for rows, stays in _replacements(trial):
         if not len(stays):
             continue
-        wanted = _gradients(sample, before, torch.arange(sample.batch), stays)
-        found = _gradients(sample, before, rows, stays)
+        wanted = _gradients(trial, before, torch.arange(trial.batch), stays)
+        found = _gradients(trial, before, rows, stays)
         for (known, rest), (other, _) in zip(wanted, found, strict=True):
             off = max(difference(known, other), float(rest.abs().max()) if rest.numel() else 0.0)
             if off > _MOVED.get(known.dtype, _MOVED_ELSE):
@@ -192,34 +198,35 @@ def _find_dependence_in_backward(sample: Sample, before: RandomStates) -> str:
 
 
 def _gradients(
-    sample: Sample, before: RandomStates, rows: Tensor, stays: Tensor
+    trial: TrialCall, before: RandomStates, rows: Tensor, stays: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the gradient of each input with rows, in the rows ``stays`` and in the other rows.
 
-    Only the rows ``stays`` of the output are given a gradient.
+    Only the rows ``stays`` of the output are given a gradient. The gradient in the other rows is
+    divided by the largest value.
     """
-    device = sample.out.device
+    device = trial.out.device
     leaves: dict[int, Tensor] = {}
-    values = sample.inputs_for(rows, device)
+    values = trial.inputs_for(rows, device)
     for i, value in enumerate(values):
-        carries = sample.cut(sample.values[i], i, rows.to(device)) is not sample.values[i]
+        carries = trial.cut(trial.values[i], i, rows.to(device)) is not trial.values[i]
         if isinstance(value, Tensor) and value.is_floating_point() and carries:
             leaves[i] = value.detach().clone().requires_grad_()
             values[i] = leaves[i].clone()
     before.restore()
-    out = sample.run(values)
+    out = trial.run(values)
     weights = torch.zeros_like(out)
     places = stays.to(device)
-    weights.index_copy_(sample.dim, places, out.detach().index_select(sample.dim, places))
+    weights.index_copy_(trial.dim, places, out.detach().index_select(trial.dim, places))
     grads = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
     found = []
-    others = torch.tensor(sorted({*range(sample.batch)} - set(stays.tolist())), device="cpu")
+    others = torch.tensor(sorted({*range(trial.batch)} - set(stays.tolist())), device="cpu")
     for grad in grads:
-        if grad is None or grad.dim() <= sample.dim or grad.shape[sample.dim] != sample.batch:
+        if grad is None or grad.dim() <= trial.dim or grad.shape[trial.dim] != trial.batch:
             continue
         scale = grad.abs().amax().clamp(min=1e-30)
-        rest = grad.index_select(sample.dim, others.long().to(device)) / scale
-        found.append((grad.index_select(sample.dim, places), rest))
+        rest = grad.index_select(trial.dim, others.long().to(device)) / scale
+        found.append((grad.index_select(trial.dim, places), rest))
     return found
 
 

@@ -16,8 +16,8 @@ def match_sums(
 ) -> list[ResidualSum | None]:
     """Return the residual sum of each branch; None for a branch that the new graph lacks.
 
-    A branch is recognised by the modules that it calls and the parameters that it reads, or by most
-    of these. Where several branches have the same, their order decides.
+    A branch is recognised by the modules that it calls and the parameters that it reads: by all of
+    them, or else by the largest share. Where several branches have the same, their order decides.
 
     Args:
         entries: The residual sums of the new graph.

@@ -8,7 +8,7 @@ by the head of a ``with`` statement or of a function, the second by what ends it
         with modes_of_torchdrop.autocast('cpu', None, True):
             h = self.fc(x);  x = None
         return h
-    h = checkpoint_of_torchdrop(checkpointed_0, site, x, use_reentrant=False)
+    h = checkpoint_of_torch(checkpointed_0, site, x, use_reentrant=False)
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import fx
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, fx
+from torch.utils.checkpoint import check_backward_validity, checkpoint
 
 from torchdrop.tracing import modes as contexts
 from torchdrop.tracing.checkpoint import Checkpoint
-from torchdrop.tracing.modes import Modes, changes
+from torchdrop.tracing.modes import Modes, contexts_between
 
 __all__ = ["CheckpointWriter", "ModeWriter", "nested_statements"]
 
-# The names of the module with the contexts, and of the function, in generated code.
+# The names in generated code of the module with the contexts, and of checkpoint functions.
 _MODULE = "modes_of_torchdrop"
-_CHECKPOINT = "checkpoint_of_torchdrop"
+_CHECKPOINT = "checkpoint_of_torch"
+_REENTRANT = "reentrant_checkpoint_of_torchdrop"
 
 
 # The markers. They stand in a graph and are never called.
@@ -56,6 +57,30 @@ _MARKERS = (enter_modes, leave_modes, enter_checkpoint, leave_checkpoint)
 _MARKER = re.compile(rf"\s*\w+ = [\w.]*({'|'.join(m.__name__ for m in _MARKERS)})\((.*?)\)(;.*)?")
 
 
+def reentrant_checkpoint(
+    function: Callable[..., Any], *args: Any, takes_tensors: bool, **options: Any
+) -> Any:
+    """Compute what ``checkpoint(function, *args, use_reentrant=True)`` computes.
+
+    A reentrant checkpoint computes gradients only if an argument needs them. It computes none for
+    tensors in a tuple, and generated code may hand on such tuples, so one that is not reentrant is
+    used.
+
+    Args:
+        function: The function.
+        args: Its arguments.
+        takes_tensors: Whether the function had arguments that were tensors in the block's own
+            forward.
+        options: Other arguments of ``checkpoint``.
+    """
+    given = [a for a in args if isinstance(a, Tensor)] if takes_tensors else []
+    if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in given):
+        check_backward_validity(given)  # warns
+        with torch.no_grad():
+            return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, **options)
+
+
 class ModeWriter:
     """Writes the markers of ``with`` statements while nodes are copied into a graph one by one.
 
@@ -69,18 +94,18 @@ class ModeWriter:
         self._outside = self._now = base
 
     def switch(self, modes: Modes | None) -> None:
-        """Let what is written from now on stand under ``modes``; None: they do not matter."""
+        """Write the following nodes under ``modes``; None if their modes do not matter."""
         if modes is None or self._outside is None or modes == self._now:
             return
         self.end()
-        entered = changes(self._outside, modes)
+        entered = contexts_between(self._outside, modes)
         if entered:
             calls = [f"{_MODULE}.{name}({', '.join(map(_text, args))})" for name, args in entered]
             self._graph.call_function(enter_modes, (f"with {', '.join(calls)}:",))
             self._now = modes
 
     def end(self) -> None:
-        """Let what is written from now on stand under the modes of the call."""
+        """Write the following nodes under the modes of the call."""
         if self._now != self._outside:
             self._graph.call_function(leave_modes)
             self._now = self._outside
@@ -109,13 +134,13 @@ class CheckpointWriter:
         self.options: list[dict[str, Any]] = []
 
     def would_switch(self, checkpoints: tuple[Checkpoint, ...]) -> bool:
-        """Whether code in ``checkpoints`` needs another function than what was written last."""
+        """Whether :meth:`switch` to ``checkpoints`` would begin or end a function."""
         return checkpoints[len(self._outside) :] != self._now[len(self._outside) :]
 
     def switch(self, checkpoints: tuple[Checkpoint, ...]) -> None:
-        """Let what is written from now on stand in ``checkpoints``."""
+        """Write the following nodes in ``checkpoints``."""
         if checkpoints[: len(self._outside)] != self._outside:
-            # a branch that begins outside of the checkpoint in which its sum is computed
+            # the node is outside the checkpoint in which its branch is added
             checkpoints = self._outside
         common = 0
         for one, other in zip(self._now, checkpoints, strict=False):
@@ -128,22 +153,22 @@ class CheckpointWriter:
             self._pairs.append((opened, closed))
         for entered in checkpoints[common:]:
             number = len(self.options)
-            self.options.append(dict(entered.options))
+            self.options.append(_options_of(entered))
             self._open.append(self._graph.call_function(enter_checkpoint, (number,)))
         self._now = checkpoints
 
-    def end(self, sums: Callable[[fx.Node], bool]) -> None:
+    def end(self, is_sum: Callable[[fx.Node], bool]) -> None:
         """End all functions, and give each its arguments and what it returns.
 
         Args:
-            sums: Whether a node adds a branch, and so draws random numbers.
+            is_sum: Returns whether a node adds a branch, and so draws random numbers.
         """
         self.switch(self._outside)
         for opened, closed in self._pairs:  # the innermost first
             place = {node: k for k, node in enumerate(self._graph.nodes)}
             first, last = place[opened], place[closed]
             inside = [node for node, k in place.items() if first < k < last]
-            if any(map(sums, inside)):
+            if any(map(is_sum, inside)):
                 # Otherwise other rows would be drawn when the function is run again.
                 self.options[cast("int", opened.args[0])].pop("preserve_rng_state", None)
             inputs = dict.fromkeys(
@@ -152,6 +177,17 @@ class CheckpointWriter:
             outputs = [node for node in inside if any(place[user] > last for user in node.users)]
             opened.args = (opened.args[0], *inputs)
             closed.args = (opened.args[0], *outputs)
+
+
+def _options_of(part: Checkpoint) -> dict[str, Any]:
+    """Return the keyword arguments with which generated code calls a checkpoint."""
+    others = {name: value for name, value in part.options.items() if name != "use_reentrant"}
+    if len(others) == len(part.options):
+        return {"use_reentrant": False, **others}
+    return {"takes_tensors": part.takes_tensors, **others}
+
+
+_NAMES = {_MODULE: contexts, _CHECKPOINT: checkpoint, _REENTRANT: reentrant_checkpoint}
 
 
 def nested_statements(
@@ -193,15 +229,16 @@ def nested_statements(
             given, values = _keywords(number, options[int(number)])
             kept.update(values)
             call = ", ".join(filter(None, (f"checkpointed_{number}", inputs[number], given)))
+            runs = _CHECKPOINT if "use_reentrant" in given else _REENTRANT
             lines.append(f"{indent}return {outputs or None}")
             to = f"{outputs} = " if outputs else ""
-            lines.append(f"{indent[:-4]}{to}{_CHECKPOINT}({call})")
-    return "\n".join(lines) + "\n", {**kept, _MODULE: contexts, _CHECKPOINT: checkpoint}
+            lines.append(f"{indent[:-4]}{to}{runs}({call})")
+    return "\n".join(lines) + "\n", {**kept, **_NAMES}
 
 
 def _keywords(number: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return options as the text of keyword arguments, and the values of the names in it."""
-    texts = ["use_reentrant=False"]
+    texts: list[str] = []
     names: dict[str, Any] = {}
     for name, value in options.items():
         if value is None or isinstance(value, bool | str):

@@ -17,7 +17,7 @@ from torch import nn
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.kept_tensors import Constant
-from torchdrop.tracing.modes import answers, answers_in_graph
+from torchdrop.tracing.modes import active_modes, active_modes_in_graph
 from torchdrop.tracing.watched_attributes import same
 from torchdrop.tracing.watched_globals import WatchedGlobals
 
@@ -77,14 +77,15 @@ class Program:
         decided: The answers for which the forward is valid.
         seen: The kinds of calls (shapes, dtypes) for which the forward was read; None if it is
             valid for all.
-        assumed: The branches for which it was not measured how each input carries the rows, and is
-            told by the shape of the input in each call.
+        assumed: The branches for which it was not measured how each input carries the rows. In each
+            call the shape of the input tells it.
         runs_own: Whether the block's own forward runs in these calls, because it adds none of the
             branches.
         asks: Which kinds of modes (gradients, autocast, ...) the forward asks for or sets.
         modes: The modes of these kinds for which the forward is valid.
-        names: The values of global variables for which the forward is valid; None if it names none.
-        used: When the site used it last, counted in calls.
+        watched_globals: The values of global variables for which the forward is valid; None if it
+            names none.
+        last_used: The number of the call in which the site last used it.
     """
 
     forward: Source
@@ -101,8 +102,8 @@ class Program:
     runs_own: bool = False
     asks: tuple[str, ...] = ()
     modes: set[Any] = field(default_factory=set)
-    names: WatchedGlobals | None = None
-    used: int = 0
+    watched_globals: WatchedGlobals | None = None
+    last_used: int = 0
 
     def __post_init__(self) -> None:
         # Grouped by the module that holds the attributes, because looking up a child takes the most
@@ -121,7 +122,7 @@ class Program:
         ]
         sources = (self.forward, *self.branches.values(), self.decisions)
         values = [v for source in sources if source is not None for v in source.names.values()]
-        self._tables = [value for value in values if isinstance(value, Constant)]
+        self._constants = [value for value in values if isinstance(value, Constant)]
 
     def bind(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -143,12 +144,12 @@ class Program:
         return list(tensors.values())
 
     def check_modes(self) -> None:
-        """Raise :class:`MismatchError` if modes that the block asks for are others now."""
+        """Raise :class:`MismatchError` if modes that the block asks for have changed."""
         if torch.compiler.is_compiling():
-            now = answers_in_graph(self.asks)
+            now = active_modes_in_graph(self.asks)
             valid = any(_equal_in_graph(now, known) for known in self.modes)
         else:
-            now = answers(self.asks)
+            now = active_modes(self.asks)
             valid = now in self.modes
         if not valid:
             kinds = " and ".join(self.asks)
@@ -156,8 +157,8 @@ class Program:
 
     def check_attributes(self, module: nn.Module) -> None:
         """Raise :class:`MismatchError` if an attribute of the block, or a global, has changed."""
-        if self.names is not None:
-            difference = self.names.changed(type(module).forward)
+        if self.watched_globals is not None:
+            difference = self.watched_globals.changed(type(module).forward)
             if difference is not None:
                 raise MismatchError(*difference)
         if (
@@ -165,7 +166,7 @@ class Program:
         ):  # dynamo cannot trace an attrgetter made outside the graph
             self._check_one_by_one(module)
             return
-        if not all(table.is_current() for table in self._tables):
+        if not all(constant.is_current() for constant in self._constants):
             raise MismatchError("a tensor that it takes from a table", "another one")
         for holder, read, known in self._reads:
             try:
@@ -182,7 +183,7 @@ class Program:
                 raise MismatchError(f"self.{path} = {known!r}", f"self.{path} = {now!r}")
 
     def check_decisions(self, tensors: Sequence[Any]) -> None:
-        """Raise :class:`MismatchError` if the block would take other branches with ``tensors``."""
+        """Raise :class:`MismatchError` if conditions in the forward differ for ``tensors``."""
         if self.decisions is not None:
             now = [bool(answer) for answer in self.decisions.function(None, *tensors)]
             if now != self.decided:
@@ -198,13 +199,13 @@ class Program:
             == {k: s.text for k, s in other.branches.items()}
             and (self.row_layouts, self.reuses_skip, self.tensors, self.decided, self.runs_own)
             == (other.row_layouts, other.reuses_skip, other.tensors, other.decided, other.runs_own)
-            and (self.asks, self.names) == (other.asks, other.names)
+            and (self.asks, self.watched_globals) == (other.asks, other.watched_globals)
             and same(self.constants, other.constants)
             and same(self.attributes, other.attributes)
-            and same(self._tensors_of_others(), other._tensors_of_others())
+            and same(self._stored_tensors(), other._stored_tensors())
         )
 
-    def _tensors_of_others(self) -> list[Any]:
+    def _stored_tensors(self) -> list[Any]:
         """Return the tensors, such as tables in a cache, that the generated functions use."""
         sources = (self.forward, *self.branches.values())
         found = (name for source in sources for name in source.names.values())
@@ -223,10 +224,10 @@ def most_varied(programs: Sequence[Program]) -> str:
     """Return the name of what differs most between programs: an attribute or an argument."""
     values: dict[str, list[Any]] = {}
     for program in programs:
-        names = {} if program.names is None else program.names.known
+        known_globals = {} if program.watched_globals is None else program.watched_globals.known
         fixed = {
             **{f"self.{k}": v for k, v in program.attributes.items()},
-            **{expression: v for (_, expression), v in names.items()},
+            **{expression: v for (_, expression), v in known_globals.items()},
             **program.constants,
         }
         for name, value in fixed.items():

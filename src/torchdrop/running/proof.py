@@ -31,7 +31,7 @@ from torchdrop.internals import (
 )
 from torchdrop.rows.take_and_add import add_whole, take
 from torchdrop.running.branch_state import BranchState
-from torchdrop.running.independence import Sample, difference, find_dependence
+from torchdrop.running.independence import TrialCall, difference, find_dependence
 from torchdrop.running.program import MismatchError
 from torchdrop.running.unseen import unseen
 from torchdrop.tracing.call_arguments import flatten_arguments
@@ -63,12 +63,12 @@ class Verdict:
     """The result of the test of one kind of call.
 
     Attributes:
-        own: Why the generated forward cannot be used; empty if it can.
+        why_unusable: Why the generated forward cannot be used; empty if it can.
         whole: How the block is dropped as a whole then; None if its form does not allow that.
         out: What the block's own forward returned.
     """
 
-    own: str = ""
+    why_unusable: str = ""
     whole: WholeBlock | None = None
     out: Any = None
 
@@ -122,7 +122,7 @@ def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
 
 
 @contextmanager
-def _alone(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
+def _isolated(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
     """Run the block of ``site`` without side effects, and with the sites inside it paused."""
     from torchdrop.running.block_site import sites_of
 
@@ -163,7 +163,7 @@ def _detached(out: Any) -> Any:
     return flatten_arguments({"": out}, lambda path, value: value.detach())[0][""]
 
 
-def _off(one: list[Tensor], other: list[Tensor]) -> float:
+def _largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     """Return the largest difference between two outputs; 0 if all differences are rounding."""
     if len(one) != len(other):
         return float("inf")
@@ -209,7 +209,7 @@ class SplitProof:
         before = RandomStates([skip.device])
         out = run(copies)
         if [modifications_of(c) for c in copies if isinstance(c, Tensor)] != versions:
-            branch.mask("it writes into its input, which the shortcut uses, too")
+            branch.mask("it writes into its input, which the shortcut also uses")
             before.restore()
             out = run(values)
         elif self._rows_matter and not branch.depends and facts.dim < skip.dim():
@@ -223,29 +223,29 @@ class SplitProof:
 
             group = site.settings.rows_per_sample or 1
             randoms = before, RandomStates([skip.device])
-            sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
-            _mask_if_dependent(sample, site, branch, facts.inner)
+            trial = TrialCall(run, cut, values, out, facts.dim, batch, group, randoms)
+            _mask_if_dependent(trial, site, branch, facts.inner)
         return add_whole(
             skip, out, facts.gain, inplace=facts.writes_skip, branch_first=facts.branch_first
         )
 
 
 def _mask_if_dependent(
-    sample: Sample, site: BlockSite, branch: BranchState, inner: Sequence[str]
+    trial: TrialCall, site: BlockSite, branch: BranchState, inner: Sequence[str]
 ) -> None:
-    """Mask ``branch`` from now on if its rows depend on each other in ``sample``.
+    """Mask ``branch`` from now on if its rows depend on each other in ``trial``.
 
     Args:
-        sample: The branch as it is called.
+        trial: The branch as it is called.
         site: The site of its block.
         branch: Its state.
         inner: The paths of the modules that the branch calls; "" is the block itself.
     """
-    if sample.batch % sample.group or sample.batch < 2 * sample.group:
+    if trial.batch % trial.group or trial.batch < 2 * trial.group:
         return  # at least two whole samples are needed
-    found = find_dependence(sample)
+    found = find_dependence(trial)
     if found and (norms := _possible_norms(site, inner)):
-        found = _find_dependence_with_norms_off(sample, norms, branch, found)
+        found = _find_dependence_with_norms_off(trial, norms, branch, found)
     if found:
         branch.mask(f"its rows depend on each other: {found}")
 
@@ -262,23 +262,24 @@ def _possible_norms(site: BlockSite, inner: Sequence[str]) -> list[torch.nn.Modu
 
 
 def _find_dependence_with_norms_off(
-    sample: Sample, norms: list[torch.nn.Module], branch: BranchState, found: str
+    trial: TrialCall, norms: list[torch.nn.Module], branch: BranchState, found: str
 ) -> str:
-    """Say how rows depend on each other if ``norms`` are in evaluation, as BatchNorm is.
+    """Say how rows depend on each other while ``norms`` are in evaluation mode.
 
-    Returns ``found``, the result with the norms in training, if these write into no buffer.
+    The test treats every BatchNorm like this. Returns ``found``, the result with the norms in
+    training, if these write into no buffer.
     """
     buffers = [b for m in norms for b in m.buffers(recurse=False)]
     values = [b.clone() for b in buffers]
-    sample.randoms[0].restore()
-    sample.run(list(sample.values))
+    trial.randoms[0].restore()
+    trial.run(list(trial.values))
     written = any(not torch.equal(b, v) for b, v in zip(buffers, values, strict=True))
     for module in norms:
         module.training = False
     try:
-        sample.randoms[0].restore()
-        out = sample.run(list(sample.values))
-        again = find_dependence(replace(sample, out=out)) if written else found
+        trial.randoms[0].restore()
+        out = trial.run(list(trial.values))
+        again = find_dependence(replace(trial, out=out)) if written else found
     finally:
         for module in norms:
             module.training = True
@@ -309,7 +310,7 @@ def prove_split(
     devices = {t.device for t in flatten_arguments(arguments)[1].values()}
     own = type(module).forward
     verdict = Verdict()
-    with _alone(site, devices):
+    with _isolated(site, devices):
         before = RandomStates(devices)
         given = _cloned(arguments)
         try:
@@ -326,14 +327,15 @@ def prove_split(
         except MismatchError:
             raise
         except Exception as error:
-            verdict.own = f"its generated forward raises {type(error).__name__}: {error}"
+            verdict.why_unusable = f"its generated forward raises {type(error).__name__}: {error}"
         else:
-            off = _off(wanted, found)
-            verdict.own = f"the output of its generated forward differs by {off:.2g}" if off else ""
+            off = _largest_difference(wanted, found)
+            if off:
+                verdict.why_unusable = f"the output of its generated forward differs by {off:.2g}"
         finally:
             site.proof = None
-    if verdict.own and _differs_from_itself(site, devices, arguments):
-        verdict.own = ""
+    if verdict.why_unusable and _differs_from_itself(site, devices, arguments):
+        verdict.why_unusable = ""
         for branch in site.branches:
             branch.mask("two equal calls of the block return different values")
     site.note_proved()
@@ -347,10 +349,10 @@ def _differs_from_itself(
     own = type(site.module).forward
     outs = []
     for _ in range(2):
-        with _alone(site, devices):
+        with _isolated(site, devices):
             given = _cloned(arguments)
             outs.append(_values(own(site.module, *given["args"], **given["kwargs"])))
-    return _off(*outs) > 0.0
+    return _largest_difference(*outs) > 0.0
 
 
 def whole_block_of(
@@ -404,7 +406,7 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
         return site.cut(facts, value, partial(take, rows=rows), layout, batch)
 
     devices = {t.device for t in tensors.values()}
-    with _alone(site, devices):
+    with _isolated(site, devices):
         before = RandomStates(devices)
         try:
             out = run(list(tensors.values()))
@@ -414,13 +416,13 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
         randoms = before, RandomStates(devices)
         if site.settings.mode == "row":
             values = [t.detach() for t in tensors.values()]
-            sample = Sample(run, cut, values, out, facts.dim, batch, group, randoms)
-            _mask_if_dependent(sample, site, branch, ("",))
+            trial = TrialCall(run, cut, values, out, facts.dim, batch, group, randoms)
+            _mask_if_dependent(trial, site, branch, ("",))
     site.note_proved()
 
 
 def warn_of_masks(site: BlockSite) -> None:
-    """Warn once for a model that the rows of a branch depend on each other."""
+    """Warn, once for each model, that the rows of a branch depend on each other."""
     found = next((b for b in site.branches if b.depends), None)
     if found is None or site.settings.warned_of_dependence or in_backward_pass():
         return

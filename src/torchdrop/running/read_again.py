@@ -122,7 +122,7 @@ def _splits_of(
             raise RuntimeError(
                 f"{difference}, and in this call does not add the same branches: "
                 f"{', '.join(sorted((*branch.facts.inner, *branch.facts.own)))} of "
-                f"{branch.facts.name} is used otherwise; leave the block out with select="
+                f"{branch.facts.name} is used in another way; leave the block out with select="
             )
         else:
             splits.append(None)
@@ -154,13 +154,14 @@ def _add_program(
         again = rewrite(block, splits, name, number * size)
         if program.is_like(again):
             program.modes |= again.modes
-            return program  # which from now on fits one more kind of calls
+            return program  # it now fits one more kind of calls
     number = len(programs)
     if number >= _MOST_PROGRAMS:
         # the first program, which belongs to the example, stays
-        number = min(range(1, number), key=lambda i: programs[i].used)
+        number = min(range(1, number), key=lambda i: programs[i].last_used)
         for k in range(number * size, (number + 1) * size):
             site.branches[k % size].sizes.pop(k, None)
+        # negative in evaluation, as in SplitSite._run_program
         site.forget_proofs(number if programs is site.train else -1 - number)
     program = rewrite(block, splits, name, number * size)
     programs[number : number + 1] = [program]
@@ -170,7 +171,7 @@ def _add_program(
 
 
 def _warn_of_readings(site: SplitSite, programs: list[Program]) -> None:
-    """Warn once for a model that a value keeps changing, so that the block is traced each time."""
+    """Warn, once for each model, that a value keeps changing, so that blocks are traced often."""
     if site.settings.warned_of_readings:
         return
     site.settings.warned_of_readings = True

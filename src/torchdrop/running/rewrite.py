@@ -1,8 +1,9 @@
 """Generate the source of a forward in which a site computes the residual branches.
 
-The generated forward is the block's own, except that it calls ``site.join(k, skip, *inputs)`` for
-the sum with branch ``k``, which is a function of its own, or ``site.mask(k, skip, branch)`` if the
-branch is computed on all rows. The result is text and the names it uses, so that it can be pickled.
+The generated forward is the block's own, except for the sums. If rows of branch ``k`` are skipped,
+the branch becomes a separate function, and the forward calls ``site.join(k, skip, *inputs)``. If it
+is computed on all rows, the forward calls ``site.mask(k, skip, branch)``. The result is text and
+the names it uses, so that it can be pickled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torchdrop.running.nested_statements import CheckpointWriter, ModeWriter, ne
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.checkpoint import Checkpoint, checkpoints_of
-from torchdrop.tracing.modes import Modes, answers_under, modes_of
+from torchdrop.tracing.modes import Modes, modes_of, select_modes
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.traced_functions import pad_like, passed_through
 
@@ -66,12 +67,12 @@ def rewrite(
         block.attributes,
         None if block.decisions is None else _source(f"{label}, decisions", block.decisions),
         block.decided,
-        set() if block.computed else None,
+        set() if block.uses_inner_shapes else None,
         rewriter.assumed,
         runs_own=not rewriter.splits,
         asks=block.asks,
-        modes=set() if block.modes is None else {answers_under(block.modes, block.asks)},
-        names=block.names,
+        modes=set() if block.modes is None else {select_modes(block.modes, block.asks)},
+        watched_globals=block.watched_globals,
     )
 
 
@@ -94,7 +95,7 @@ class _Rewriter:
 
     def main(self) -> Source:
         """Generate the forward, and the branches with it."""
-        graph = _graph()
+        graph = _new_graph()
         env = {_SITE: graph.placeholder("site")}
         options = self.emit(graph, self.nodes, env, self.modes)
         self.note_reused_skips(graph)
@@ -102,7 +103,7 @@ class _Rewriter:
 
     def branch(self, k: int, split: Split, inputs: list[fx.Node]) -> Source:
         """Generate the function of branch ``k``, with ``inputs`` as its arguments."""
-        graph = _graph()
+        graph = _new_graph()
         env = {_SITE: graph.placeholder("site")}
         for node in inputs:
             reserved = node.name in ("self", "site")
@@ -161,7 +162,7 @@ class _Rewriter:
             if checkpoints.would_switch(within):
                 modes.end()
                 checkpoints.switch(within)
-                # they are copied again on the other side, where they are needed
+                # copies from outside this checkpoint are not used inside, and the other way round
                 for copied in [n for n in env if is_shape_node(n) or n.op == "get_attr"]:
                     if copied not in given:
                         del env[copied]
@@ -170,7 +171,7 @@ class _Rewriter:
                 _emit_expectation(graph, node, env)
             elif node.target is passed_through:
                 known = fx.map_arg(tuple(node.args), env.get)
-                env[node] = graph.call_method("through", (env[_SITE], *known))
+                env[node] = graph.call_method("run_child_hooks", (env[_SITE], *known))
             elif node in sums:
                 env[node] = self.emit_sum(graph, sums[node], env)
             else:
@@ -246,7 +247,7 @@ def without_keywords(text: str) -> str:
     return "".join(lines)
 
 
-def _graph() -> fx.Graph:
+def _new_graph() -> fx.Graph:
     graph = fx.Graph()
     reserve_name(graph, "self")  # a child may have that name
     return graph

@@ -22,7 +22,7 @@ from torchdrop.internals import (
     has_backward_hooks,
     saved_by_producer,
 )
-from torchdrop.rows.in_graph import run_uncompiled
+from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.saved_rows import regather_in_backward
 from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
 from torchdrop.running.block_site import (
@@ -51,7 +51,7 @@ from torchdrop.running.proof import (
 from torchdrop.running.read_again import read_again
 from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
 from torchdrop.running.whole_site import WholeSite, run_whole
-from torchdrop.tracing.process_state import PROCESS_STATE
+from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.unchanged import unchanged
 from torchdrop.tracing.watched_attributes import same
@@ -68,9 +68,9 @@ class SplitSite(BlockSite):
         branches: The branches that the block adds, in the order in which it adds them.
         train: The generated forward in training.
         evaluate: The one in evaluation; None unless branches are scaled there.
-        orders: Which of the residual sums of the forward the branches are, by number.
+        orders: The position of each branch among the residual sums of the forward.
         inlined: The paths of the children whose forward is read as part of the block's own.
-        items: By the path of a child that returns a tuple, what its items were (``Recording``).
+        items: What children returned, as in :attr:`BlockGraph.items`.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class SplitSite(BlockSite):
         items: Mapping[str, Sequence[Any]],
     ) -> None:
         super().__init__(module, settings, branches, inlined)
-        # One program for each setting of the block's attributes and constant arguments that was
-        # called. Branches are numbered through all programs: branch number k of a program is
+        # One program for each combination of attributes and constant arguments with which the block
+        # was called. Branches are numbered through all programs: branch number k of a program is
         # self.branches[k % len(self.branches)].
         self.train = [train]
         self.evaluate = [] if evaluate is None else [evaluate]
@@ -95,11 +95,11 @@ class SplitSite(BlockSite):
         self._calls = 0  # counted where there are several programs, to know which is old
         # Runs the branches while the generated forward is tested.
         self.proof: SplitProof | None = None
-        # Drops the block as a whole, in calls in which its reading was not its own function.
+        # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
-        # The names of the arguments if a call with tensors alone needs no binding, else None.
-        self._plain = train.tensors if leading == train.tensors else None
+        # The names of the arguments if positional tensors need no binding to parameters, else None.
+        self._unbound_names = train.tensors if leading == train.tensors else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a generated forward if anything may be dropped or scaled, else the block's own."""
@@ -144,7 +144,8 @@ class SplitSite(BlockSite):
                 if program.asks and self.meter is None:
                     program.check_modes()
                 tensors: Sequence[Any] = args
-                if not plain or len(args) != len(program.tensors) or program.tensors != self._plain:
+                unbound = plain and len(args) == len(program.tensors)
+                if not unbound or program.tensors != self._unbound_names:
                     tensors = program.bind(self.__signature__, args, kwargs)
                 program.check_decisions(tensors)
                 break
@@ -156,7 +157,7 @@ class SplitSite(BlockSite):
             tensors = program.bind(self.__signature__, args, kwargs)
         if len(programs) > 1 and not compiling:
             self._calls += 1
-            program.used = self._calls
+            program.last_used = self._calls
         if program.runs_own:
             return self.run_own(args, kwargs)
         if compiling:  # a graph cannot be interrupted inside a try
@@ -180,7 +181,7 @@ class SplitSite(BlockSite):
         """Run ``program``, after a test if no call of this kind was tested before."""
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
-            number = number if training else -1 - number
+            number = number if training else -1 - number  # negative in evaluation
             kind = kind_of_call(number, tensors, facts.dim, self.settings.rows_per_sample or 1)
             verdict = self.verdicts.get(kind)
             if verdict is None or self.only_proves:
@@ -188,9 +189,9 @@ class SplitSite(BlockSite):
             if self.only_proves:
                 given = verdict.out is not None
                 return verdict.out if given else self.run_own(args, kwargs)
-            if verdict.own:
+            if verdict.why_unusable:
                 if verdict.whole is None or not training:
-                    raise _other_function(self.branches[0].facts, verdict)
+                    raise _unlike_own_forward(self.branches[0].facts, verdict)
                 return run_whole(self, verdict, args, kwargs)
         return program.forward.function(self.module, self, *tensors)
 
@@ -218,9 +219,9 @@ class SplitSite(BlockSite):
             return program.forward.function(self.module, self, *values)
 
         verdict = prove_split(self, training, {"args": args, "kwargs": kwargs}, forward)
-        if verdict.own:
+        if verdict.why_unusable:
             verdict.whole = whole_block_of(self, args, kwargs, verdict.out)
-        self.verdicts[kind] = Verdict(verdict.own, whole=verdict.whole)
+        self.verdicts[kind] = Verdict(verdict.why_unusable, whole=verdict.whole)
         if not self.only_proves:
             warn_of_masks(self)
         return verdict
@@ -233,7 +234,7 @@ class SplitSite(BlockSite):
         if found is not expected and (isinstance(expected, Tensor) or not same(expected, found)):
             raise MismatchError("certain values that a child returned", "others")
 
-    def through(self, value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
+    def run_child_hooks(self, value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
         """Run the forward hooks of a child whose forward is read as part of the block's own.
 
         The hooks get the arguments of the child, with None for each that belongs to a branch.
@@ -298,7 +299,7 @@ class SplitSite(BlockSite):
         return total
 
     def mask(self, k: int, skip: Tensor, out: Tensor) -> Tensor:
-        """Return ``skip`` plus ``out``, which is branch ``k`` on all rows, in the kept rows."""
+        """Return ``skip`` plus ``out``, the output of branch ``k``, with zeros in dropped rows."""
         branch = self.branch(k)
         if torch.compiler.is_compiling() and self.module.training and self.settings.mode == "row":
             return mask_in_graph(self, k, skip, out)
@@ -347,7 +348,7 @@ class SplitSite(BlockSite):
             # The FLOPs of this run are not part of the measured work.
             unmetered = nullcontext() if self.meter is None else disable_dispatch_modes()
             restored = unchanged(*inner, devices=[skip.device])
-            with torch.no_grad(), PROCESS_STATE, restored, unmetered:
+            with torch.no_grad(), PROCESS_LOCK, restored, unmetered:
                 branch.sizes[k] = self.compute(programs, k, inputs).shape[dim]
         return pad_like(skip, branch.sizes[k], dim)
 
@@ -400,7 +401,7 @@ class SplitSite(BlockSite):
         taking = partial(take, rows=on_device)
         whole, taken = skip, None
         cut: list[Any] = []
-        again: list[tuple[Tensor, Tensor]] = []
+        regathered: list[tuple[Tensor, Tensor]] = []
         for value, layout in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
             if value is skip and layout == (dim, 1) and not facts.writes_skip:
                 whole, some = skip_and_rows(skip, on_device, dim)
@@ -410,10 +411,10 @@ class SplitSite(BlockSite):
             if value is skip:
                 taken = some
             if layout == (dim, 1) and some is not value and saved_by_producer(value):
-                again.append((some, value))
+                regathered.append((some, value))
         version = modifications(taken)
-        if again:
-            with regather_in_backward(again, on_device, dim):
+        if regathered:
+            with regather_in_backward(regathered, on_device, dim):
                 out = self.compute(self.train, k, cut)
         else:
             out = self.compute(self.train, k, cut)
@@ -462,15 +463,16 @@ def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out:
 
 def _writes_into_its_input(facts: BranchFacts) -> Exception:
     return RuntimeError(
-        f"the branch {facts.name} writes into its input, which the skip uses, too; "
+        f"the branch {facts.name} writes into its input, which the shortcut also uses; "
         f"use compute='mask', or leave the block out with select="
     )
 
 
-def _other_function(facts: BranchFacts, verdict: Verdict) -> Exception:
+def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:
     return RuntimeError(
-        f"{facts.block} was read as another function than its own forward: {verdict.own}; leave "
-        f"the block out with select=, or wrap the whole block in torchdrop.StochasticDepth"
+        f"the forward that was generated for {facts.block} does not compute what its own forward "
+        f"computes: {verdict.why_unusable}; leave the block out with select=, or wrap the whole "
+        f"block in torchdrop.StochasticDepth"
     )
 
 
@@ -487,7 +489,7 @@ def _check_shapes(facts: BranchFacts, skip: Tensor, out: Tensor) -> None:
         ) from None
 
 
-run_uncompiled(
+mark_uncompiled(
     __name__,
     *(
         f"torchdrop.{name}"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.rows.in_graph import (
     draw_in_graph,
+    mark_uncompiled,
     row_count_in_graph,
-    run_uncompiled,
     scatter_in_graph,
     take_in_graph,
     zero_from,
@@ -33,13 +33,13 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
     branch = site.branch(k)
     facts, rate = branch.facts, branch.rate
     dim, batch = facts.dim, skip.shape[facts.dim]
-    if rate.always is False:
+    if rate.fixed_decision is False:
         unused = site.unused(facts, skip, inputs)
         if facts.writes_skip:
             return skip.add_(zero_from(unused)) if unused else skip
         return skip + zero_from(unused) if unused else skip.clone()
     # With "independent" each row is drawn alone, so any number of rows may be kept.
-    bounded = rate.always is None and site.settings.sampling != "independent"
+    bounded = rate.fixed_decision is None and site.settings.sampling != "independent"
     if not bounded or branch.depends or site.runs_on_all_ranks(branch):
         return site.mask(k, skip, site.compute(site.train, k, inputs))
     group = facts.rows_per_sample
@@ -66,10 +66,10 @@ def mask_in_graph(site: SplitSite, k: int, skip: Tensor, out: Tensor) -> Tensor:
     branch = site.branch(k)
     facts, rate = branch.facts, branch.rate
     batch = skip.shape[facts.dim]
-    if rate.always is None:
+    if rate.fixed_decision is None:
         drawn = draw_in_graph(rate.number, batch, batch, skip)
         out = _weighted(out, drawn.weights.index_select(0, drawn.positions), facts.dim)
-    elif rate.always:
+    elif rate.fixed_decision:
         out = out * facts.gain if facts.gain != 1.0 else out
     else:
         out = out * 0.0 if facts.writes_skip else zero_from([out])
@@ -85,4 +85,4 @@ def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:
     return torch.where(weights != 0.0, out * weights, 0.0).to(out.dtype)
 
 
-run_uncompiled(__name__)
+mark_uncompiled(__name__)

@@ -21,7 +21,7 @@ from torchdrop.internals import (
     hooks_suspended,
     own_saved_tensor_hooks,
 )
-from torchdrop.tracing.process_state import PROCESS_STATE
+from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = ["held_still", "plain_attributes_restored", "unseen"]
@@ -42,7 +42,7 @@ def unseen(*modules: nn.Module, devices: set[torch.device]) -> Iterator[None]:
         devices: The devices of their arguments.
     """
     with ExitStack() as stack:
-        stack.enter_context(PROCESS_STATE)
+        stack.enter_context(PROCESS_LOCK)
         stack.enter_context(plain_attributes_restored(*modules))
         stack.enter_context(unchanged(*modules, devices=devices))
         stack.enter_context(hooks_suspended(m for top in modules for m in top.modules()))
@@ -68,8 +68,8 @@ def held_still(*modules: nn.Module) -> Iterator[None]:
         if isinstance(module, BatchNormBase | DropoutBase) and module.training
     ]
     try:
-        for norm, _ in flags:
-            norm.training = False
+        for module, _ in flags:
+            module.training = False
         for module in inside:
             observes = buffers_of(module).get("observer_enabled")
             if observes is not None:
@@ -77,8 +77,8 @@ def held_still(*modules: nn.Module) -> Iterator[None]:
         with _WithoutDropout():
             yield
     finally:
-        for norm, training in flags:
-            norm.training = training
+        for module, training in flags:
+            module.training = training
 
 
 _DROPOUTS = {
@@ -142,7 +142,7 @@ def _attribute_restores(module: nn.Module) -> Iterator[Callable[[], None]]:
         for name in [k for k in state if k not in before and k not in _OF_EVERY_MODULE]:
             del state[name]
         for name, value in before.items():
-            if state.get(name, restore) is not value:
+            if name not in state or state[name] is not value:
                 state[name] = value
 
     yield restore

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.rows.in_graph import run_uncompiled
+from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.take_and_add import add_rows, take
 from torchdrop.running.block_site import (
     BlockSite,
@@ -247,7 +247,7 @@ def run_whole(
     assert block is not None
     if site.whole is None:
         for branch in site.branches:
-            branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.own}"
+            branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.why_unusable}"
         site.whole = WholeSite(site.module, site.settings, first, block)
     whole = site.whole
     whole.block, whole.active = block, True
@@ -270,4 +270,4 @@ def _mask_of(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return kept.to(like.device, non_blocking=True).view(shape)
 
 
-run_uncompiled(__name__)
+mark_uncompiled(__name__)

@@ -23,14 +23,14 @@ from torch import Tensor, fx, nn
 from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
 from torchdrop.tracing.calls_of_forward import FirstImportError
 from torchdrop.tracing.fixed_values import UsedAsKeyError
-from torchdrop.tracing.left_behind import remove_what_was_kept
+from torchdrop.tracing.left_behind import remove_stored_proxies
 from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
-from torchdrop.tracing.process_state import PROCESS_STATE
+from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.random_states import RandomStates
 from torchdrop.tracing.traced_functions import passed_through
-from torchdrop.tracing.tracer import Reader
+from torchdrop.tracing.tracer import ForwardTracer
 from torchdrop.tracing.untraceable import UntraceableError
 from torchdrop.tracing.watched_globals import WatchedGlobals
 
@@ -54,24 +54,24 @@ class BlockGraph:
             by one without data, or by ``A_TENSOR``.
         tensors: The arguments that became placeholders, in order: their names, and for a tensor
             in a tuple, list or dict the name with a path ("states.0").
-        constants: The other arguments, which are fixed in the graph; of a container its size.
+        constants: The other arguments, and the sizes of containers. They are fixed in the graph.
         attributes: The plain attributes that the forward read, by their path from the block. They
             are fixed in the graph, too.
-        decisions: A graph from the same placeholders to the truth values that the forward branched
-            on and that follow from the arguments without computing anything, as ``x.dim() == 3``
-            does; None if there are none.
-        decided: The truth values with these arguments.
-        computed: Whether the forward branched on the shapes of values that it computes. The graph
+        decisions: A graph with the same placeholders that computes the conditions on which the
+            forward branched, such as ``x.dim() == 3``; None if there are none. Only conditions on
+            the shapes, dtypes and devices of arguments are included.
+        decided: The values of these conditions for ``arguments``.
+        uses_inner_shapes: Whether the forward used the shapes of values that it computes. The graph
             then holds only for calls whose tensors have the same shapes and dtypes.
         inlined: The paths of the children whose forwards are part of the graph.
-        items: For each child of which single items were taken as known: what it returned, as
-            ``Recording.items`` has it, by its path.
+        items: For each child whose returned items were used in tracing, its entry in the argument
+            ``outputs`` of :func:`trace_block`, by its path.
         modes: The modes (gradients, autocast and the like) under which the forward was read. A node
             that was recorded under others has them in ``node.meta["modes"]``.
         asks: Which kinds of modes the forward asks for or sets. The graph holds only where these
             are the same.
-        names: The values of the global variables that the forward names, which are fixed in the
-            graph; None if it names none.
+        watched_globals: The values of the global variables that the forward names, which are fixed
+            in the graph; None if it names none.
     """
 
     module: nn.Module
@@ -82,12 +82,12 @@ class BlockGraph:
     attributes: dict[str, Any]
     decisions: fx.Graph | None
     decided: list[bool]
-    computed: bool
+    uses_inner_shapes: bool
     inlined: list[str]
     items: dict[str, Sequence[Any]]
     modes: Modes | None = None
     asks: tuple[str, ...] = ()
-    names: WatchedGlobals | None = None
+    watched_globals: WatchedGlobals | None = None
 
 
 @dataclass(frozen=True)
@@ -116,30 +116,31 @@ def trace_block(
             have their default.
         batch_dim: Which dimension of the tensors is the batch.
         inlined: Children whose forwards become part of the graph.
-        outputs: What children returned in that call, as ``Recording.items`` has it: an item that
-            was None is None in the graph, and one that was an argument of the child is that
-            argument.
+        outputs: The items that children returned in that call, in the form of ``items`` of
+            :class:`torchdrop.finding.example_calls.Recording`. An item that was None is None in
+            the graph, and one that was an argument of the child is that argument.
 
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
     """
-    with PROCESS_STATE, warnings.catch_warnings():
+    with PROCESS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns about some uses of proxies
         generators = RandomStates()
         try:
             with _errors_with_line(module):
-                reader, graph = _read_without_draws(
-                    module, partial(Reader, arguments, training, batch_dim, inlined, set(), set())
+                make_tracer = partial(
+                    ForwardTracer, arguments, training, batch_dim, inlined, set(), set()
                 )
+                tracer, graph = _trace_without_draws(module, make_tracer)
         except UntraceableError:
             generators.restore()
             raise
     with _errors_with_line(module):
-        reader.made.finish(graph)
+        tracer.tensor_constants.finish(graph)
     for node in graph.nodes:
-        # with it the text that fx writes would wrap the function for every trace to come
+        # otherwise running the text that fx writes would wrap the function in all later traces
         call_by_full_name(node)
-    decisions = _decisions(graph, list(reader.decisions)) if reader.decisions else None
+    decisions = _decisions(graph, list(tracer.decisions)) if tracer.decisions else None
     if outputs:
         _replace_known_items(graph, module, outputs)
     merge_partial_sums(graph)
@@ -147,18 +148,18 @@ def trace_block(
     return BlockGraph(
         module=module,
         graph=graph,
-        arguments=reader.arguments,
-        tensors=reader.tensors,
-        constants=reader.constants,
-        attributes=_plain(reader.watch.attributes),
+        arguments=tracer.arguments,
+        tensors=tracer.tensors,
+        constants=tracer.constants,
+        attributes=_plain(tracer.watch.attributes),
         decisions=decisions,
-        decided=list(reader.decisions.values()),
-        computed=reader.computed,
+        decided=list(tracer.decisions.values()),
+        uses_inner_shapes=tracer.uses_inner_shapes,
         inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
         items=_known_items(graph, module, outputs or {}),
-        modes=reader.modes_outside,
-        names=WatchedGlobals(reader.calls.functions, type(module).forward) or None,
-        asks=tuple(kind for kind in MODE_KINDS if kind in reader.calls.modes),
+        modes=tracer.modes_outside,
+        watched_globals=WatchedGlobals(tracer.calls.functions, type(module).forward) or None,
+        asks=tuple(kind for kind in MODE_KINDS if kind in tracer.calls.modes),
     )
 
 
@@ -167,7 +168,9 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in attributes.items() if not isinstance(v, Tensor | nn.Module)}
 
 
-def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tuple[Reader, fx.Graph]:
+def _trace_without_draws(
+    module: nn.Module, make_tracer: partial[ForwardTracer]
+) -> tuple[ForwardTracer, fx.Graph]:
     """Trace the forward of ``module``, and make sure that it draws no random number in Python.
 
     The graph would hold the same decision in every call. Other threads may draw numbers of Python
@@ -177,19 +180,19 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
     left = 1 if alone else _ATTEMPTS_WITH_OTHER_THREADS
     keys = 0
     while left:
-        reader = make_reader()
-        draws, generators = reader.made.draws, RandomStates()
+        tracer = make_tracer()
+        draws, generators = tracer.tensor_constants.draws, RandomStates()
         try:
             with (
                 own_saved_tensor_hooks() as hooks,
-                reader.watch.watching(module, reader.works_out_shapes),
-                reader.made,
+                tracer.watch.watching(module, tracer.works_out_shapes),
+                tracer.tensor_constants,
             ):
-                reader.saved_tensor_hooks = hooks
-                graph = reader.trace(module)
+                tracer.saved_tensor_hooks = hooks
+                graph = tracer.trace(module)
         except BaseException as error:
             _clear_frames(error)  # which hold proxies, too
-            remove_what_was_kept(reader.proxies)
+            remove_stored_proxies(tracer.proxies)
             if isinstance(error, FirstImportError):
                 with suppress(ImportError):  # the forward may handle it
                     importlib.import_module(str(error))
@@ -202,17 +205,17 @@ def _read_without_draws(module: nn.Module, make_reader: partial[Reader]) -> tupl
             continue
         finally:
             draws.undo()
-        kept = remove_what_was_kept(reader.proxies)
+        kept = remove_stored_proxies(tracer.proxies)
         if kept:
             raise UntraceableError(f"it keeps what it computes in {kept}")
         if not generators.changed(alone=alone):
-            return reader, graph
+            return tracer, graph
         left -= 1
     raise UntraceableError("it draws random numbers in Python")
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go of what the functions held in which ``error``, and those before it, were raised."""
+    """Free the local variables of the functions that ``error`` and its contexts passed through."""
     current: BaseException | None = error
     while current is not None:
         traceback.clear_frames(current.__traceback__)
@@ -271,8 +274,8 @@ def _replace_known_items(
     """Replace the items of what children return by their values, as far as these are known.
 
     An attention returns None in place of weights that are not asked for, or the bias that it was
-    given, or the size of its feature map. If such an item is used outside the branch, the branch
-    would seem to be used there, too.
+    given, or the size of its feature map. Otherwise a use of such an item outside the branch would
+    count as a use of the branch.
     """
     for node in list(graph.nodes):
         call = node.args[0] if node.target is operator.getitem else None

@@ -20,7 +20,8 @@ from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["CallWatch", "FirstImportError"]
 
-_OF_TORCH = ("torch", "contextlib")
+# Functions of these packages are passed over to find out who asks for a mode or sets it.
+_PASSED_OVER = ("torch", "contextlib")
 
 # The name and the file of the function of Python that imports a module for the first time.
 _IMPORT = ("_find_and_load", "<frozen importlib._bootstrap>")
@@ -72,17 +73,17 @@ class CallWatch:
         if sys.getprofile() is not None:
             self.modes.update(MODE_KINDS)
             if isinstance(forward, FunctionType):
-                self._note(forward.__code__, forward.__globals__)
+                self._note_function(forward.__code__, forward.__globals__)
             yield
             return
-        sys.setprofile(self._seen)
+        sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(None)
 
-    def _seen(self, frame: FrameType, event: str, called: Any) -> None:
-        """Record one call. Python calls this function as its profiler."""
+    def _on_event(self, frame: FrameType, event: str, called: Any) -> None:
+        """Record one call; Python calls this method as its profiler."""
         if event == "call":
             code = frame.f_code
             if (code.co_name, code.co_filename) == _IMPORT:
@@ -92,14 +93,14 @@ class CallWatch:
                 if mode is not None:
                     self._note_mode(mode, frame)
                 else:
-                    self._note(code, frame.f_globals)
+                    self._note_function(code, frame.f_globals)
         elif event == "c_call":
             mode = mode_of_builtin(called)
             if mode is not None:
                 self._note_mode(mode, frame)
 
     def _note_import(self, name: str) -> None:
-        """Raise if a module is imported for which that was not tried before."""
+        """Raise :class:`FirstImportError` unless the import of ``name`` was tried before."""
         if name not in self._imported:
             self._imported.add(name)
             raise FirstImportError(name)
@@ -108,15 +109,15 @@ class CallWatch:
         """Record that a mode is asked for or set in ``frame``, unless torchdrop itself does it."""
         if mode in self.modes or self._paused():
             return
-        while frame is not None and _package_of(frame.f_globals) in _OF_TORCH:
+        while frame is not None and _package_of(frame.f_globals) in _PASSED_OVER:
             frame = frame.f_back
         if frame is None or _package_of(frame.f_globals) != "torchdrop":
             self.modes.add(mode)
 
-    def _note(self, code: CodeType, names: dict[str, Any]) -> None:
+    def _note_function(self, code: CodeType, scope: dict[str, Any]) -> None:
         """Record a function of the user; raise if it sets a global variable."""
         self._known.add(code)
-        package = _package_of(names)
+        package = _package_of(scope)
         if package in ("torch", "torchdrop") or package in sys.stdlib_module_names:
             return
         if code.co_name == "<module>":  # the body of a module that is being imported
@@ -125,7 +126,7 @@ class CallWatch:
             if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                 # Raised before the function runs, so the variable is not set.
                 raise UntraceableError(f"it sets the global variable {instruction.argval}")
-        self.functions[code] = names
+        self.functions[code] = scope
 
 
 def _is_in_gc_callback(frame: FrameType | None) -> bool:
@@ -142,5 +143,5 @@ def _is_in_gc_callback(frame: FrameType | None) -> bool:
     return False
 
 
-def _package_of(names: dict[str, Any]) -> str:
-    return str(names.get("__name__", "")).partition(".")[0]
+def _package_of(scope: dict[str, Any]) -> str:
+    return str(scope.get("__name__", "")).partition(".")[0]

@@ -1,9 +1,8 @@
 """A part of a forward that runs under ``torch.utils.checkpoint``.
 
-A node of a graph that was recorded inside of such parts has them, from the outermost to the
-innermost, in ``node.meta["checkpoints"]``. Generated code runs these nodes under a checkpoint, too:
-always under one with ``use_reentrant=False``, since a reentrant one computes gradients only for the
-tensors that are arguments or outputs of its function themselves, not for those in a tuple.
+Each such part is a :class:`Checkpoint`. A node that was recorded inside of one or more has them,
+from the outermost to the innermost, in ``node.meta["checkpoints"]``. Generated code runs these
+nodes under a checkpoint, too.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ class Checkpoint:
 
     Args:
         options: The keyword arguments of the call that are not the defaults, such as
-            ``preserve_rng_state=False``; not ``use_reentrant``.
+            ``preserve_rng_state=False``. ``use_reentrant=False`` is taken as the default.
+        takes_tensors: Whether an argument of the function is a tensor.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], takes_tensors: bool) -> None:
         self.options = options
+        self.takes_tensors = takes_tensors
 
 
 def checkpoints_of(node: fx.Node) -> tuple[Checkpoint, ...]:

@@ -35,7 +35,7 @@ _VALUE_READERS = {
     "__complex__", "__contains__", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
 
-_NOT_MADE_HERE = "it makes a tensor that does not come from its inputs"
+_FOREIGN_TENSOR = "it makes a tensor that does not come from its inputs"
 
 
 class _Draws:
@@ -66,7 +66,7 @@ class _Draws:
         """
         before = self.states(leaves)
         # A changed state does not prove that this thread drew numbers if there are other threads;
-        # then a dispatch mode tells. It is not used always, because it is slow to import.
+        # then a dispatch mode tells. It is not used always, because PyTorch imports much for it.
         draws = None if self._alone else TorchDraws()  # type: ignore[no-untyped-call]
         with _outside_inference_mode(), draws or nullcontext():
             result = function()
@@ -79,7 +79,7 @@ class _Draws:
         }
         for key, state in moved.items():
             self._before.setdefault(key, state)
-        if not self._alone:  # now: later, other threads would repeat what they drew until then
+        if not self._alone:  # at once, since other threads may draw numbers meanwhile
             self.undo()
         return result, bool(moved)
 
@@ -112,11 +112,12 @@ class Constants(TorchFunctionMode):
         self.draws = _Draws()
         self._tracer = tracer
         self._factories = frozenset(factories)
-        # Tensors are named by their ids, and memory as _memory does.
+        # The keys of tensors are their ids, those of memory are what _memory returns.
         self._tensors: dict[int, Tensor] = {}  # held, so that no other tensor gets the same id
         self._nodes: dict[int, fx.Node] = {}  # the node of each tensor
         self._unrecorded: dict[int, str] = {}  # tensors without a node, and the reason
-        self._run: dict[fx.Node, int | None] = {}  # nodes of operations that were run; the tensor
+        # the operations that were run; the tensor that each made, None if it made something else
+        self._run: dict[fx.Node, int | None] = {}
         self._memory_of: dict[fx.Node, Any] = {}
         self._writes: dict[fx.Node, Any] = {}  # the memory that the node writes into
         self._drew: set[fx.Node] = set()  # nodes that draw random numbers
@@ -177,7 +178,7 @@ class Constants(TorchFunctionMode):
             nodes: Any = tracer.create_arg(given), tracer.create_arg(kwargs)
             node = tracer.create_node(kind, target, *nodes)
         except Exception as error:  # an argument that no graph can hold, such as an array
-            why = str(error) if isinstance(error, UntraceableError) else _NOT_MADE_HERE
+            why = str(error) if isinstance(error, UntraceableError) else _FOREIGN_TENSOR
             for tensor in [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]:
                 self._hold(tensor)
                 self._unrecorded[id(tensor)] = why
@@ -190,9 +191,9 @@ class Constants(TorchFunctionMode):
             self._drew.add(node)
         if written is not None:
             self._writes[node] = _memory(written)
-        self._name_parts(node, result)
+        self._note_nodes(node, result)
 
-    def _name_parts(self, node: fx.Node, result: Any) -> None:
+    def _note_nodes(self, node: fx.Node, result: Any) -> None:
         """Note which node stands for each tensor in ``result``."""
         if isinstance(result, Tensor):
             self._hold(result)
@@ -203,7 +204,7 @@ class Constants(TorchFunctionMode):
             for i, item in enumerate(result):
                 part = self._tracer.graph.create_node("call_function", operator.getitem, (node, i))
                 self._run[part] = None
-                self._name_parts(part, item)
+                self._note_nodes(part, item)
 
     def _hold(self, tensor: Tensor) -> None:
         """Hold a reference to ``tensor``, so that no other tensor gets its id."""
@@ -260,7 +261,7 @@ class Constants(TorchFunctionMode):
             memory_kept = {_memory(t) for t in kept.values()}
         for foreign, (constant, _) in self._foreign.items():
             if foreign not in kept:
-                raise UntraceableError(_NOT_MADE_HERE)
+                raise UntraceableError(_FOREIGN_TENSOR)
             constant.value = kept[foreign]
         made_once = set()
         constants: dict[int, fx.Node] = {}
@@ -282,8 +283,9 @@ class Constants(TorchFunctionMode):
         references = {key: weakref.ref(tensor) for key, tensor in self._tensors.items()}
         self._tensors.clear()
         kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
-        frozen = self._random | self._written
-        if any(_memory(t) in frozen for t in kept.values()):
+        # If a tensor with values that vary between calls seems to be stored, make sure that it is.
+        varying = self._random | self._written
+        if any(_memory(t) in varying for t in kept.values()):
             kept.clear()
             gc.collect()  # a reference cycle, such as a recursive closure, may still hold tensors
             kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
@@ -369,7 +371,7 @@ def _name(func: Any) -> str:
 
 
 def _reads_metadata(func: Any) -> bool:
-    """Whether ``func`` reads the shape, dtype or device of a tensor, or sets an attribute of it."""
+    """Whether ``func`` reads the shape, dtype or the like of a tensor, but not its values."""
     if getattr(func, "__name__", "") == "__get__":
         return _name(func) not in _ATTRIBUTES_WITH_VALUES
     return named(_name(func)).reads_shape

@@ -85,10 +85,10 @@ def bound_to_original(found: Any, double: Any, original: Any) -> Any:
 
 
 def is_called_by_torch(frame: FrameType | None = None) -> bool:
-    """Whether the function that calls this one was called by torch or torchdrop.
+    """Whether the caller of this function was itself called by torch or torchdrop.
 
     Args:
-        frame: The frame of another function to answer this for.
+        frame: The frame to ask about instead of the caller's.
     """
     asking = frame or sys._getframe(1)
     caller = asking.f_back

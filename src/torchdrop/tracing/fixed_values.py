@@ -16,7 +16,7 @@ from torchdrop.tracing.operations import callee
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 if TYPE_CHECKING:
-    from torchdrop.tracing.tracer import Reader
+    from torchdrop.tracing.tracer import ForwardTracer
 
 __all__ = ["FixedValues", "UsedAsKeyError"]
 
@@ -29,19 +29,19 @@ class FixedValues:
     """The values that are fixed in a graph because the forward uses them as keys.
 
     Args:
-        reader: The tracer.
-        expressions: Which values are fixed, known since earlier attempts to trace the forward.
-            :meth:`ask` adds to it.
+        tracer: The tracer.
+        expressions: Texts that name the values to fix, found in earlier attempts to trace the
+            forward. :meth:`fix_in_next_attempt` adds to it.
     """
 
-    def __init__(self, reader: Reader, expressions: set[str]) -> None:
-        self._reader = reader
+    def __init__(self, tracer: ForwardTracer, expressions: set[str]) -> None:
+        self._tracer = tracer
         self._expressions = expressions
 
     def __bool__(self) -> bool:
         return bool(self._expressions)
 
-    def ask(self, node: fx.Node) -> None:
+    def fix_in_next_attempt(self, node: fx.Node) -> None:
         """Stop tracing, and have the next attempt fix the value of ``node``.
 
         Raises:
@@ -65,14 +65,14 @@ class FixedValues:
 
     def value(self, node: fx.Node) -> Any:
         """Return the value of ``node``, and record that the graph is valid for this value only."""
-        reader = self._reader
+        tracer = self._tracer
         try:
             value = self._from_arguments(node, 1)
         except LookupError:
             return self._assumed_or_computed(node)
         if value != self._from_arguments(node, 2):
             raise _depends_on_the_batch()
-        reader.decide(node, value)
+        tracer.require_value(node, value)
         return value
 
     def _from_arguments(self, node: fx.Node, times: int) -> Any:
@@ -82,7 +82,7 @@ class FixedValues:
             LookupError: The value does not follow from the arguments alone.
         """
         if node.op == "placeholder":
-            return self._reader.argument_without_data(node, times)
+            return self._tracer.argument_without_data(node, times)
         if not is_shape_node(node):
             raise LookupError(node)
         args: Any
@@ -99,11 +99,11 @@ class FixedValues:
         return node.target(*args, **kwargs)
 
     def _assumed_or_computed(self, node: fx.Node) -> Any:
-        """Return the value of ``node`` in the example call, or assume that of the parameters."""
-        reader = self._reader
-        if reader.has_example:
+        """Return the value of ``node`` in the example call, or assume that of a parameter."""
+        tracer = self._tracer
+        if tracer.has_example:
             try:
-                value, other = reader.computed_value(node), reader.computed_value(node, True)
+                value, other = tracer.computed_value(node), tracer.computed_value(node, True)
             except LookupError:
                 raise DataDependentError("it uses a value of a tensor as a key") from None
             if isinstance(value, Tensor):
@@ -111,8 +111,8 @@ class FixedValues:
             if value != other:
                 raise _depends_on_the_batch()
             return value
-        parameter = next(reader.root.parameters(), None)
-        source = reader.first_argument()
+        parameter = next(tracer.root.parameters(), None)
+        source = tracer.first_argument()
         if parameter is None or source is None or node.target is not getattr:
             raise _unknown(node)
         name = str(node.args[1])
@@ -122,7 +122,7 @@ class FixedValues:
             raise _unknown(node)
         # assume that of the parameters; the forward is traced again for a call with another one
         value = getattr(parameter, name)
-        reader.decide(reader.attribute_node(source, name), value)
+        tracer.require_value(tracer.attribute_node(source, name), value)
         return value
 
     def _expression(self, node: fx.Node) -> str:

@@ -20,7 +20,7 @@ __all__ = ["Constant", "note_keepers"]
 
 
 class Constant:
-    """A function without arguments in a graph that returns a tensor which is stored elsewhere.
+    """The target of a node without arguments, which returns a tensor that is stored elsewhere.
 
     Attributes:
         value: The tensor.
@@ -29,7 +29,7 @@ class Constant:
     def __init__(self, value: Tensor | None = None) -> None:
         self.value = value
         self.__name__ = "constant"
-        self._kept: list[Callable[[], bool]] | None = []
+        self._places: list[Callable[[], bool]] | None = []
 
     def __call__(self) -> Tensor | None:
         """Return the tensor."""
@@ -37,20 +37,20 @@ class Constant:
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process has containers of its own.
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_places": None}
 
-    def keep(self, kept: Callable[[], bool]) -> None:
-        """Note a place that holds the tensor. ``kept()`` has to say whether it still does."""
-        if self._kept is not None:
-            self._kept.append(kept)
+    def note_place(self, still_holds: Callable[[], bool]) -> None:
+        """Note a place that holds the tensor; ``still_holds()`` says whether it still does."""
+        if self._places is not None:
+            self._places.append(still_holds)
 
     def is_current(self) -> bool:
         """Whether every noted place still holds the tensor; False in another process."""
-        return self._kept is not None and all(kept() for kept in self._kept)
+        return self._places is not None and all(still_holds() for still_holds in self._places)
 
 
 def note_keepers(constants: Sequence[Constant], ours: Collection[int]) -> None:
-    """Find the places that hold the tensors of ``constants``, and note them there.
+    """Find the places that hold the tensors of ``constants``, and note them in these constants.
 
     Places that cannot change, such as an entry of ``functools.lru_cache``, do not count.
     ``gc.get_referrers`` goes through all objects of the process, so it is called only twice: for
@@ -67,18 +67,18 @@ def note_keepers(constants: Sequence[Constant], ours: Collection[int]) -> None:
     ours = {*ours, *map(id, (wanted, keepers, tuples, around))}
     for keeper in keepers:
         if id(keeper) not in ours and not isinstance(keeper, FrameType | nn.Module | Constant):
-            for value, kept in _places(keeper):
+            for value, still_holds in _places_in(keeper):
                 if id(value) in wanted:
-                    wanted[id(value)].keep(kept)
+                    wanted[id(value)].note_place(still_holds)
     for keeper in around:
         if id(keeper) not in ours and not isinstance(keeper, FrameType | nn.Module | tuple):
-            for value, kept in _places(keeper):
+            for value, still_holds in _places_in(keeper):
                 for item in tuples.get(id(value), ()):
                     if id(item) in wanted:
-                        wanted[id(item)].keep(kept)
+                        wanted[id(item)].note_place(still_holds)
 
 
-def _places(keeper: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
+def _places_in(keeper: Any) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """Yield each value in ``keeper``, with a function that says whether it is still there."""
     if isinstance(keeper, CellType):
         with suppress(ValueError):  # it is empty

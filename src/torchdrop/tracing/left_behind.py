@@ -1,4 +1,4 @@
-"""Take what a forward has kept of a reading out of the objects of the user again."""
+"""Remove the proxies that a forward has stored in objects of the user while it was traced."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from functools import lru_cache
 from types import CellType
 from typing import Any
 
-__all__ = ["remove_what_was_kept"]
+__all__ = ["remove_stored_proxies"]
 
 
 _Cache = type(lru_cache(lambda: None))
 
 
-def remove_what_was_kept(proxies: Iterable[Any]) -> str:
+def remove_stored_proxies(proxies: Iterable[Any]) -> str:
     """Remove proxies from dicts, lists, sets, attributes, closures and caches of functions.
 
     Args:
-        proxies: Weak references to the proxies of a reading that is over.
+        proxies: Weak references to the proxies of a trace that has ended.
 
     Returns:
-        Where one was kept, for an error message; empty if nowhere.
+        Where one was stored, for an error message; empty if none was.
     """
     references = [reference for reference in proxies if reference() is not None]
     if not references:
@@ -33,7 +33,7 @@ def remove_what_was_kept(proxies: Iterable[Any]) -> str:
     gc.collect(1)
     if any(reference() is not None for reference in references):
         gc.collect()
-    # no variable of this function may hold a proxy, or it would be found as a holder
+    # no variable of this function may hold a proxy: its frame would be found as a holder
     alive = [one for one in (reference() for reference in references) if one is not None]
     if not alive:
         return ""

@@ -19,14 +19,14 @@ from torchdrop.internals import any_autocast_enabled, default_device, sdpa_backe
 __all__ = [
     "MODE_KINDS",
     "Modes",
-    "answers",
-    "answers_in_graph",
-    "answers_under",
-    "changes",
+    "active_modes",
+    "active_modes_in_graph",
+    "contexts_between",
     "current_modes",
     "kinds_of_change",
     "modes_of",
-    "under",
+    "select_modes",
+    "use_modes",
 ]
 
 _AUTOCAST_KINDS = [
@@ -81,7 +81,7 @@ def _cudnn() -> tuple[bool, ...]:
 
 
 # The functions that read the active modes, by kind.
-_ASKED: dict[str, Callable[[], Any]] = {
+_READERS: dict[str, Callable[[], Any]] = {
     "grad": _grad,
     "autocast": _autocast,
     "dtype": torch.get_default_dtype,
@@ -90,19 +90,19 @@ _ASKED: dict[str, Callable[[], Any]] = {
     "cudnn": _cudnn,
 }
 
-MODE_KINDS = tuple(_ASKED)
+MODE_KINDS = tuple(_READERS)
 
 # The kinds that a compiler can trace.
 _IN_GRAPHS = ("grad", "autocast", "dtype")
 
 
-def answers(kinds: tuple[str, ...]) -> tuple[Any, ...]:
+def active_modes(kinds: tuple[str, ...]) -> tuple[Any, ...]:
     """Return the modes of ``kinds`` that are active now."""
-    return tuple([_ASKED[kind]() for kind in kinds])
+    return tuple([_READERS[kind]() for kind in kinds])
 
 
-def answers_under(modes: Modes, kinds: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return what :func:`answers` returns where ``modes`` are active."""
+def select_modes(modes: Modes, kinds: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return what :func:`active_modes` would return if ``modes`` were active."""
     found = {
         "grad": (modes.grad, modes.inference),
         "autocast": (modes.autocast, modes.cache),
@@ -114,9 +114,9 @@ def answers_under(modes: Modes, kinds: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(found[kind] for kind in kinds)
 
 
-def answers_in_graph(kinds: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return the same inside a compiled graph, with None for kinds that a compiler cannot trace."""
-    return tuple([_ASKED[kind]() if kind in _IN_GRAPHS else None for kind in kinds])
+def active_modes_in_graph(kinds: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return the active modes in a compiled graph; None for kinds that a compiler cannot trace."""
+    return tuple([_READERS[kind]() if kind in _IN_GRAPHS else None for kind in kinds])
 
 
 def current_modes() -> Modes:
@@ -135,6 +135,7 @@ def current_modes() -> Modes:
 
 def kinds_of_change(outer: Modes, inner: Modes) -> set[str]:
     """Return the kinds of modes in which ``outer`` and ``inner`` differ."""
+    # one for each field of Modes, in order
     kinds = ("grad", "grad", "autocast", "autocast", "dtype", "device", "attention", "attention")
     return {kind for kind, a, b in zip((*kinds, "cudnn"), outer, inner, strict=True) if a != b}
 
@@ -145,7 +146,7 @@ def modes_of(node: fx.Node, outside: Modes | None) -> Modes | None:
     return found
 
 
-# The contexts that generated code enters; `changes` names them.
+# The contexts that generated code enters; `contexts_between` names them.
 
 
 def gradients(enabled: bool) -> AbstractContextManager[Any]:
@@ -196,8 +197,8 @@ def cudnn(
     )
 
 
-def changes(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return the contexts that lead from ``outer`` to ``inner``, as names and arguments."""
+def contexts_between(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the contexts to enter under ``outer`` to get ``inner``, as names and arguments."""
     found: list[tuple[str, tuple[Any, ...]]] = []
     if outer.inference != inner.inference:
         found.append(("inference", (inner.inference,)))
@@ -223,12 +224,12 @@ def changes(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
 
 
 @contextmanager
-def under(modes: Modes | None) -> Iterator[None]:
+def use_modes(modes: Modes | None) -> Iterator[None]:
     """Make ``modes`` the active modes; None changes nothing."""
     if modes is None:
         yield
         return
     with ExitStack() as stack:
-        for name, arguments in changes(current_modes(), modes):
+        for name, arguments in contexts_between(current_modes(), modes):
             stack.enter_context(globals()[name](*arguments))
         yield

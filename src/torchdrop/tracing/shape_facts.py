@@ -25,7 +25,7 @@ from torchdrop.internals import (
     tree_map_only,
     writes_into_arguments,
 )
-from torchdrop.tracing.modes import under
+from torchdrop.tracing.modes import use_modes
 
 __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
@@ -151,7 +151,7 @@ class ShapeFacts:
             raise LookupError(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
         try:
-            with _modes_suspended(), under(node.meta.get("modes")), self._mode, self._real:
+            with _modes_suspended(), use_modes(node.meta.get("modes")), self._mode, self._real:
                 value = self._run(node, args, kwargs)
         except LookupError:
             raise

@@ -1,7 +1,7 @@
 """Trace a forward: call it with proxies that record each operation.
 
-Where the forward branches on a shape, a dtype or a flag, the proxies answer as in the call that is
-read, and the answer is recorded, so that later calls can be compared with it. Where it branches on
+Where the forward branches on a shape, a dtype or a flag, the proxies answer as in the example
+call, and the answer is recorded, so that later calls can be compared with it. Where it branches on
 data, tracing fails.
 """
 
@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from torchdrop.internals import (
     count_dispatch_modes,
     function_modes,
     innermost_saved_tensor_hooks,
-    notice_checkpoints,
+    replace_checkpoints,
     tensors_of_tracer,
     wrap_functions_of,
 )
@@ -55,19 +55,19 @@ from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 from torchdrop.tracing.watched_attributes import AttributeWatch
 
-__all__ = ["Reader"]
+__all__ = ["ForwardTracer"]
 
-# The generated forward would run this part without the hooks.
-_HOOKED = "it runs a part of itself under saved-tensor hooks"
+# Not traced, because the generated forward would run this part without the hooks.
+_RUNS_UNDER_HOOKS = "it runs a part of itself under saved-tensor hooks"
 
 
 class _Proxy(NotAParameter, fx.Proxy):
     """A proxy that records ``x += y`` as an in-place addition; fx records ``x = x + y``.
 
-    Where Python needs a number or a length, the proxy gives the one of the call that is read.
+    Where Python needs a number or a length, the proxy gives that of the example call.
     """
 
-    tracer: Reader
+    tracer: ForwardTracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -82,11 +82,11 @@ class _Proxy(NotAParameter, fx.Proxy):
         tracer, is_shape = self.tracer, attribute(name).reads_shape
         if is_shape and tracer.fixed and tracer.fixed.has_attribute(self.node, name):
             return tracer.fixed_attribute(self.node, name)
-        return tracer.noted(_Attribute(self, name))
+        return tracer.track(_Attribute(self, name))
 
     def __hash__(self) -> int:
         if not is_called_by_torch():
-            self.tracer.fixed.ask(self.node)
+            self.tracer.fixed.fix_in_next_attempt(self.node)
         return id(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -113,7 +113,9 @@ class _Attribute(fx.proxy.Attribute, _Proxy):
         return _Attribute
 
 
-def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) -> None:
+def _define_in_place_method(in_place: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    """Define the method of ``_Proxy`` for an operator such as ``+=``."""
+
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
         # numbers have no memory to write into
         target = plain if is_shape_node(self.node) else in_place
@@ -123,7 +125,7 @@ def _record_in_place(in_place: Callable[..., Any], plain: Callable[..., Any]) ->
 
 
 for _in_place, _plain in in_place_operators():
-    _record_in_place(_in_place, _plain)
+    _define_in_place_method(_in_place, _plain)
 
 
 _FACTORIES = factories()
@@ -137,7 +139,7 @@ def _without_values(path: str, value: Any) -> Any:
 
 
 def _accepts(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether ``function`` has parameters for these arguments: ``out=``, for one, it may lack."""
+    """Whether ``function`` has parameters for these arguments; it may lack ``out=``, say."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
@@ -145,7 +147,7 @@ def _accepts(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     return True
 
 
-class Reader(fx.Tracer):
+class ForwardTracer(fx.Tracer):
     """Traces one module's own forward; the call of a child module is a single node.
 
     Args:
@@ -153,20 +155,22 @@ class Reader(fx.Tracer):
         training: Whether the forward is read in training mode.
         batch_dim: Which dimension of the arguments is the batch.
         inlined: The children whose own forwards become part of the graph.
-        fixed: What is used as a key; see :class:`FixedValues`. It is extended.
-        imported: Modules whose import was tried; see :class:`CallWatch`. It is extended.
+        fixed: The values that the forward uses as keys, as :class:`FixedValues` names them. Tracing
+            adds to it.
+        imported: The names of modules whose import was tried; see :class:`CallWatch`. Tracing adds
+            to it.
 
     Attributes:
         arguments: The arguments by name that the forward is read with.
         tensors: The names of the arguments that are tensors, which are the placeholders.
         constants: The other arguments, by name.
-        made: The tensors that the forward makes or takes from elsewhere.
+        tensor_constants: Runs and records the operations on tensors that are no proxies.
         modes_outside: The modes that are active around the forward.
         calls: Which functions the forward calls.
         watch: What the forward gets in place of its attributes, and which of them it read.
         decisions: The nodes that the forward branched on and whose values follow from the arguments
             without computing anything, with their truth values.
-        computed: Whether the forward used the shape of a value that it computes.
+        uses_inner_shapes: Whether the forward used the shape of a value that it computes.
     """
 
     proxy_buffer_attributes = True
@@ -194,26 +198,26 @@ class Reader(fx.Tracer):
         self.tensors: list[str] = []
         self.constants: dict[str, Any] = {}
         self.watch = AttributeWatch()
-        self.made = Constants(self, _FACTORIES)
+        self.tensor_constants = Constants(self, _FACTORIES)
         self.fixed = FixedValues(self, fixed)
         self.proxies: list[weakref.ref[fx.Proxy]] = []
         self.calls = CallWatch(imported)
         self.decisions: dict[fx.Node, bool] = {}
-        self.computed = False
-        self.saved_tensor_hooks: Any = None  # that are innermost around the forward
-        self._without_data: dict[Any, Tensor] = {}  # by placeholder; first by name
-        self._shape_facts: dict[bool, ShapeFacts] = {}  # as in the call; with a larger batch
+        self.uses_inner_shapes = False
+        self.saved_tensor_hooks: Any = None  # the innermost ones around the forward
+        self._without_data: dict[Any, Tensor] = {}  # by node; by name until there are nodes
+        self._shape_facts: dict[bool, ShapeFacts] = {}  # by whether the batch is enlarged
         self._working_out_shapes = False
-        self._inlined_path = ""  # of the child whose forward is being read
-        self._checkpoints: tuple[Checkpoint, ...] = ()  # that the forward has entered
+        self._inlined_path = ""  # the child whose forward is being traced
+        self._checkpoints: tuple[Checkpoint, ...] = ()  # those that the forward has entered
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of ``node``."""
-        proxy: fx.Proxy = self.noted(_Proxy(node, self))
+        proxy: fx.Proxy = self.track(_Proxy(node, self))
         return proxy
 
-    def noted(self, proxy: Any) -> Any:
-        """Return ``proxy``, of which nothing must be left after the reading."""
+    def track(self, proxy: Any) -> Any:
+        """Return ``proxy``, and remember it, to make sure that it is freed after tracing."""
         self.proxies.append(weakref.ref(proxy))
         return proxy
 
@@ -231,7 +235,7 @@ class Reader(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        # The child is read in the mode of the block, unless it has another one than the block now.
+        # If the block is in the traced mode now, so is the child, unless it was set apart (frozen).
         training = m.training if self.root.training == self._training else self._training
         double = self.watch.double_of_module(m, training, f"{path}.")
         self._inlined_path, outer_path = path, self._inlined_path
@@ -262,7 +266,7 @@ class Reader(fx.Tracer):
         if spelled_out is not None and _accepts(spelled_out, args, kwargs):
             return spelled_out(*args, **kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        self.made.note_write(writes_first_argument(proxy.node), args, kwargs)
+        self.tensor_constants.note_write(writes_first_argument(proxy.node), args, kwargs)
         if self.fixed and self.fixed.has(proxy.node):
             return self.fixed.value(proxy.node)
         return proxy
@@ -271,7 +275,7 @@ class Reader(fx.Tracer):
         """Add an operation to the graph; raise if it runs under a mode that a graph cannot show."""
         modes = self._modes_now()
         if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
-            raise UntraceableError(_HOOKED)
+            raise UntraceableError(_RUNS_UNDER_HOOKS)
         node = super().create_node(*args, **kwargs)
         if self._inlined_path:
             node.meta["inlined"] = self._inlined_path
@@ -283,13 +287,16 @@ class Reader(fx.Tracer):
         return node
 
     @contextmanager
-    def _inside_checkpoint(self, options: dict[str, Any]) -> Iterator[None]:
+    def _inside_checkpoint(self, options: dict[str, Any], args: Sequence[Any]) -> Iterator[None]:
         """Record that the operations inside the ``with`` belong to one checkpoint."""
         if self._working_out_shapes:
             yield
             return
         outside = self._checkpoints
-        self._checkpoints = (*outside, Checkpoint(options))
+        self._checkpoints = (
+            *outside,
+            Checkpoint(options, any(isinstance(a, fx.Proxy) for a in args)),
+        )
         try:
             yield
         finally:
@@ -354,7 +361,7 @@ class Reader(fx.Tracer):
         def forward(*args: Any) -> Any:
             with (
                 self.calls.watching(root_fn, self.works_out_shapes),
-                notice_checkpoints(self._inside_checkpoint),
+                replace_checkpoints(self._inside_checkpoint),
             ):
                 return root_fn(*args, **by_name)
 
@@ -381,7 +388,7 @@ class Reader(fx.Tracer):
         return next((n for n in self.graph.nodes if n.op == "placeholder"), None)
 
     def argument_without_data(self, node: fx.Node, times: int) -> Tensor:
-        """Return the tensor without data of an argument, with a batch so many times as large."""
+        """Return the tensor without data of an argument, with a batch ``times`` times as large."""
         value, dim = self._without_data[node], self._batch_dim
         first = next(iter(self._without_data.values()))
         if times == 1 or value.dim() <= dim or first.dim() <= dim:
@@ -395,14 +402,10 @@ class Reader(fx.Tracer):
         larger._torchdrop_device = value._torchdrop_device  # type: ignore[attr-defined]
         return larger
 
-    def decide(self, node: fx.Node, value: Any) -> None:
-        """Let the graph hold only for calls in which ``node`` has this value."""
+    def require_value(self, node: fx.Node, value: Any) -> None:
+        """Record that the graph is valid only for calls in which ``node`` has this value."""
         asked = super().create_proxy("call_function", operator.eq, (self.proxy(node), value), {})
         self.decisions[asked.node] = True
-
-    def computed_value(self, node: fx.Node, larger: bool = False) -> Any:
-        """Return the value of ``node``, worked out without data."""
-        return self._computed(node, larger)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of ``obj`` if it follows from shapes, dtypes and devices."""
@@ -410,7 +413,7 @@ class Reader(fx.Tracer):
             decision = bool(self._from_arguments(obj.node))
         except LookupError:
             try:
-                known = self._computed(obj.node)
+                known = self.computed_value(obj.node)
             except NeedsDataError:
                 raise DataDependentError("it branches on the values of a tensor") from None
             except LookupError:
@@ -433,7 +436,7 @@ class Reader(fx.Tracer):
             self.decisions[asked.node] = True
             return items
         try:
-            return len(self._computed(obj.node))
+            return len(self.computed_value(obj.node))
         except (LookupError, TypeError):
             raise fx.proxy.TraceError(f"the length of {obj.node.name} is not known") from None
 
@@ -444,7 +447,7 @@ class Reader(fx.Tracer):
     def number(self, obj: fx.Proxy) -> Any:
         """Return the number that ``obj`` stands for; it is fixed in the graph."""
         try:
-            value, other = self._computed(obj.node), self._computed(obj.node, larger=True)
+            value, other = self.computed_value(obj.node), self.computed_value(obj.node, larger=True)
         except NeedsDataError:
             raise DataDependentError("it uses a value of a tensor as a Python number") from None
         except LookupError:
@@ -455,8 +458,16 @@ class Reader(fx.Tracer):
             raise UntraceableError("it uses a Python number that depends on the batch size")
         return value
 
-    def _computed(self, node: fx.Node, larger: bool = False) -> Any:
-        """Return the value of ``node``, if it follows from the shapes and dtypes of the call."""
+    def computed_value(self, node: fx.Node, larger: bool = False) -> Any:
+        """Return the value of ``node``, worked out without data.
+
+        Args:
+            node: The node.
+            larger: Whether to return the value for a larger batch than that of the call.
+
+        Raises:
+            LookupError: There is no example call, or the value depends on data.
+        """
         if self._arguments_of_call is None:
             raise LookupError(node)
         self._working_out_shapes = True
@@ -468,7 +479,7 @@ class Reader(fx.Tracer):
             value = self._shape_facts[larger].of(node)
         finally:
             self._working_out_shapes = False
-        self.computed = True
+        self.uses_inner_shapes = True
         return value
 
     def _from_arguments(self, node: fx.Node) -> Any:
@@ -488,12 +499,12 @@ class Reader(fx.Tracer):
         return self._working_out_shapes
 
     def create_arg(self, a: Any) -> Any:
-        """Return an argument of an operation for the graph; raise if it is a foreign tensor."""
+        """Return an argument of an operation for the graph; a tensor becomes a node."""
         a = self.watch.original(a)
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             known = a in tensors_of_tracer(self) or any(a is b for b in self.root.buffers())
             if not known:  # fx would store it on the user's module
-                return self.made.node_of(a)
+                return self.tensor_constants.node_of(a)
         return super().create_arg(a)

@@ -1,8 +1,8 @@
 """Find the global variables whose values are fixed in a graph, and compare them in later calls.
 
 In the graph of ``SETTINGS["alpha"] * self.f(x)``, the value of ``SETTINGS["alpha"]`` is a constant.
-The bytecode of the functions that ran tells which variables they read: global variables, attributes
-of the modules, classes and plain objects in these, and items with a constant key.
+The bytecode of the functions that ran tells what they read: global variables, attributes of the
+modules, classes and plain objects that these hold, and items with a constant key.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class WatchedGlobals:
 
     def __init__(self, functions: Mapping[CodeType, dict[str, Any]], forward: Any = None) -> None:
         self.known: dict[tuple[str, str], Any] = {}
-        for code, names in functions.items():
-            module = str(names.get("__name__"))
-            if getattr(sys.modules.get(module), "__dict__", None) is not names:
+        for code, scope in functions.items():
+            module = str(scope.get("__name__"))
+            if getattr(sys.modules.get(module), "__dict__", None) is not scope:
                 continue  # the variables could not be found again by the name of the module
-            for expression, value in _plain_values_read(code, names):
+            for expression, value in _plain_values_read(code, scope):
                 self.known[module, expression] = _copied(value)
         self._cells = _cells_of(forward)
         self._readers = self._make_readers()
@@ -104,10 +104,10 @@ class WatchedGlobals:
             by_module.setdefault(module, []).append(expression)
         readers = []
         for module, expressions in by_module.items():
-            # Its globals are those of the module, so that a compiler guards the variables.
-            names = sys.modules[module].__dict__ if module in sys.modules else {}
+            # The function gets the globals of the module, so that a compiler guards the variables.
+            scope = sys.modules[module].__dict__ if module in sys.modules else {}
             code = compile(f"lambda: ({', '.join(expressions)},)", f"<torchdrop {module}>", "eval")
-            read = FunctionType(code.co_consts[0], names)
+            read = FunctionType(code.co_consts[0], scope)
             readers.append((read, expressions, [self.known[module, e] for e in expressions]))
         return readers
 
@@ -129,7 +129,7 @@ def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
     return found
 
 
-def _plain_values_read(code: CodeType, names: dict[str, Any]) -> list[tuple[str, Any]]:
+def _plain_values_read(code: CodeType, scope: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the expressions by which ``code`` reads plain values from globals, and the values."""
     found: dict[str, Any] = {}
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL")]
@@ -137,7 +137,7 @@ def _plain_values_read(code: CodeType, names: dict[str, Any]) -> list[tuple[str,
         if instruction.opname != "LOAD_GLOBAL":
             continue
         expression = str(instruction.argval)
-        value = names.get(expression, _ABSENT)
+        value = scope.get(expression, _ABSENT)
         rest = instructions[i + 1 :]
         while rest and _may_hold(value):
             step = rest.pop(0)
@@ -164,7 +164,7 @@ def _plain_values_read(code: CodeType, names: dict[str, Any]) -> list[tuple[str,
             found[expression] = value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found.update(_plain_values_read(constant, names))
+            found.update(_plain_values_read(constant, scope))
     return list(found.items())
 
 
