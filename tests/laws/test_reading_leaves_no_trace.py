@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -387,6 +388,43 @@ def test_what_a_forward_keeps_is_taken_out_again(kind: type[Base]) -> None:
     LISTED.clear()
     of_block.cache_clear()
     HOLDER.last = KeepsInClass.last = KeepsInType.last = None
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_collection_in_another_thread_does_not_look_like_something_kept(
+    others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Python collects garbage in another thread, ``gc.collect`` does nothing."""
+    missed: list[Any] = []
+    collect = gc.collect
+
+    def collects_later(*args: Any) -> int:
+        missed.append(args)
+        return 0 if len(missed) < 4 else collect(*args)
+
+    class InACycle(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            cycle: list[Any] = [self.f(x)]
+            cycle.append(cycle)
+            return x + cycle[0]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(gc, "collect", collects_later)
+    waiting = threading.Event()
+    thread = threading.Thread(target=waiting.wait)
+    if others:
+        thread.start()
+    gc.disable()
+    try:
+        if others:
+            trace_block(InACycle())
+        else:  # the twin
+            with pytest.raises(UntraceableError, match="it keeps what it computes"):
+                trace_block(InACycle())
+    finally:
+        gc.enable()
+        waiting.set()
+    if others:
+        thread.join()
 
 
 def test_what_is_kept_would_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,6 +13,10 @@ from typing import Any
 
 __all__ = ["remove_stored_proxies"]
 
+
+# How often all objects are collected if there are other threads: Python collects nothing while it
+# does so in another thread.
+_COLLECTIONS = 5
 
 _Cache = type(lru_cache(lambda: None))
 
@@ -31,7 +37,10 @@ def remove_stored_proxies(proxies: Iterable[Any]) -> str:
     # are new, so collecting the young objects is usually enough; collecting all of them takes a
     # quarter of a second in a process with many libraries.
     gc.collect(1)
-    if any(reference() is not None for reference in references):
+    for attempt in range(_COLLECTIONS if threading.active_count() > 1 else 1):
+        if all(reference() is None for reference in references):
+            return ""
+        time.sleep(0.01 * attempt)
         gc.collect()
     # no variable of this function may hold a proxy: its frame would be found as a holder
     alive = [one for one in (reference() for reference in references) if one is not None]
