@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "laws")]
 
 from composed_blocks import Spec, specs, text_of  # noqa: E402
+from composed_constructs import MIXING  # noqa: E402
 from composed_law import InvalidError, hold  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
@@ -158,13 +159,18 @@ def outcome(found: dict[str, Any] | None) -> str:
     return "whole" if "layer" in actions else "masked"
 
 
+def _actions(rows: Iterable[dict[str, Any]], way: str) -> dict[str, int]:
+    """Return how many branches were skipped, masked and so on, in models that were not refused."""
+    return dict(
+        Counter(action for row in rows for action in (row.get(way) or {}).get("actions", []))
+    )
+
+
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of all models and of each construct."""
     valid = [row for row in rows if "constructs" in row]
     totals = {way: Counter(outcome(row.get(way)) for row in valid) for way in WAYS}
-    branches = Counter(
-        action for row in valid for action in row.get("with example_inputs", {}).get("actions", [])
-    )
+    apart = [row for row in valid if not MIXING.keys() & set(row["constructs"])]
     constructs: dict[str, Counter[str]] = {}
     for row in valid:
         for name in row["constructs"]:
@@ -176,7 +182,8 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "models": len(valid),
         "totals": {way: dict(counts) for way, counts in totals.items()},
-        "branches with example_inputs": dict(branches),
+        "branches": {way: _actions(valid, way) for way in WAYS},
+        "branches of models that mix no rows": {way: _actions(apart, way) for way in WAYS},
         "constructs": {name: dict(constructs[name]) for name in sorted(constructs)},
     }
 
@@ -190,7 +197,9 @@ def print_table(found: dict[str, Any]) -> None:
         print(f"{way:34}{found['models']:18}{cells}")
     for name, counts in found["constructs"].items():
         print(f"{name:34}" + "".join(f"{counts.get(end, 0):18}" for end in ("models", *ends)))
-    print("branches with example_inputs:", found["branches with example_inputs"])
+    for name in ("branches", "branches of models that mix no rows"):
+        for way, counts in found[name].items():
+            print(f"{name} {way}: {counts}")
 
 
 def digest() -> str:

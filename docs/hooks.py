@@ -340,6 +340,48 @@ def _growth(results: dict[str, Any], part: str, first: str) -> str:
     return _table(head, rows) + f"\n\n{about}"
 
 
+_ENDS = {
+    "skipped": "every branch skipped",
+    "masked": "some masked",
+    "whole": "dropped as a whole",
+    "left out": "some not taken",
+    "refused": "refused",
+    "refused in a call": "refused in a call",
+    "wrong": "wrong",
+    "raw error": "error of PyTorch",
+    "died": "process died",
+}
+
+
+def _composed(results: dict[str, Any]) -> str:
+    rows = []
+    for name, end in _ENDS.items():
+        counts = [totals.get(name, 0) for totals in results["totals"].values()]
+        rows.append([end, *(f"{n} ({n / results['models']:.1%})" for n in counts)])
+    for label, part in (
+        ("branches skipped", "branches"),
+        ("the same, in models that mix no rows", "branches of models that mix no rows"),
+    ):
+        counts = list(results[part].values())
+        rows.append(
+            [label, *(f"{c.get('skip', 0)} of {sum(c.values())}" for c in counts)],
+        )
+    head = [f"{results['models']} models", *results["totals"]]
+    about = results["about"]
+    versions = ", ".join(f"{n} {about[n]}" for n in ("torchdrop", "torch", "hypothesis", "python"))
+    return f"{_table(head, rows)}\n\n`{about['command']}`; {about['processor']}; {versions}."
+
+
+def _constructs(results: dict[str, Any]) -> str:
+    rows = []
+    for name, counts in results["constructs"].items():
+        broken = sum(counts.get(end, 0) for end in ("wrong", "raw error", "died"))
+        refused = counts.get("refused", 0) + counts.get("refused in a call", 0)
+        ends = (counts.get("skipped", 0), counts.get("masked", 0), refused, broken)
+        rows.append([name, str(counts["models"]), *map(str, ends)])
+    return _table(["construct", "models", "all skipped", "some masked", "refused", "wrong"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "steps": ("steps.json", _steps),
     "accelerator": ("accelerator.json", _accelerator),
@@ -348,6 +390,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "compiled": ("compiled.json", _compiled),
     "depth": ("scale.json", lambda results: _growth(results, "depth", "depth")),
     "batch": ("scale.json", lambda results: _growth(results, "batch", "batch")),
+    "composed": ("reliability.json", _composed),
+    "constructs": ("reliability.json", _constructs),
 }
 
 

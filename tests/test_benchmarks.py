@@ -20,6 +20,7 @@ scale = pytest.importorskip("scale")
 accelerator = pytest.importorskip("accelerator")
 compiled = pytest.importorskip("compiled")
 import_time = pytest.importorskip("import_time")
+reliability = pytest.importorskip("reliability")
 steps = pytest.importorskip("steps")
 
 SPEC = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
@@ -241,8 +242,41 @@ def test_a_program_is_timed_in_a_process_of_its_own():
     assert 0.0 < taken["cpu"] < taken["wall"]
 
 
-def test_the_page_of_speed_shows_every_table_and_says_what_is_missing(tmp_path):
-    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+def test_composed_models_are_counted_and_become_tables(monkeypatch, tmp_path, capsys):
+    out, lines = tmp_path / "reliability.json", tmp_path / "lines.jsonl"
+    command = ["reliability.py", "--blocks", "4", "--results", str(lines), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    reliability.main()
+    content = json.loads(out.read_text())
+    assert content["models"] == 4
+    for counts in content["totals"].values():
+        assert sum(counts.values()) == 4
+        assert not counts.keys() & set(reliability.BROKEN)
+    assert "4 models" in capsys.readouterr().out
+    before = lines.read_text()
+    reliability.main()  # goes on where it ended: nothing is left to do
+    assert lines.read_text() == before
+    page = hooks.with_tables("<!-- table: composed -->\n\n<!-- table: constructs -->", tmp_path)
+    assert "| 4 models | with example_inputs | without |" in page
+    assert "| wrong | 0 (0.0%) | 0 (0.0%) |" in page
+    assert "| construct | models |" in page
+
+
+def test_a_wrong_model_is_counted_as_wrong():
+    """The twin: each way in which a model may end has its place in the table."""
+    ends = [{"kind": "right", "actions": actions} for actions in (["skip"], ["mask", "skip"])]
+    ends += [{"kind": kind, "actions": []} for kind in ("wrong", "raw error", "refused")]
+    rows = [{"constructs": ["x + h"], "with example_inputs": e, "without": e} for e in ends]
+    rows.append({"constructs": ["x + h"], "without": None, "with example_inputs": None})
+    totals = reliability.summary(rows)["totals"]["without"]
+    assert totals == dict.fromkeys(
+        ("skipped", "masked", "wrong", "raw error", "refused", "died"), 1
+    )
+
+
+def test_the_pages_show_every_table_and_say_what_is_missing(tmp_path):
+    pages = [ROOT / "docs" / name for name in ("speed.md", "reliability.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert all(f"<!-- table: {name} -->" in text for name in hooks.TABLES)
     assert hooks.with_tables(text, tmp_path).count("Not measured yet") == len(hooks.TABLES)
     assert "<!-- table" not in hooks.with_tables(text)
