@@ -276,7 +276,7 @@ def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str
         arguments=block.arguments,
         batch_dim=splits[0][0].dim or 0,
         inlined={module.get_submodule(path) for path in block.inlined},
-        outputs={module.get_submodule(path): items for path, items in block.items.items()},
+        items={module.get_submodule(path): items for path, items in block.items.items()},
     )
     twins = [entry.split for entry in read_residual_sums(in_eval)]
     if len(twins) <= max(split.order for split, _ in splits):

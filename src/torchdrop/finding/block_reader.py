@@ -134,7 +134,7 @@ class BlockReader:
             arguments=self._example.first.calls[name],
             batch_dim=self._batch_dim_of_arguments(name),
             inlined=set(inlined),
-            outputs=self._example.first.items,
+            items=self._example.first.items,
         )
 
     def _batch_dim_of_arguments(self, name: str) -> int:

@@ -60,17 +60,17 @@ _MARKER = re.compile(rf"\s*\w+ = [\w.]*({'|'.join(m.__name__ for m in _MARKERS)}
 def reentrant_checkpoint(
     function: Callable[..., Any], *args: Any, takes_tensors: bool, **options: Any
 ) -> Any:
-    """Compute what ``checkpoint(function, *args, use_reentrant=True)`` computes.
+    """Compute what a reentrant checkpoint computes in the block's own forward.
 
-    A reentrant checkpoint computes gradients only if an argument needs them. It computes none for
-    tensors in a tuple, and generated code may hand on such tuples, so one that is not reentrant is
-    used.
+    If no tensor among the arguments requires a gradient, the result has none either. Otherwise a
+    checkpoint that is not reentrant is used, since a reentrant one computes no gradients for
+    tensors in a tuple, and generated code hands on such tuples.
 
     Args:
         function: The function.
         args: Its arguments.
-        takes_tensors: Whether the function had arguments that were tensors in the block's own
-            forward.
+        takes_tensors: Whether the function took tensors in the block's own forward. If not, the
+            result has no gradient, although generated code may pass tensors.
         options: Other arguments of ``checkpoint``.
     """
     given = [a for a in args if isinstance(a, Tensor)] if takes_tensors else []
@@ -134,7 +134,11 @@ class CheckpointWriter:
         self.options: list[dict[str, Any]] = []
 
     def would_switch(self, checkpoints: tuple[Checkpoint, ...]) -> bool:
-        """Whether :meth:`switch` to ``checkpoints`` would begin or end a function."""
+        """Whether :meth:`switch` to ``checkpoints`` would begin or end a function.
+
+        Also true, which does no harm, for some nodes that are outside the checkpoint in which their
+        branch is added.
+        """
         return checkpoints[len(self._outside) :] != self._now[len(self._outside) :]
 
     def switch(self, checkpoints: tuple[Checkpoint, ...]) -> None:
@@ -169,7 +173,8 @@ class CheckpointWriter:
             first, last = place[opened], place[closed]
             inside = [node for node, k in place.items() if first < k < last]
             if any(map(is_sum, inside)):
-                # Otherwise other rows would be drawn when the function is run again.
+                # With preserve_rng_state=False other rows would be drawn when the function is run
+                # again.
                 self.options[cast("int", opened.args[0])].pop("preserve_rng_state", None)
             inputs = dict.fromkeys(
                 given for node in inside for given in node.all_input_nodes if place[given] < first
@@ -182,7 +187,7 @@ class CheckpointWriter:
 def _options_of(part: Checkpoint) -> dict[str, Any]:
     """Return the keyword arguments with which generated code calls a checkpoint."""
     others = {name: value for name, value in part.options.items() if name != "use_reentrant"}
-    if len(others) == len(part.options):
+    if "use_reentrant" not in part.options:  # only reentrant ones have it
         return {"use_reentrant": False, **others}
     return {"takes_tensors": part.takes_tensors, **others}
 

@@ -93,7 +93,7 @@ def _trace(
             arguments=bound.arguments,
             batch_dim=site.branches[0].facts.dim,
             inlined={module.get_submodule(path) for path in site.inlined},
-            outputs=items if use_items else None,
+            items=items if use_items else None,
         )
     except UntraceableError as error:
         raise RuntimeError(f"{difference}, and in this call cannot be read: {error}") from None

@@ -77,6 +77,11 @@ def rewrite(
 
 
 class _Rewriter:
+    """Generates the forward of a block and the functions of its branches.
+
+    See :class:`Program` for the attributes of the same names.
+    """
+
     def __init__(
         self,
         block: BlockGraph,
@@ -135,10 +140,11 @@ class _Rewriter:
         Args:
             graph: The graph that is generated.
             region: The nodes to copy.
-            env: The copies that are there.
+            env: The copies that exist already. The new ones are added.
             base: The modes in which the generated code is called.
             outside: The checkpoints in which it is called.
-            output: What it returns, unless that is one of the nodes.
+            output: The node whose value the generated code returns; None if ``region`` has an
+                output node.
 
         Returns:
             The options of the checkpoints in the generated code.
@@ -184,7 +190,10 @@ class _Rewriter:
         return checkpoints.options
 
     def emit_sum(self, graph: fx.Graph, k: int, env: _Environment) -> fx.Node:
-        """Add the call of the site for the sum with branch ``k``."""
+        """Add the call of the site for the sum with branch ``k``.
+
+        If the branch is skipped, generate its function, and note how its inputs carry the rows.
+        """
         split, action = self.splits[k]
         site = env[_SITE]
         skip = _copied(split.skip, graph, env)
@@ -209,7 +218,10 @@ class _Rewriter:
         return graph.call_method("join", arguments)
 
     def note_reused_skips(self, graph: fx.Graph) -> None:
-        """Note the joins in ``graph`` whose skip is another sum that nothing else uses."""
+        """Note the joins in ``graph`` whose skip is another sum that nothing else uses.
+
+        A sum that is written into its own skip does not count.
+        """
         site = next(iter(graph.nodes))
         sums = {
             node: cast("int", node.args[1])

@@ -98,8 +98,9 @@ class SplitSite(BlockSite):
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
-        # The names of the arguments if positional tensors need no binding to parameters, else None.
-        self._unbound_names = train.tensors if leading == train.tensors else None
+        # The tensors of the first program, if they are the leading parameters in order, so that a
+        # call with only positional tensors need not be bound; else None.
+        self._positional_names = train.tensors if leading == train.tensors else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a generated forward if anything may be dropped or scaled, else the block's own."""
@@ -135,6 +136,8 @@ class SplitSite(BlockSite):
         compiling = torch.compiler.is_compiling()
         # Positional tensors only: there is nothing to bind, and no cache among them.
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+        # FLOPs are measured in evaluation and without gradients, and nothing is dropped: caches and
+        # modes do not matter then.
         if not plain and self.meter is None and not compiling:
             self._check_caches((*args, *kwargs.values()), training)
         mismatch: MismatchError | None = None
@@ -144,8 +147,8 @@ class SplitSite(BlockSite):
                 if program.asks and self.meter is None:
                     program.check_modes()
                 tensors: Sequence[Any] = args
-                unbound = plain and len(args) == len(program.tensors)
-                if not unbound or program.tensors != self._unbound_names:
+                positional = plain and len(args) == len(program.tensors)
+                if not positional or program.tensors != self._positional_names:
                     tensors = program.bind(self.__signature__, args, kwargs)
                 program.check_decisions(tensors)
                 break
@@ -178,7 +181,11 @@ class SplitSite(BlockSite):
         kwargs: dict[str, Any],
         tensors: Sequence[Any],
     ) -> Any:
-        """Run ``program``, after a test if no call of this kind was tested before."""
+        """Test this kind of call if it was not tested before, then run ``program``.
+
+        If the test refuted it, drop the block as a whole, or raise if that is not possible. If the
+        site only proves, return what the block's own forward returns.
+        """
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number  # negative in evaluation
@@ -208,7 +215,9 @@ class SplitSite(BlockSite):
     ) -> Verdict:
         """Test this kind of call, and remember what was found."""
         if any(self.runs_on_all_ranks(branch) for branch in self.branches):
-            return Verdict()  # masked, and a test would wait for the other ranks
+            # Such a branch is masked, and running it in a test would wait for the other ranks. The
+            # other branches of the block stay untested.
+            return Verdict()
         why = why_impossible(self, tensors)
         if why:
             self.note_unproved(why)
@@ -278,7 +287,7 @@ class SplitSite(BlockSite):
         elif (
             branch.depends
             or self.runs_on_all_ranks(branch)
-            or (facts.elementwise and self._too_small(branch, skip))
+            or (facts.elementwise and self._choose_mask(branch, skip))
         ):
             return self.mask(k, skip, self.compute(self.train, k, inputs))
         else:
@@ -315,6 +324,8 @@ class SplitSite(BlockSite):
         else:
             if out.shape != skip.shape:
                 _check_shapes(facts, skip, out)
+            # The answer does not matter here: the call notes the reason for the plan, and raises if
+            # a child is sharded.
             self.runs_on_all_ranks(branch)
             rows, kept = self._draw(branch, skip)
             if rows is False:
@@ -334,7 +345,10 @@ class SplitSite(BlockSite):
         return total
 
     def padded(self, k: int, dim: int, skip: Tensor, *inputs: Any) -> Tensor:
-        """Return ``skip`` with zeros on ``dim``, up to the size of branch ``k`` of ``inputs``."""
+        """Return ``skip`` with zeros on ``dim``, up to the size of branch ``k`` of ``inputs``.
+
+        The first call runs the branch on all rows, without gradients, to learn that size.
+        """
         branch = self.branch(k)
         if k not in branch.sizes:
             if torch.compiler.is_compiling():
@@ -355,7 +369,7 @@ class SplitSite(BlockSite):
     # Compute a sum --------------------------------------------------------------------------
 
     def branch(self, k: int) -> BranchState:
-        """Return the branch that programs call ``k``."""
+        """Return the branch with the number ``k`` in the programs."""
         return self.branches[k % len(self.branches)]
 
     def compute(self, programs: list[Program], k: int, inputs: Sequence[Any]) -> Any:
@@ -399,35 +413,42 @@ class SplitSite(BlockSite):
         program = self.train[k // len(self.branches)]
         known = program.row_layouts[k]
         taking = partial(take, rows=on_device)
-        whole, taken = skip, None
-        cut: list[Any] = []
+        skip_for_sum, rows_of_skip = skip, None
+        given: list[Any] = []
         regathered: list[tuple[Tensor, Tensor]] = []
         for value, layout in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
             if value is skip and layout == (dim, 1) and not facts.writes_skip:
-                whole, some = skip_and_rows(skip, on_device, dim)
+                # one operation gives both, so that their gradients are added directly
+                skip_for_sum, some = skip_and_rows(skip, on_device, dim)
             else:
                 some = self.cut(facts, value, taking, layout, batch, known is not None)
-            cut.append(some)
+            given.append(some)
             if value is skip:
-                taken = some
+                rows_of_skip = some
             if layout == (dim, 1) and some is not value and saved_by_producer(value):
                 regathered.append((some, value))
-        version = modifications(taken)
+        version = modifications(rows_of_skip)
         if regathered:
             with regather_in_backward(regathered, on_device, dim):
-                out = self.compute(self.train, k, cut)
+                out = self.compute(self.train, k, given)
         else:
-            out = self.compute(self.train, k, cut)
-        if modifications(taken) != version:
+            out = self.compute(self.train, k, given)
+        if modifications(rows_of_skip) != version:
             raise _writes_into_its_input(facts)
         if computed is not rows:
             out, on_device = drop_spare_row(out, computed, rows, dim)
-        written, reuses_skip = facts.writes_skip, k in program.reuses_skip and taken is not skip
-        return add_rows(whole, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip)
+        reuses_skip = k in program.reuses_skip and rows_of_skip is not skip
+        written = facts.writes_skip
+        return add_rows(
+            skip_for_sum, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip
+        )
 
     @staticmethod
-    def _too_small(branch: BranchState, skip: Tensor) -> bool:
-        """Whether a branch without weight matrices is faster on all rows than on the kept ones."""
+    def _choose_mask(branch: BranchState, skip: Tensor) -> bool:
+        """Decide whether a branch without weight matrices is faster on all rows than on the kept.
+
+        Set its action in the plan to match.
+        """
         p = branch.rate.p
         small = p < 1.0 and 0.0 < p * skip.numel() < MIN_ELEMENTS_TO_SKIP
         branch.action = "mask" if small else "skip"

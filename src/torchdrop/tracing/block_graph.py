@@ -49,7 +49,8 @@ class BlockGraph:
 
     Attributes:
         module: The block.
-        graph: Its forward. Children are single nodes; nodes without users are removed.
+        graph: Its forward. Children are single nodes; unused attributes, items and shapes are
+            removed.
         arguments: The arguments by name that the forward was read with. A tensor is represented
             by one without data, or by ``A_TENSOR``.
         tensors: The arguments that became placeholders, in order: their names, and for a tensor
@@ -59,13 +60,15 @@ class BlockGraph:
             are fixed in the graph, too.
         decisions: A graph with the same placeholders that computes the conditions on which the
             forward branched, such as ``x.dim() == 3``; None if there are none. Only conditions on
-            the shapes, dtypes and devices of arguments are included.
+            shapes and dtypes of arguments, and the keys of :class:`FixedValues`, are included;
+            others set ``uses_inner_shapes``.
         decided: The values of these conditions for ``arguments``.
-        uses_inner_shapes: Whether the forward used the shapes of values that it computes. The graph
-            then holds only for calls whose tensors have the same shapes and dtypes.
+        uses_inner_shapes: Whether the forward used the shapes of values that it computes, or the
+            device of an argument. The graph then holds only for calls whose tensors have the same
+            shapes and dtypes.
         inlined: The paths of the children whose forwards are part of the graph.
-        items: For each child whose returned items were used in tracing, its entry in the argument
-            ``outputs`` of :func:`trace_block`, by its path.
+        items: For each child in the graph, its entry in the argument ``items`` of
+            :func:`trace_block`, by its path.
         modes: The modes (gradients, autocast and the like) under which the forward was read. A node
             that was recorded under others has them in ``node.meta["modes"]``.
         asks: Which kinds of modes the forward asks for or sets. The graph holds only where these
@@ -92,7 +95,7 @@ class BlockGraph:
 
 @dataclass(frozen=True)
 class PlainValue:
-    """A number, a string or a list of them that a child returned: the size of a feature map."""
+    """A number, a string or a list of them that a child returned, such as a feature map's size."""
 
     value: Any
 
@@ -104,7 +107,7 @@ def trace_block(
     arguments: Mapping[str, Any] | None = None,
     batch_dim: int = 0,
     inlined: Collection[nn.Module] = (),
-    outputs: Mapping[nn.Module, Sequence[Any]] | None = None,
+    items: Mapping[nn.Module, Sequence[Any]] | None = None,
 ) -> BlockGraph:
     """Read ``module``'s own forward.
 
@@ -116,9 +119,9 @@ def trace_block(
             have their default.
         batch_dim: Which dimension of the tensors is the batch.
         inlined: Children whose forwards become part of the graph.
-        outputs: The items that children returned in that call, in the form of ``items`` of
-            :class:`torchdrop.finding.example_calls.Recording`. An item that was None is None in
-            the graph, and one that was an argument of the child is that argument.
+        items: What each child returned in that call, item by item: None; the position or the name
+            of an argument of the child, if the item was that argument; a :class:`PlainValue`; or
+            ``...`` for anything else. In the graph, the value takes the place of the item.
 
     Raises:
         UntraceableError: The forward cannot be read; the message says where and why.
@@ -129,7 +132,14 @@ def trace_block(
         try:
             with _errors_with_line(module):
                 make_tracer = partial(
-                    ForwardTracer, arguments, training, batch_dim, inlined, set(), set()
+                    ForwardTracer,
+                    arguments,
+                    training,
+                    batch_dim,
+                    inlined,
+                    # shared by all attempts: each adds what the next one needs
+                    fixed=set(),
+                    imported=set(),
                 )
                 tracer, graph = _trace_without_draws(module, make_tracer)
         except UntraceableError:
@@ -141,8 +151,8 @@ def trace_block(
         # otherwise running the text that fx writes would wrap the function in all later traces
         call_by_full_name(node)
     decisions = _decisions(graph, list(tracer.decisions)) if tracer.decisions else None
-    if outputs:
-        _replace_known_items(graph, module, outputs)
+    if items:
+        _replace_known_items(graph, module, items)
     merge_partial_sums(graph)
     _remove_unused(graph)
     return BlockGraph(
@@ -156,7 +166,7 @@ def trace_block(
         decided=list(tracer.decisions.values()),
         uses_inner_shapes=tracer.uses_inner_shapes,
         inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
-        items=_known_items(graph, module, outputs or {}),
+        items=_known_items(graph, module, items or {}),
         modes=tracer.modes_outside,
         watched_globals=WatchedGlobals(tracer.calls.functions, type(module).forward) or None,
         asks=tuple(kind for kind in MODE_KINDS if kind in tracer.calls.modes),
@@ -173,8 +183,8 @@ def _trace_without_draws(
 ) -> tuple[ForwardTracer, fx.Graph]:
     """Trace the forward of ``module``, and make sure that it draws no random number in Python.
 
-    The graph would hold the same decision in every call. Other threads may draw numbers of Python
-    and NumPy meanwhile, so the forward is read again if some were drawn.
+    If it drew one, the graph would repeat one and the same decision in every call. Other threads
+    may draw numbers of Python and NumPy meanwhile, so the forward is read again if some were drawn.
     """
     alone = threading.active_count() == 1
     left = 1 if alone else _ATTEMPTS_WITH_OTHER_THREADS
@@ -269,9 +279,12 @@ _UNKNOWN = object()
 
 
 def _replace_known_items(
-    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
+    graph: fx.Graph, module: nn.Module, items: Mapping[nn.Module, Sequence[Any]]
 ) -> None:
     """Replace the items of what children return by their values, as far as these are known.
+
+    The node of an item stays, with the value in ``meta["expected"]``, so that each call can compare
+    what the child returns with it.
 
     An attention returns None in place of weights that are not asked for, or the bias that it was
     given, or the size of its feature map. Otherwise a use of such an item outside the branch would
@@ -281,8 +294,8 @@ def _replace_known_items(
         call = node.args[0] if node.target is operator.getitem else None
         if not isinstance(call, fx.Node) or call.op != "call_module":
             continue
-        items = outputs.get(module.get_submodule(str(call.target)))
-        known = _UNKNOWN if items is None else _known_item(items, node.args[1], call)
+        returned = items.get(module.get_submodule(str(call.target)))
+        known = _UNKNOWN if returned is None else _known_item(returned, node.args[1], call)
         if known is _UNKNOWN:
             continue
         for user in list(node.users):
@@ -318,16 +331,16 @@ def _swapped(old: fx.Node, new: Any, node: fx.Node) -> Any:
 
 
 def _known_items(
-    graph: fx.Graph, module: nn.Module, outputs: Mapping[nn.Module, Sequence[Any]]
+    graph: fx.Graph, module: nn.Module, items: Mapping[nn.Module, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
-    """Return the items of ``outputs`` by the path of the child, for the children in the graph."""
+    """Return the entries of ``items`` by the path of the child, for the children in the graph."""
     calls = (str(node.target) for node in graph.nodes if node.op == "call_module")
-    found = ((path, outputs.get(module.get_submodule(path))) for path in calls)
-    return {path: items for path, items in found if items}
+    found = ((path, items.get(module.get_submodule(path))) for path in calls)
+    return {path: returned for path, returned in found if returned}
 
 
 def _remove_unused(graph: fx.Graph) -> None:
-    """Remove nodes that have no users and no effect, such as an unpacked attention weight."""
+    """Remove attributes, items and shapes that no node uses, such as unpacked attention weights."""
     for node in reversed(list(graph.nodes)):
         if node.users or node.op not in ("call_function", "call_method", "get_attr"):
             continue

@@ -20,7 +20,7 @@ from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["CallWatch", "FirstImportError"]
 
-# Functions of these packages are passed over to find out who asks for a mode or sets it.
+# Calls made by these packages count as made by their callers.
 _PASSED_OVER = ("torch", "contextlib")
 
 # The name and the file of the function of Python that imports a module for the first time.
@@ -30,9 +30,9 @@ _IMPORT = ("_find_and_load", "<frozen importlib._bootstrap>")
 class FirstImportError(BaseException):
     """Raised where a forward imports a module that was not imported before; holds its name.
 
-    The module has to be imported first, because its own code must not be traced, and would keep
-    functions of torch that torch.fx replaces while it traces. Not an Exception, so that no forward
-    catches it.
+    The module has to be imported first, because its code must not be traced, and because an import
+    such as ``from torch import zeros`` in it would keep the wrapper that torch.fx puts in place of
+    ``torch.zeros`` during a trace. Not an Exception, so that no forward catches it.
     """
 
 
@@ -40,8 +40,8 @@ class CallWatch:
     """Records which functions of the user a forward calls, and which modes it asks for or sets.
 
     Args:
-        imported: The names of modules whose import was tried after earlier attempts to trace the
-            forward. A name is added before :class:`FirstImportError` is raised.
+        imported: The names of the modules at whose import earlier attempts to trace the forward
+            stopped; each was then imported. This attempt adds the one at which it stops.
 
     Attributes:
         modes: The kinds of modes, of :data:`MODE_KINDS`, that the forward or a function that it

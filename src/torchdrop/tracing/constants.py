@@ -4,6 +4,10 @@ An operation on proxies is only recorded. An operation without a proxy among its
 run, because the forward may store its result in a cache, which must hold a tensor. If the result is
 still stored somewhere after the forward, the graph uses that tensor. Otherwise each call computes
 it again, random numbers included.
+
+Two kinds of operations without proxies are only recorded: those on memory that an operation with
+proxies writes into, because its values are not known, and writes into a tensor that was there
+before the forward, because they would change it.
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ _CPU = torch.device("cpu")
 
 
 class Constants(TorchFunctionMode):
-    """Runs and records the operations without proxies of a forward that is being traced.
+    """Runs and records those operations of a traced forward that take no proxy.
 
     Args:
         tracer: The tracer. Its ``create_arg`` asks :meth:`node_of` about each tensor.
@@ -117,12 +121,12 @@ class Constants(TorchFunctionMode):
         self._nodes: dict[int, fx.Node] = {}  # the node of each tensor
         self._unrecorded: dict[int, str] = {}  # tensors without a node, and the reason
         # the operations that were run; the tensor that each made, None if it made something else
-        self._run: dict[fx.Node, int | None] = {}
+        self._were_run: dict[fx.Node, int | None] = {}
         self._memory_of: dict[fx.Node, Any] = {}
-        self._writes: dict[fx.Node, Any] = {}  # the memory that the node writes into
+        self._memory_written_by: dict[fx.Node, Any] = {}
         self._drew: set[fx.Node] = set()  # nodes that draw random numbers
         self._random: set[Any] = set()  # memory with random numbers
-        self._written: set[Any] = set()  # memory that operations with proxies write into
+        self._written_with_proxies: set[Any] = set()  # memory, by operations with proxies
         self._from_state: set[int] = set()  # tensors that depend on parameters or buffers
         self._foreign: dict[int, tuple[Constant, Any]] = {}  # tensors made elsewhere; their memory
 
@@ -130,6 +134,8 @@ class Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         leaves = list(_leaves((args, kwargs)))
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            # Called as they are, factories fail for arguments such as zeros(size, 3), and fx would
+            # record [] as a call of the method __getitem__.
             if func in self._factories:
                 return self._tracer.create_proxy("call_function", func, args, kwargs)
             if func in (Tensor.__getitem__, Tensor.__setitem__):
@@ -140,7 +146,7 @@ class Constants(TorchFunctionMode):
         if _reads_metadata(func):
             return func(*args, **kwargs)
         written = _written_by(func, args, kwargs)
-        if any(_memory(t) in self._written for t in tensors) or (
+        if any(_memory(t) in self._written_with_proxies for t in tensors) or (
             written is not None and self._is_foreign(written)
         ):
             kind, target, args = _as_node(func, args)
@@ -186,24 +192,24 @@ class Constants(TorchFunctionMode):
                 self._hold(written)
                 self._unrecorded[id(written)] = why
             return
-        self._run[node] = None
+        self._were_run[node] = None
         if drew:
             self._drew.add(node)
         if written is not None:
-            self._writes[node] = _memory(written)
+            self._memory_written_by[node] = _memory(written)
         self._note_nodes(node, result)
 
     def _note_nodes(self, node: fx.Node, result: Any) -> None:
-        """Note which node stands for each tensor in ``result``."""
+        """Note which node stands for each tensor in ``result``; add nodes for items of a tuple."""
         if isinstance(result, Tensor):
             self._hold(result)
             self._nodes[id(result)] = node
-            self._run[node] = id(result)
+            self._were_run[node] = id(result)
             self._memory_of[node] = _memory(result)
         elif isinstance(result, tuple | list):
             for i, item in enumerate(result):
                 part = self._tracer.graph.create_node("call_function", operator.getitem, (node, i))
-                self._run[part] = None
+                self._were_run[part] = None
                 self._note_nodes(part, item)
 
     def _hold(self, tensor: Tensor) -> None:
@@ -233,10 +239,14 @@ class Constants(TorchFunctionMode):
             if tensor is not None and not isinstance(tensor, fx.Proxy):
                 with DisableTorchFunction():
                     if isinstance(tensor, Tensor):
-                        self._written.add(_memory(tensor))
+                        self._written_with_proxies.add(_memory(tensor))
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """Return the node that stands for ``tensor``."""
+        """Return the node that stands for ``tensor``; add one if it was made elsewhere.
+
+        Raises:
+            UntraceableError: An operation that no graph can hold made it or wrote into it.
+        """
         key = id(tensor)
         if key in self._unrecorded:
             raise UntraceableError(self._unrecorded[key])
@@ -251,7 +261,7 @@ class Constants(TorchFunctionMode):
     # After the forward ------------------------------------------------------------------------
 
     def finish(self, graph: fx.Graph) -> None:
-        """Remove from ``graph`` the operations that were run and need not run in each call.
+        """Let ``graph`` use the tensors that are still stored; remove what computed only these.
 
         Raises:
             UntraceableError: The graph uses a tensor that was made elsewhere and is stored nowhere.
@@ -265,7 +275,7 @@ class Constants(TorchFunctionMode):
             constant.value = kept[foreign]
         made_once = set()
         constants: dict[int, fx.Node] = {}
-        for node, key in self._run.items():
+        for node, key in self._were_run.items():
             if key is None or key not in kept:
                 continue
             made_once.add(node)
@@ -284,7 +294,7 @@ class Constants(TorchFunctionMode):
         self._tensors.clear()
         kept = {key: tensor for key, ref in references.items() if (tensor := ref()) is not None}
         # If a tensor with values that vary between calls seems to be stored, make sure that it is.
-        varying = self._random | self._written
+        varying = self._random | self._written_with_proxies
         if any(_memory(t) in varying for t in kept.values()):
             kept.clear()
             gc.collect()  # a reference cycle, such as a recursive closure, may still hold tensors
@@ -306,16 +316,18 @@ class Constants(TorchFunctionMode):
                     sources.add(node)
                     pending.append(node)
         needed: set[fx.Node] = set()
+        # A draw moves the generator even if nothing uses its result. It happens only once if a
+        # stored tensor is its result or is computed from it.
         pending = [
             node
-            for node in self._run
-            if any(user not in self._run for user in node.users)
+            for node in self._were_run
+            if any(user not in self._were_run for user in node.users)
             or (node in self._drew and node not in sources | made_once)
         ]
-        writes = {n: m for n, m in self._writes.items() if m not in memory_kept}
+        writes = {n: m for n, m in self._memory_written_by.items() if m not in memory_kept}
         while pending:
             node = pending.pop()
-            if node in needed or node not in self._run:
+            if node in needed or node not in self._were_run:
                 continue
             needed.add(node)
             pending.extend(node.all_input_nodes)
@@ -326,7 +338,7 @@ class Constants(TorchFunctionMode):
     def _erase(self, graph: fx.Graph, needed: set[fx.Node]) -> None:
         """Erase the nodes that were run and are not ``needed``, and constants without users."""
         for node in reversed(list(graph.nodes)):
-            unused = node in self._run and node not in needed
+            unused = node in self._were_run and node not in needed
             if unused or (isinstance(node.target, Constant) and not node.users):
                 graph.erase_node(node)
 
@@ -380,9 +392,9 @@ def _reads_metadata(func: Any) -> bool:
 def _written_by(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """Return the tensor that a call of ``func`` writes into; None if it writes into none."""
     name = _name(func)
-    private = name.startswith("__")
-    writes = name in ("__setitem__", "__set__") or (private and name in _IN_PLACE_OPERATORS)
-    writes = writes or (not private and name.endswith("_")) or kwargs.get("inplace") is True
+    special = name.startswith("__")
+    writes = name in ("__setitem__", "__set__") or (special and name in _IN_PLACE_OPERATORS)
+    writes = writes or (not special and name.endswith("_")) or kwargs.get("inplace") is True
     target = kwargs.get("out", args[0] if writes and args else None)
     return target if isinstance(target, Tensor) else None
 

@@ -103,7 +103,8 @@ class FixedValues:
         tracer = self._tracer
         if tracer.has_example:
             try:
-                value, other = tracer.computed_value(node), tracer.computed_value(node, True)
+                value = tracer.value_from_shapes(node)
+                other = tracer.value_from_shapes(node, larger=True)
             except LookupError:
                 raise DataDependentError("it uses a value of a tensor as a key") from None
             if isinstance(value, Tensor):

@@ -14,8 +14,8 @@ from typing import Any
 __all__ = ["remove_stored_proxies"]
 
 
-# How often all objects are collected if there are other threads: Python collects nothing while it
-# does so in another thread.
+# How often the full collection is tried if there are other threads: gc.collect() does nothing while
+# another thread collects.
 _COLLECTIONS = 5
 
 _Cache = type(lru_cache(lambda: None))
@@ -42,7 +42,8 @@ def remove_stored_proxies(proxies: Iterable[Any]) -> str:
             return ""
         time.sleep(0.01 * attempt)
         gc.collect()
-    # no variable of this function may hold a proxy: its frame would be found as a holder
+    # No variable may be a proxy itself: the frame of this function would be found as a holder. The
+    # lists of proxies are ignored.
     alive = [one for one in (reference() for reference in references) if one is not None]
     if not alive:
         return ""
@@ -101,7 +102,8 @@ def _remove_from_dict(holder: dict[Any, Any], ids: set[int]) -> str:
     for owner in gc.get_referrers(holder):
         if isinstance(owner, _Cache):
             return _remove(owner, ids)
-        if isinstance(owner, type) and keys[0] in vars(owner):  # lookups in it are cached
+        if isinstance(owner, type) and keys[0] in vars(owner):
+            # not through its dict: Python caches the attributes of classes
             for key in keys:
                 setattr(owner, key, None)  # most likely its value before
             return f"the attribute {keys[0]} of {owner.__name__}"

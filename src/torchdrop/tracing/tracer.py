@@ -86,6 +86,7 @@ class _Proxy(NotAParameter, fx.Proxy):
 
     def __hash__(self) -> int:
         if not is_called_by_torch():
+            # raises: tracing starts again with the value in place of this proxy
             self.tracer.fixed.fix_in_next_attempt(self.node)
         return id(self)
 
@@ -132,7 +133,7 @@ _FACTORIES = factories()
 
 
 def _without_values(path: str, value: Any) -> Any:
-    """Return a tensor without data in place of ``value``, for its shape, dtype and the like."""
+    """Return ``value`` without its data; A_TENSOR if its shape is not known or it is nested."""
     if value is A_TENSOR or value.is_nested:
         return A_TENSOR
     return meta_double(value)
@@ -168,9 +169,14 @@ class ForwardTracer(fx.Tracer):
         modes_outside: The modes that are active around the forward.
         calls: Which functions the forward calls.
         watch: What the forward gets in place of its attributes, and which of them it read.
+        fixed: The values that the forward uses as keys, which are fixed in the graph.
+        proxies: Weak references to all proxies, to free those that the forward has stored.
+        saved_tensor_hooks: The innermost saved-tensor hooks around the forward. Whoever starts the
+            trace sets it.
         decisions: The nodes that the forward branched on and whose values follow from the arguments
             without computing anything, with their truth values.
-        uses_inner_shapes: Whether the forward used the shape of a value that it computes.
+        uses_inner_shapes: Whether the forward used the shape of a value that it computes, or the
+            device of an argument.
     """
 
     proxy_buffer_attributes = True
@@ -204,7 +210,7 @@ class ForwardTracer(fx.Tracer):
         self.calls = CallWatch(imported)
         self.decisions: dict[fx.Node, bool] = {}
         self.uses_inner_shapes = False
-        self.saved_tensor_hooks: Any = None  # the innermost ones around the forward
+        self.saved_tensor_hooks: Any = None
         self._without_data: dict[Any, Tensor] = {}  # by node; by name until there are nodes
         self._shape_facts: dict[bool, ShapeFacts] = {}  # by whether the batch is enlarged
         self._working_out_shapes = False
@@ -212,7 +218,7 @@ class ForwardTracer(fx.Tracer):
         self._checkpoints: tuple[Checkpoint, ...] = ()  # those that the forward has entered
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return the proxy of ``node``."""
+        """Return a new proxy of ``node``."""
         proxy: fx.Proxy = self.track(_Proxy(node, self))
         return proxy
 
@@ -235,7 +241,8 @@ class ForwardTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        # If the block is in the traced mode now, so is the child, unless it was set apart (frozen).
+        # If the block's training flag is the one it is traced with, the child's own flag counts,
+        # since a child may be frozen; otherwise the child gets the flag of the trace.
         training = m.training if self.root.training == self._training else self._training
         double = self.watch.double_of_module(m, training, f"{path}.")
         self._inlined_path, outer_path = path, self._inlined_path
@@ -256,7 +263,11 @@ class ForwardTracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any
     ) -> Any:
-        """Record an operation; a fused one as the plain operations that it consists of."""
+        """Record an operation; a fused one as the plain operations that it consists of.
+
+        Where the value of the operation is fixed (:class:`FixedValues`), return the value instead
+        of a proxy.
+        """
         if kind == "call_method":
             spelled_out = named(target).spelled_out
         elif kind == "call_function" and is_function_of_table(target):
@@ -272,7 +283,12 @@ class ForwardTracer(fx.Tracer):
         return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add an operation to the graph; raise if it runs under a mode that a graph cannot show."""
+        """Add an operation to the graph.
+
+        Raises:
+            UntraceableError: It runs under a function mode, a dispatch mode or saved-tensor hooks
+                that the forward entered.
+        """
         modes = self._modes_now()
         if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
             raise UntraceableError(_RUNS_UNDER_HOOKS)
@@ -303,7 +319,11 @@ class ForwardTracer(fx.Tracer):
             self._checkpoints = outside
 
     def _modes_now(self) -> Modes:
-        """Return the modes that are active; raise if the forward entered a mode of its own."""
+        """Return the gradient, autocast and similar modes (:class:`Modes`) that are active.
+
+        Raises:
+            UntraceableError: The forward entered a TorchFunctionMode or a TorchDispatchMode.
+        """
         own = [m for m in function_modes() if not isinstance(m, Constants)]
         if count_dispatch_modes() > self._dispatch_modes or any(
             all(mode is not other for other in self._function_modes) for mode in own
@@ -317,6 +337,7 @@ class ForwardTracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Return the forward and its arguments, with a proxy for each tensor."""
+        # again: they may have changed since the tracer was made
         self.modes_outside = current_modes()
         self._function_modes, self._dispatch_modes = function_modes(), count_dispatch_modes()
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
@@ -331,6 +352,7 @@ class ForwardTracer(fx.Tracer):
             elif parameter.default is not parameter.empty:
                 value = parameter.default
             else:
+                # A recorded call has all its arguments; one that is given by hand may lack some.
                 value = None if self._arguments_of_call is not None else A_TENSOR
             self.arguments[name] = value
         self.arguments = flatten_arguments(self.arguments, _without_values)[0]
@@ -388,7 +410,10 @@ class ForwardTracer(fx.Tracer):
         return next((n for n in self.graph.nodes if n.op == "placeholder"), None)
 
     def argument_without_data(self, node: fx.Node, times: int) -> Tensor:
-        """Return the tensor without data of an argument, with a batch ``times`` times as large."""
+        """Return the tensor without data of an argument, with a batch ``times`` times as large.
+
+        An argument that does not have the batch size of the first one is returned as it is.
+        """
         value, dim = self._without_data[node], self._batch_dim
         first = next(iter(self._without_data.values()))
         if times == 1 or value.dim() <= dim or first.dim() <= dim:
@@ -413,7 +438,7 @@ class ForwardTracer(fx.Tracer):
             decision = bool(self._from_arguments(obj.node))
         except LookupError:
             try:
-                known = self.computed_value(obj.node)
+                known = self.value_from_shapes(obj.node)
             except NeedsDataError:
                 raise DataDependentError("it branches on the values of a tensor") from None
             except LookupError:
@@ -436,7 +461,7 @@ class ForwardTracer(fx.Tracer):
             self.decisions[asked.node] = True
             return items
         try:
-            return len(self.computed_value(obj.node))
+            return len(self.value_from_shapes(obj.node))
         except (LookupError, TypeError):
             raise fx.proxy.TraceError(f"the length of {obj.node.name} is not known") from None
 
@@ -447,7 +472,8 @@ class ForwardTracer(fx.Tracer):
     def number(self, obj: fx.Proxy) -> Any:
         """Return the number that ``obj`` stands for; it is fixed in the graph."""
         try:
-            value, other = self.computed_value(obj.node), self.computed_value(obj.node, larger=True)
+            value = self.value_from_shapes(obj.node)
+            other = self.value_from_shapes(obj.node, larger=True)
         except NeedsDataError:
             raise DataDependentError("it uses a value of a tensor as a Python number") from None
         except LookupError:
@@ -458,8 +484,10 @@ class ForwardTracer(fx.Tracer):
             raise UntraceableError("it uses a Python number that depends on the batch size")
         return value
 
-    def computed_value(self, node: fx.Node, larger: bool = False) -> Any:
+    def value_from_shapes(self, node: fx.Node, larger: bool = False) -> Any:
         """Return the value of ``node``, worked out without data.
+
+        The graph is then valid for calls with the same shapes and dtypes only.
 
         Args:
             node: The node.
@@ -483,7 +511,11 @@ class ForwardTracer(fx.Tracer):
         return value
 
     def _from_arguments(self, node: fx.Node) -> Any:
-        """Return the value of ``node``, if it reads only the shapes and dtypes of arguments."""
+        """Return the value of ``node``, if it reads only the shapes and dtypes of arguments.
+
+        Raises:
+            LookupError: It reads something else, or the shape of an argument is not known.
+        """
         if node.op == "placeholder":
             return self._without_data[node]
         if not is_shape_node(node) or reads_device(node):
