@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchdrop
+from torchdrop.finding.residual_sums import read_residual_sums
+from torchdrop.finding.split import called_modules
+from torchdrop.tracing.block_graph import trace_block
 from written_blocks import (
     LSTM,
     AddedInPlace,
@@ -54,6 +57,7 @@ from written_blocks import (
     conv,
     flat,
     maps,
+    mlp,
     padded_by_cat,
     shared_block,
     stem,
@@ -409,3 +413,24 @@ def test_a_tensor_that_is_written_into_is_made_in_the_branch_that_uses_it(
         torch.testing.assert_close(out[kept], (x + 2 * (wanted - x))[kept])
         dropped = [row for row in range(6) if row not in kept]
         assert torch.equal(out[dropped], x[dropped])
+
+
+class AddsAnEmbeddingAgain(nn.Module):
+    """The input of the second branch was computed with ``bias``, which is no shortcut of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.skip = mlp(), mlp(), nn.Linear(W, W)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + (self.f(x) + bias)
+        x = self.skip(x) + (self.g(x) + bias)
+        return x
+
+
+def test_an_embedding_that_is_added_in_every_branch_is_no_shortcut() -> None:
+    sums = read_residual_sums(trace_block(AddsAnEmbeddingAgain()))
+    assert [(entry.split.skip.name, called_modules(entry.split)) for entry in sums] == [
+        ("x", ["f"]),
+        ("skip", ["g"]),
+    ]

@@ -53,13 +53,17 @@ class _Sides(NamedTuple):
 
 
 class _Decision(NamedTuple):
-    """What is done with a branch, and why."""
+    """What is done with a branch, and why.
+
+    The attributes are those of :class:`ResidualSum`, and ``drops_more``: whether a drop path of the
+    model covers more than the branch.
+    """
 
     split: Split
     action: str
     reason: str
     leak: fx.Node | None
-    drops_more: bool  # whether a drop path of the model covers more than the branch
+    drops_more: bool
 
 
 def read_residual_sums(
@@ -75,8 +79,8 @@ def read_residual_sums(
         block: The graph of the forward.
         known_layouts: ``Split.row_layouts`` of the same block, measured in another call.
         batch_dim: Which dimension of its residual tensors is the batch; None if it is not known.
-        assume: Whether the layout of an input that was not measured may be told by its shape in
-            each call.
+        assume: Whether, where the layout of an input was not measured, the shape of the input may
+            decide in each call.
     """
     return ResidualSums(
         block,
@@ -136,12 +140,23 @@ class ResidualSums:
             for source in node.all_input_nodes:
                 mine |= self.ancestors[source]
             self.ancestors[node] = mine
+        # The same, but of an earlier residual addition only what its shortcut is computed from.
+        self._ancestors_on_stream: dict[fx.Node, int] = {}
         self.entries: list[ResidualSum] = []
-        for node in self.nodes:
+        for i, node in enumerate(self.nodes):
             operands = summands(node)
             entry = None if operands is None else self._entry(node, operands)
+            sources = node.all_input_nodes
+            if node.target is passed_through:  # it holds the arguments of a child, for its hooks
+                sources = sources[:1]
             if entry is not None:
                 self.entries.append(entry)
+                if not entry.why_not:
+                    sources = [entry.split.skip]
+            on_stream = 1 << i
+            for source in sources:
+                on_stream |= self._ancestors_on_stream[source]
+            self._ancestors_on_stream[node] = on_stream
 
     def nodes_in(self, bits: int) -> set[fx.Node]:
         """Return the nodes whose bits are set in ``bits``, without those that read only shapes."""
@@ -155,7 +170,7 @@ class ResidualSums:
         return found
 
     def has_parameters(self, nodes: Iterable[fx.Node]) -> bool:
-        """Whether any of ``nodes`` is a parameter, or calls a module that has parameters."""
+        """Whether any of ``nodes`` is a parameter or buffer, or calls a module with parameters."""
         for node in nodes:
             if node.op == "call_module":
                 module = self.owner.get_submodule(str(node.target))
@@ -209,7 +224,10 @@ class ResidualSums:
     def _sides(self, left: fx.Node, right: fx.Node) -> _Sides | None:
         """Decide which operand is the branch; None if this is not a residual addition."""
         left_bits, right_bits = self.ancestors[left], self.ancestors[right]
-        common = self.nodes_in(left_bits & right_bits)
+        # An embedding that is added in every block is no shortcut of it, although the input of the
+        # block was computed with the embedding in earlier branches.
+        stream = self._ancestors_on_stream
+        common = self.nodes_in(stream[left] & stream[right])
         memo: dict[fx.Node, bool] = {}
         if not any(depends_on_input(n, memo) and not _is_container(n) for n in common):
             return None  # no value is common to both sides: a bias or a positional embedding
@@ -241,7 +259,8 @@ class ResidualSums:
 
         Returns:
             The dimension; None if it is not known.
-            If only children with ``batch_first`` determined it: the dimension that each names.
+            The dimension that each child with ``batch_first`` names, if nothing else determined it;
+            else empty.
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
@@ -293,6 +312,7 @@ class ResidualSums:
         if writes:
             more = replace(split, inside=split.inside | writes)
             _, used_outside = self._inside_and_shared(more)
+            # A write into something that is used outside the branch has to happen for every row.
             if not any(self.children.written(node, self.owner) in used_outside for node in writes):
                 split = more
         inside, used_outside = self._inside_and_shared(split)
@@ -324,7 +344,7 @@ class ResidualSums:
         """
         found: set[fx.Node] = set()
         memo: dict[fx.Node, bool] = {}
-        inside = sum(1 << self.order[node] for node in split.inside)
+        inside_bits = sum(1 << self.order[node] for node in split.inside)
         start = min((self.order[node] for node in split.inside), default=0)
         for node in reversed(self.nodes[start : self.order[split.add]]):
             readers = self._readers(node)
@@ -332,7 +352,7 @@ class ResidualSums:
                 continue
             writes = self.children.written(node, self.owner) in split.inside
             # what is computed from the shortcut alone stays outside
-            follows = self.ancestors[node] & inside or not depends_on_input(node, memo)
+            follows = self.ancestors[node] & inside_bits or not depends_on_input(node, memo)
             if writes or (readers and readers <= found and follows):
                 found.add(node)
         return found
@@ -359,7 +379,10 @@ class ResidualSums:
 
     @cached_property
     def elements(self) -> dict[ResidualSum, str | None]:
-        """The path of the list element that each addition belongs to; None without a loop."""
+        """For each addition, the element of a container of layers that holds its branch.
+
+        None unless several elements of that ModuleList, ModuleDict or Sequential hold branches.
+        """
         found = {entry: _element(called_modules(entry.split), self.owner) for entry in self.entries}
         containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
         return {
@@ -369,7 +392,11 @@ class ResidualSums:
 
     @staticmethod
     def _readers(node: fx.Node) -> set[fx.Node]:
-        """Return the nodes that use ``node`` or its shape."""
+        """Return the nodes that use ``node`` or its shape.
+
+        Nodes that only compare it with a known value, or only hand it to the hooks of a child, do
+        not count.
+        """
         found: set[fx.Node] = set()
         pending = list(node.users)
         while pending:
@@ -404,7 +431,10 @@ class ResidualSums:
         return ""
 
     def _row_layouts(self, split: Split) -> tuple[RowLayouts | None, str]:
-        """Return how each input of the branch carries the batch; or why that is not known."""
+        """Return how each input of the branch carries the batch; or why that is not known.
+
+        ``(None, "")`` if the skip is the only input: nothing has to be known then.
+        """
         inputs = self.outside_inputs(split)
         dim = split.dim or 0
         if inputs == [split.skip]:
@@ -456,8 +486,8 @@ class ResidualSums:
             if self.ancestors[node] >> i & 1 and self.nodes[i].op == "placeholder"
         }
 
-    def _measured_argument(self, node: fx.Node) -> RowLayouts | None:
-        """Return the known layouts that include the argument ``node``; None if none do."""
+    def _layouts_of_argument(self, node: fx.Node) -> RowLayouts | None:
+        """Return known layouts that include ``node``; None without any, or if it is no argument."""
         known = (layouts for layouts in self.known_layouts if node.name in layouts)
         return next(known, None) if node.op == "placeholder" else None
 
@@ -465,7 +495,7 @@ class ResidualSums:
         """Return how an input of a branch is assumed to carry the batch."""
         if node is skip:
             return RowLayout(dim, 1)
-        measured = self._measured_argument(node)
+        measured = self._layouts_of_argument(node)
         return RowLayout(dim, 0) if measured is None else measured[node.name]
 
     def _has_assumed_layout(self, split: Split) -> bool:
@@ -475,7 +505,7 @@ class ResidualSums:
             return False
         if any(set(layouts) == {node.name for node in inputs} for layouts in self.known_layouts):
             return False
-        return any(n is not split.skip and self._measured_argument(n) is None for n in inputs)
+        return any(n is not split.skip and self._layouts_of_argument(n) is None for n in inputs)
 
     def outside_inputs(self, split: Split) -> list[fx.Node]:
         """Return the inputs of a branch; see :func:`outside_inputs`."""
@@ -506,7 +536,10 @@ def _is_argument(node: fx.Node) -> bool:
 
 
 def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
-    """Return the element of a container, such as "layers.3", that holds most of ``paths``."""
+    """Return the element, such as "layers.3", that holds most parameters of modules in ``paths``.
+
+    Only elements of outermost containers are considered; None if there is none.
+    """
     elements: Counter[str] = Counter()
     for path in paths:
         atoms = path.split(".")

@@ -2,8 +2,8 @@
 
 The first call of each kind answers two questions. Does the generated forward return what the
 block's own forward returns, if nothing is dropped? Does the output of a branch for a row depend on
-other rows? The test has no side effects (:mod:`unseen`), and the random numbers of the training are
-the same with and without it.
+other rows? The test has no side effects (:mod:`torchdrop.running.unseen`), and the random numbers
+of the training are the same with and without it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def kind_of_call(
     """Return a key that is the same for two calls if the test of one is valid for the other.
 
     Args:
-        number: The number of the program that runs.
+        number: The number of the program that runs, negative in evaluation.
         tensors: The tensors of the call.
         dim: The dimension that carries the batch.
         rows_per_sample: How many rows each sample has.
@@ -123,7 +123,7 @@ def why_impossible(site: BlockSite, tensors: Sequence[Any]) -> str:
 
 @contextmanager
 def _isolated(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
-    """Run the block of ``site`` without side effects, and with the sites inside it paused."""
+    """Let the block of ``site`` run without side effects, and with the sites inside it paused."""
     from torchdrop.running.block_site import sites_of
 
     with ExitStack() as stack:
@@ -266,8 +266,9 @@ def _find_dependence_with_norms_off(
 ) -> str:
     """Say how rows depend on each other while ``norms`` are in evaluation mode.
 
-    The test treats every BatchNorm like this. Returns ``found``, the result with the norms in
-    training, if these write into no buffer.
+    The test treats every BatchNorm like this. If the rows do not depend on each other then, record
+    in ``branch.normalises`` that the norms depend on the batch. If the norms write into no buffer,
+    return ``found``, the result with the norms in training mode.
     """
     buffers = [b for m in norms for b in m.buffers(recurse=False)]
     values = [b.clone() for b in buffers]
@@ -295,7 +296,10 @@ def prove_split(
     arguments: dict[str, Any],
     forward: Callable[[dict[str, Any]], Any],
 ) -> Verdict:
-    """Test the block of ``site`` on one call, and return the result.
+    """Test the block of ``site`` on one call, and return what was found of the generated forward.
+
+    Branches are masked if they write into their input, if their rows depend on each other, or if
+    two equal calls of the block return different values.
 
     Args:
         site: The site.
@@ -338,7 +342,8 @@ def prove_split(
         verdict.why_unusable = ""
         for branch in site.branches:
             branch.mask("two equal calls of the block return different values")
-    site.note_proved()
+    if training and not verdict.why_unusable:
+        site.note_proved()
     return verdict
 
 
