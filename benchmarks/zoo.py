@@ -210,6 +210,7 @@ def _summary(plan: torchdrop.attaching.plan.Plan) -> dict[str, Any]:
         **Counter(b.action for b in branches),
         "identity": sum(b.shortcut == "identity" for b in branches),
         "masks": sum(len(b.masks) for b in branches),
+        "proved": sum(bool(b.proved) for b in branches),
         "reasons": sorted({b.reason for b in branches if b.reason}),
     }
 
@@ -391,7 +392,8 @@ INTRODUCTION = (
 COLUMNS = (
     "*blocks*, *branches*: the residual blocks and branches that were found. *skip / mask / "
     "layer*: branches that are computed on the kept rows only; branches that are computed for all "
-    "rows and masked; blocks that are dropped as a whole. *holds*: whether every check of "
+    "rows and masked; blocks that are dropped as a whole. *proved*: branches that were proved on "
+    "the example inputs (see [Prove](how-it-works.md#prove)). *holds*: whether every check of "
     '`tests/zoo/zoo.py` holds. *reason*: what the plan says, or what failed; "with '
     'example_inputs" where the model needs these.'
 )
@@ -419,8 +421,8 @@ def write_table(rows: dict[str, dict[str, Any]], path: Path, left: int = 0) -> N
         out += [
             f"## {title}",
             "",
-            "| model | input | blocks | branches | skip / mask / layer | holds | reason |",
-            "|---|---|--:|--:|---|---|---|",
+            "| model | input | blocks | branches | skip / mask / layer | proved | holds | reason |",
+            "|---|---|--:|--:|---|--:|---|---|",
         ]
         plain = [k for k, r in mine.items() if verdict(r) == "none"]
         out += [_line(key, row) for key, row in mine.items() if key not in plain]
@@ -447,15 +449,16 @@ def _line(key: str, row: dict[str, Any]) -> str:
     reason = re.sub(r"\S*/site-packages/", "", reason)[:300]
     return (
         f"| {name} | {row.get('input', '')} | {found.get('blocks', '')} "
-        f"| {found.get('branches', '')} | {actions} | {holds} | {reason} |"
+        f"| {found.get('branches', '')} | {actions} | {found.get('proved', '')} | {holds} "
+        f"| {reason} |"
     )
 
 
 def _totals(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| | models | no residual | residual | only kept rows are computed | some branches masked "
-        "| not yet |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| not yet | branches | proved |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for library in ("torchvision", "timm", "transformers"):
         said = [verdict(r) for k, r in rows.items() if k.startswith(f"{library}/")]
@@ -466,8 +469,11 @@ def _totals(rows: dict[str, dict[str, Any]]) -> str:
         residual = len(said) - none
         share = f"{full} ({full / max(residual, 1):.1%})"
         rest = residual - full - masked
+        found = [r.get("found", {}) for k, r in rows.items() if k.startswith(f"{library}/")]
+        branches, proved = (sum(f.get(k, 0) for f in found) for k in ("branches", "proved"))
         lines.append(
-            f"| {library} | {len(said)} | {none} | {residual} | {share} | {masked} | {rest} |"
+            f"| {library} | {len(said)} | {none} | {residual} | {share} | {masked} | {rest} "
+            f"| {branches} | {proved} |"
         )
     return "\n".join(lines)
 
