@@ -269,7 +269,9 @@ RANDOM = {
     "functional dropout of 0": C("h = F.dropout(h, 0.0, self.training)"),
     "random vector": C("h = self.seed$k(h) + torch.rand($W)", "self.seed$k = nn.Identity()"),
     "random like the rows": C(
-        "h = self.seed$k(h)\nh = h + 0.1 * torch.randn_like(h)",
+        # in the order of the rows, whatever the strides of h are
+        "h = self.seed$k(h)\n"
+        "h = h + 0.1 * torch.randn_like(h, memory_format=torch.contiguous_format)",
         "self.seed$k = nn.Identity()",
         per_rows=True,
     ),
