@@ -434,7 +434,8 @@ def warn_of_masks(site: BlockSite) -> None:
     site.settings.warned_of_dependence = True
     warnings.warn(
         f"{found.facts.name} is computed for all rows and masked: {found.depends}. print(plan) "
-        f"lists every such branch. To avoid this warning, use compute='mask' or leave the block "
-        f"out with select=",
+        f"lists every such branch. If the samples of a batch do not depend on each other in this "
+        f"model, pass example_inputs, or batch_dim= if the batch is not on dimension "
+        f"{found.facts.dim}; otherwise use compute='mask', or leave the block out with select=",
         stacklevel=2,
     )
