@@ -169,8 +169,8 @@ def add_stochastic_depth(
     plan = Plan(model, sites)
     masks = {path for branch in branches for path in branch.facts.masks}
     try:
-        # All checks were made before. Only an interrupt (KeyboardInterrupt) or the user's own code,
-        # in the example forward pass, can raise here.
+        # All arguments are checked by now. What can still raise here is an interrupt
+        # (KeyboardInterrupt), or the user's own code in the example forward pass.
         for site in sites:
             put_in_slot(site.module, site)
         for path in masks:

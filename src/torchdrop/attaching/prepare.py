@@ -225,7 +225,7 @@ def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, spl
 
 
 def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:
-    """Return the reason of an action, followed by other facts that the plan prints."""
+    """Return what the plan prints about a branch: ``reason``, and remarks on its action."""
     reasons = [
         reason,
         _NEEDS_SECOND_ROW if facts.has_batch_norm and action == "skip" else "",

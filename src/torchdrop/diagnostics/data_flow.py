@@ -61,8 +61,8 @@ class Dropout:
     node: str = ""
 
 
-# The dropouts that a value depends on, each with the number of operations since the dropout, and
-# with whether the dependence is only assumed, because a forward could not be read.
+# The dropouts that a value depends on. For each: the number of operations between the dropout and
+# the value, and True if the dependence is an assumption, because a forward could not be read.
 _Flow = dict[Dropout, tuple[int, bool]]
 
 

@@ -215,7 +215,7 @@ class Example:
 
     @cached_property
     def larger(self) -> Recording | None:
-        """The recording with a batch twice as large; None if the model cannot be called with it."""
+        """A recording of the model on twice as many samples; None if no such call succeeds."""
         for dims in self._guesses():
             try:
                 found = record(self._model, self._twice(dims))

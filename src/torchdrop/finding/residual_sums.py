@@ -487,7 +487,7 @@ class ResidualSums:
         }
 
     def _layouts_of_argument(self, node: fx.Node) -> RowLayouts | None:
-        """Return known layouts that include ``node``; None without any, or if it is no argument."""
+        """Return the known layouts with the argument ``node``; None if there are none."""
         known = (layouts for layouts in self.known_layouts if node.name in layouts)
         return next(known, None) if node.op == "placeholder" else None
 

@@ -60,7 +60,7 @@ def reasons_not_taken(
                 keys[entry].append(path_pattern)
                 if kinds[type(finder.owner)] > 1 and entry.shortcut == "identity":
                     may_be_single.add(entry)
-    # If a sum is left out, one inside it may become the outermost. So repeat until none is.
+    # Repeat until no sum is left out: without one, a sum inside it may become the outermost.
     while True:
         outermost = {
             entry: finder

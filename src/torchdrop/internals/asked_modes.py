@@ -50,8 +50,9 @@ _FUNCTIONS = {
     ),
 }  # fmt: skip
 
-# The kind of mode by the id of the function, because a builtin that is bound to an object without
-# a hash has no hash either. The functions stay alive, so no other object has their id.
+# The kind of mode, by the id of the function. The function itself cannot be the key: a builtin
+# method of an object that has no hash has none either. The functions stay alive, so no other object
+# gets their id.
 _BY_ID = {
     id(found): kind
     for kind, names in _FUNCTIONS.items()

@@ -186,10 +186,10 @@ class CheckpointWriter:
 
 def _options_of(part: Checkpoint) -> dict[str, Any]:
     """Return the keyword arguments with which generated code calls a checkpoint."""
-    others = {name: value for name, value in part.options.items() if name != "use_reentrant"}
-    if "use_reentrant" not in part.options:  # only reentrant ones have it
-        return {"use_reentrant": False, **others}
-    return {"takes_tensors": part.takes_tensors, **others}
+    options = dict(part.options)
+    if options.pop("use_reentrant", False):
+        return {"takes_tensors": part.takes_tensors, **options}
+    return {"use_reentrant": False, **options}
 
 
 _NAMES = {_MODULE: contexts, _CHECKPOINT: checkpoint, _REENTRANT: reentrant_checkpoint}

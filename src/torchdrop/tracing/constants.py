@@ -69,8 +69,9 @@ class _Draws:
             leaves: Its arguments, without containers.
         """
         before = self.states(leaves)
-        # A changed state does not prove that this thread drew numbers if there are other threads;
-        # then a dispatch mode tells. It is not used always, because PyTorch imports much for it.
+        # If there are other threads, one of them may have changed the state of a generator. Then a
+        # dispatch mode records whether this thread drew numbers. With one thread the states are
+        # compared instead, because PyTorch imports many modules for a dispatch mode.
         draws = None if self._alone else TorchDraws()  # type: ignore[no-untyped-call]
         with _outside_inference_mode(), draws or nullcontext():
             result = function()

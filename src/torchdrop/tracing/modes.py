@@ -198,7 +198,7 @@ def cudnn(
 
 
 def contexts_between(outer: Modes, inner: Modes) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return the contexts to enter under ``outer`` to get ``inner``, as names and arguments."""
+    """Return the contexts that change the modes ``outer`` to ``inner``: names and arguments."""
     found: list[tuple[str, tuple[Any, ...]]] = []
     if outer.inference != inner.inference:
         found.append(("inference", (inner.inference,)))

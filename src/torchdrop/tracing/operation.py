@@ -47,7 +47,7 @@ class SumForm:
 
 @dataclass(frozen=True)
 class DropForm:
-    """How to read the drop probability from a call or a layer that drops.
+    """Where a function or a layer that drops has its drop probability.
 
     Attributes:
         rates: The names of the parameters that may be the probability, the likeliest first; empty

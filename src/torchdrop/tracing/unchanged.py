@@ -52,7 +52,7 @@ class BufferCopies:
             buffers_of(module)[name] = original
 
     def reset(self) -> None:
-        """Copy the values of the original buffers into the copies again."""
+        """Set the copies to the values of the original buffers again."""
         with torch.no_grad():
             for module, name, original, copy in self._places:
                 buffers_of(module)[name] = copy

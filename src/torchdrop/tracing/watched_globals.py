@@ -33,7 +33,7 @@ _ABSENT = object()
 
 
 class WatchedGlobals:
-    """The values that global variables had when a forward that reads them was traced.
+    """The global variables that a forward reads, with their values when it was traced.
 
     The object can be pickled: the variables are found by the names of their modules.
 
