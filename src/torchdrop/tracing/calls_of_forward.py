@@ -11,6 +11,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -122,11 +123,20 @@ class CallWatch:
             return
         if code.co_name == "<module>":  # the body of a module that is being imported
             return
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                # Raised before the function runs, so the variable is not set.
-                raise UntraceableError(f"it sets the global variable {instruction.argval}")
+        for name in _globals_set_by(code):
+            # Raised before the function runs, so the variable is not set.
+            raise UntraceableError(f"it sets the global variable {name}")
         self.functions[code] = scope
+
+
+@lru_cache(maxsize=4096)
+def _globals_set_by(code: CodeType) -> tuple[str, ...]:
+    """Return the names of the global variables that ``code`` sets or deletes."""
+    return tuple(
+        str(instruction.argval)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+    )
 
 
 def _is_in_gc_callback(frame: FrameType | None) -> bool:

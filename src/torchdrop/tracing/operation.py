@@ -81,7 +81,7 @@ class DropForm:
         return {**dict(zip(self.parameters, node.args, strict=False)), **node.kwargs}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: the whole table is the key of a cache
 class Operation:
     """What is known about one operation, under all its names.
 

@@ -136,6 +136,9 @@ def _without_values(path: str, value: Any) -> Any:
     """Return ``value`` without its data; A_TENSOR if its shape is not known or it is nested."""
     if value is A_TENSOR or value.is_nested:
         return A_TENSOR
+    if type(value) in (Tensor, nn.Parameter):
+        with DisableTorchFunction():  # not an operation of the forward: it is not recorded
+            return meta_double(value)
     return meta_double(value)
 
 

@@ -11,6 +11,7 @@ import dis
 import sys
 from collections.abc import Mapping
 from enum import Enum, EnumMeta
+from functools import lru_cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -132,13 +133,13 @@ def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
 def _plain_values_read(code: CodeType, scope: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the expressions by which ``code`` reads plain values from globals, and the values."""
     found: dict[str, Any] = {}
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL")]
+    instructions = _instructions(code)
     for i, instruction in enumerate(instructions):
         if instruction.opname != "LOAD_GLOBAL":
             continue
         expression = str(instruction.argval)
         value = scope.get(expression, _ABSENT)
-        rest = instructions[i + 1 :]
+        rest = list(instructions[i + 1 :])
         while rest and _may_hold(value):
             step = rest.pop(0)
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -166,6 +167,12 @@ def _plain_values_read(code: CodeType, scope: dict[str, Any]) -> list[tuple[str,
         if isinstance(constant, CodeType):
             found.update(_plain_values_read(constant, scope))
     return list(found.items())
+
+
+@lru_cache(maxsize=4096)
+def _instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    """Return the instructions of ``code``, without those that have no effect of their own."""
+    return tuple(i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL"))
 
 
 def _may_hold(value: Any) -> bool:
