@@ -15,7 +15,7 @@ from torchdrop.finding.linearity import ModuleProperties
 from torchdrop.finding.residual_sums import ResidualSums
 from torchdrop.finding.row_layout import differing_dims
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
-from torchdrop.tracing.call_arguments import A_TENSOR
+from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import is_shape_node, summands
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
@@ -223,6 +223,15 @@ class BlockReader:
         arguments = cache(partial(self._example.argument_shapes, name))
         return ResidualSums(block, self._children, shapes, arguments, self._batch_dim)
 
+    def _count_tensors(self, module: nn.Module) -> int:
+        """Return how many tensors the forward of ``module`` is traced with."""
+        call = None if self._example is None else self._example.first.calls.get(self._names[module])
+        if call is not None:
+            return len(flatten_arguments(call)[1])
+        kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        return sum(p.default is p.empty and p.kind not in kinds for p in parameters) - 1
+
     def _adds_inputs(self, module: nn.Module) -> bool:
         """Whether ``module`` adds a branch of one input to another input, and returns the sum.
 
@@ -236,6 +245,8 @@ class BlockReader:
     def _does_add_inputs(self, module: nn.Module) -> bool:
         """Return the result of :meth:`_adds_inputs` by tracing ``module``."""
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
+            return False
+        if self._count_tensors(module) < 2:
             return False
         try:
             block = self._read(module)

@@ -148,11 +148,14 @@ def _compare(out: Tensor, other: Tensor, rows: Tensor | None, stays: Tensor, dim
     """
     if other.shape != out.shape:
         return f"its shape depends on the values of its rows: {tuple(out.shape)}, {other.shape}"
+    wanted = None if rows is None else out.index_select(dim, rows.to(out.device))
+    if wanted is not None and torch.equal(wanted, other):
+        return ""
     places = stays.to(out.device)
     off = difference(out.index_select(dim, places), other.index_select(dim, places), like=out)
     if off > _STAYED.get(out.dtype, _STAYED_ELSE):
         return f"with other rows beside it a row differs by {off:.2g}"
-    off = 0.0 if rows is None else difference(out.index_select(dim, rows.to(out.device)), other)
+    off = 0.0 if wanted is None else difference(wanted, other)
     if off > _MOVED.get(out.dtype, _MOVED_ELSE):
         return f"in another place of the batch a row differs by {off:.2g}"
     return ""
