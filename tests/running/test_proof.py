@@ -295,6 +295,32 @@ def test_a_kind_of_call_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(proofs) == 4
 
 
+class Outer(nn.Module):
+    """A residual block that calls another one beside its own branch, as BertLayer does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.branch = inner, Block(INDEPENDENT["linear"]).branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + self.branch(x)
+
+
+def test_blocks_inside_blocks_are_proved_on_the_example() -> None:
+    model = nn.Sequential(*(Outer(Block(INDEPENDENT["linear"])) for _ in range(2)))
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(B, W))
+    proved = [branch.proved for block in plan.blocks for branch in block.branches]
+    assert proved == [True] * 4
+
+
+def test_a_dependence_inside_a_block_inside_a_block_is_found_on_the_example() -> None:
+    model = nn.Sequential(Outer(Block(DEPENDENT["neighbours"])), Outer(Block(hidden)))
+    with pytest.warns(UserWarning, match="rows depend on each other"):
+        plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(B, W))
+    assert [b.action for block in plan.blocks for b in block.branches].count("mask") == 1
+
+
 def test_a_proof_runs_a_block_five_times_at_most() -> None:
     rows: list[int] = []
 

@@ -8,24 +8,32 @@ dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
+from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.operations import layers_with, operation_of
+from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["batch_dim_from_layers", "values_with_same_layout"]
 
 
 def batch_dim_from_layers(
-    nodes: Iterable[fx.Node], owner: nn.Module, skip: fx.Node
+    nodes: Iterable[fx.Node],
+    owner: nn.Module,
+    skip: fx.Node,
+    read: Callable[[nn.Module], BlockGraph],
 ) -> tuple[int | None, dict[str, int]]:
     """Return the batch dimension of ``skip`` according to the layers among ``nodes``.
+
+    A module around a layer with ``batch_first`` tells it, too, if its forward can be read.
 
     Args:
         nodes: The nodes of the forward.
         owner: The module that has the forward.
         skip: The residual tensor.
+        read: Returns the graph of a module, or raises :class:`UntraceableError`.
 
     Returns:
         The dimension, None if no layer tells it or two layers with ``batch_first`` contradict each
@@ -41,6 +49,7 @@ def batch_dim_from_layers(
         batch_first = getattr(module, "batch_first", None)
         has_flag = isinstance(batch_first, bool)
         if not has_flag and not isinstance(module, layers_with("batch_first")):
+            votes.update(_votes_inside(node, owner, same_layout, read))
             continue
         if same_layout & values_with_same_layout(node.all_input_nodes[0], owner):
             if has_flag:
@@ -51,6 +60,39 @@ def batch_dim_from_layers(
         dims = set(votes.values())
         return (dims.pop() if len(dims) == 1 else None), votes
     return (0 if other_layer_found else None), votes
+
+
+def _votes_inside(
+    call: fx.Node,
+    owner: nn.Module,
+    same_layout: set[fx.Node],
+    read: Callable[[nn.Module], BlockGraph],
+) -> dict[str, int]:
+    """Return the batch dimension of a value according to the layers inside a child that gets it.
+
+    Args:
+        call: The call of the child.
+        owner: The module whose forward calls it.
+        same_layout: The value, and others with its layout.
+        read: Returns the graph of a module, or raises :class:`UntraceableError`.
+    """
+    child = owner.get_submodule(str(call.target))
+    flags = (getattr(m, "batch_first", None) for m in child.modules())
+    if not any(isinstance(flag, bool) for flag in flags):
+        return {}
+    try:
+        block = read(child)
+    except UntraceableError:
+        return {}
+    votes: dict[str, int] = {}
+    inputs = block.graph.find_nodes(op="placeholder")
+    given = {**dict(zip(block.tensors, call.args, strict=False)), **call.kwargs}
+    for name, value in zip(block.tensors, inputs, strict=True):
+        outside = given.get(name)
+        if isinstance(outside, fx.Node) and same_layout & values_with_same_layout(outside, owner):
+            found = batch_dim_from_layers(block.graph.nodes, child, value, read)[1]
+            votes.update({f"{call.target}.{path}": dim for path, dim in found.items()})
+    return votes
 
 
 def values_with_same_layout(node: fx.Node, owner: nn.Module) -> set[fx.Node]:

@@ -264,7 +264,7 @@ class ResidualSums:
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
-        dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip)
+        dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip, self.children.read)
         if not self.arguments():
             return dim, votes
         growing = self._dims_that_grow(skip)
