@@ -155,20 +155,6 @@ class FusedInPlace(Base):
         return x.addcmul_(self.f(x.clone()), self.gamma)
 
 
-class Add(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-
-class AddedByALayer(Base):
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_up = Add()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add_up(x, self.f(x))
-
-
 ENTRIES = {
     Fused: Operation(
         ("addcmul",),
@@ -178,7 +164,6 @@ ENTRIES = {
         in_place=("addcmul_",),
         spelled_out=lambda x, one, two, *, value=1.0: x.add_(one * two * value),
     ),
-    AddedByALayer: Operation(layers=(Add,), inlined=True),
 }
 
 

@@ -14,6 +14,7 @@ from torchdrop.finding.example_calls import Example
 from torchdrop.finding.linearity import ModuleProperties
 from torchdrop.finding.residual_sums import ResidualSums
 from torchdrop.finding.row_layout import differing_dims
+from torchdrop.finding.source_code import is_operation
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.nodes import is_shape_node, summands
@@ -173,13 +174,20 @@ class BlockReader:
             child
             for node in plain.nodes
             if node.op == "call_module"
-            and self._adds_inputs(child := module.get_submodule(str(node.target)))
+            and (
+                (is_operation(child := module.get_submodule(str(node.target))) and _is_binary(node))
+                or self._adds_inputs(child)
+            )
         }
         while adding:
             try:
                 deeper = self._finder(name, self._read(module, adding))
             except UntraceableError:
-                return plain, set()
+                readable = {child for child in adding if self._is_readable(module, child)}
+                if readable == adding:
+                    return plain, set()
+                adding = readable
+                continue
             used = {
                 module.get_submodule(entry.split.add.meta["inlined"])
                 for entry in deeper.entries
@@ -189,6 +197,14 @@ class BlockReader:
                 return deeper, adding
             adding = used
         return plain, set()
+
+    def _is_readable(self, module: nn.Module, child: nn.Module) -> bool:
+        """Whether the forward of ``module`` can be read if ``child`` is inlined."""
+        try:
+            self._read(module, {child})
+        except UntraceableError:
+            return False
+        return True
 
     def _with_leaking_children(
         self, name: str, module: nn.Module, plain: ResidualSums, inlined: set[nn.Module]
@@ -277,3 +293,8 @@ class BlockReader:
                 ):
                     return True
         return False
+
+
+def _is_binary(call: fx.Node) -> bool:
+    """Whether a child is called with more than one value that the forward has computed."""
+    return len(call.all_input_nodes) > 1

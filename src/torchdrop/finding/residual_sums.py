@@ -154,7 +154,8 @@ class ResidualSums:
                 if not entry.why_not:
                     sources = [entry.split.skip]
             on_stream = 1 << i
-            for source in sources:
+            # A size is no data that flows: a table that is cut to it is no shortcut.
+            for source in () if is_shape_node(node) else sources:
                 on_stream |= self._ancestors_on_stream[source]
             self._ancestors_on_stream[node] = on_stream
 
@@ -252,6 +253,8 @@ class ResidualSums:
         inside = only_right if branch_is_right else only_left
         # an argument of the forward is not part of the branch, even if only the branch reads it
         inside = {node for node in inside if not _is_argument(node)}
+        # rows cannot be selected from a tuple, only from its items
+        inside = {n for n in inside if not (_is_item(n) and n.args[0] not in inside)}
         return _Sides(branch_is_right, inside, shortcut, why_not)
 
     def _batch_dim(self, skip: fx.Node) -> tuple[int | None, dict[str, int]]:
@@ -522,6 +525,16 @@ def _is_container(node: fx.Node) -> bool:
             and isinstance(user.args[1], int | str)
             for user in node.users
         )
+    )
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether ``node`` is an item of a tuple that a child or a function such as chunk returned."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], int):
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and (
+        source.op == "call_module" or operation_of(source).returns_tuple
     )
 
 

@@ -9,9 +9,9 @@ import textwrap
 from torch import nn
 
 from torchdrop.finding.linearity import ModuleProperties, is_nonlinear_function
-from torchdrop.tracing.operations import layers_with, names_of_additions
+from torchdrop.tracing.operations import names_of_additions
 
-__all__ = ["may_loop_over_branches", "source_has_addition"]
+__all__ = ["is_operation", "may_loop_over_branches", "source_has_addition"]
 
 
 def source_has_addition(module: nn.Module) -> bool:
@@ -37,8 +37,19 @@ def source_has_addition(module: nn.Module) -> bool:
                 return True
         if isinstance(node, ast.Attribute) and node.attr in additions:
             return True
-    # A layer that is traced as part of the forward may add its arguments.
-    return any(isinstance(child, layers_with("inlined")) for child in module.modules())
+    return any(
+        is_operation(m) and source_has_addition(m) for m in module.modules() if m is not module
+    )
+
+
+def is_operation(module: nn.Module) -> bool:
+    """Whether ``module`` is an operation of the user as a module: it has no parameters or buffers.
+
+    Networks that were converted from another format have such modules for additions.
+    """
+    if type(module).__module__.startswith(("torch.", "torchdrop.")):
+        return False
+    return next(module.parameters(), None) is None and next(module.buffers(), None) is None
 
 
 def may_loop_over_branches(module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.padded_sums import merge_partial_sums
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.random_states import RandomStates
+from torchdrop.tracing.stacked_sums import unstack_sums
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.tracer import ForwardTracer
 from torchdrop.tracing.untraceable import UntraceableError
@@ -153,6 +154,7 @@ def trace_block(
     decisions = _decisions(graph, list(tracer.decisions)) if tracer.decisions else None
     if items:
         _replace_known_items(graph, module, items)
+    unstack_sums(graph)
     merge_partial_sums(graph)
     _remove_unused(graph)
     return BlockGraph(

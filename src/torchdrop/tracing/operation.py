@@ -113,14 +113,15 @@ class Operation:
         draws_mask: It creates a tensor of random numbers, or fills one, as for a drop mask.
         mask_factor: It may apply a drop mask: one input is the mask, another the activation.
         concatenates: It concatenates tensors.
+        stacks: It stacks tensors on a new dimension.
+        adds_entries: It adds the entries of a dimension.
+        returns_tuple: It returns several tensors.
         batch_norm: It normalises with the statistics of the batch.
         masks_branch: A layer that drops whole residual branches by multiplying with a mask.
         sum: How to read the two summands from it, if it adds or subtracts.
         drops: How to read the drop probability from it, if it drops or draws a drop mask.
         spelled_out: A function that computes the same in plain operations. The tracer calls it with
             the same arguments instead of a fused operation, and records the plain ones.
-        inlined: A layer whose own forward is traced as part of the forward that calls it, such as
-            one that adds its two arguments.
     """
 
     names: tuple[str, ...] = ()
@@ -145,9 +146,11 @@ class Operation:
     draws_mask: bool = False
     mask_factor: bool = False
     concatenates: bool = False
+    stacks: bool = False
+    adds_entries: bool = False
+    returns_tuple: bool = False
     batch_norm: bool = False
     masks_branch: bool = False
     sum: SumForm | None = None
     drops: DropForm | None = None
     spelled_out: Callable[..., Any] | None = None
-    inlined: bool = False

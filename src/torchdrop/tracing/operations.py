@@ -20,7 +20,12 @@ from torch.nn import functional
 
 from torchdrop.internals import BatchNormBase, ConvBase, DropoutBase
 from torchdrop.tracing.operation import DropForm, Operation, SumForm
-from torchdrop.tracing.traced_functions import add_padded, passed_through
+from torchdrop.tracing.traced_functions import (
+    add_padded,
+    add_product,
+    add_product_,
+    passed_through,
+)
 
 __all__ = [
     "TABLE",
@@ -48,6 +53,8 @@ TABLE: tuple[Operation, ...] = (
         ("sub",), in_place=("isub", "sub_"), linear=True, keeps_layout=True, on_numbers=True,
         sum=SumForm(factor="alpha", sign=-1.0),
     ),
+    Operation(("addcmul",), spelled_out=add_product),
+    Operation(in_place=("addcmul_",), spelled_out=add_product_),
     Operation(functions=(add_padded,), sum=SumForm("left", "right", pad_dim="dim")),
     Operation(
         ("mul", "multiply", "rmul"), in_place=("imul", "mul_"), product=True, keeps_layout=True,
@@ -89,20 +96,20 @@ TABLE: tuple[Operation, ...] = (
     Operation(
         (
             "view", "reshape", "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis",
-            "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "chunk", "split", "narrow",
-            "select",
+            "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "narrow", "select",
         ),
         linear=True, view=True,
     ),
+    Operation(("chunk", "split"), linear=True, view=True, returns_tuple=True),
     Operation(
         ("flatten", "unflatten"), layers=(nn.Flatten, nn.Unflatten), linear=True, view=True,
         moves_dims=True,
     ),
-    Operation(("unbind",), view=True),
+    Operation(("unbind",), view=True, returns_tuple=True),
     Operation(("cat", "concat", "concatenate"), linear=True, concatenates=True),
+    Operation(("stack",), linear=True, stacks=True),
     Operation(
-        ("stack", "slice", "index_select", "roll", "flip", "repeat", "repeat_interleave"),
-        linear=True,
+        ("slice", "index_select", "roll", "flip", "repeat", "repeat_interleave"), linear=True
     ),
     Operation(
         ("pad", "_pad"),
@@ -129,7 +136,8 @@ TABLE: tuple[Operation, ...] = (
     Operation(("_assert",), linear=True),
     Operation(functions=(passed_through,), linear=True, view=True),
     # Pooling and resampling. "boolean_dispatch" and "fn" are wrappers in torch around max_pool.
-    Operation(("sum", "mean"), linear=True),
+    Operation(("sum",), linear=True, adds_entries=True),
+    Operation(("mean",), linear=True),
     Operation(("max", "amax"), attributes=("values",), pools=True),
     Operation(
         (
@@ -285,7 +293,9 @@ def names_of_additions() -> frozenset[str]:
     return frozenset(
         name
         for name, entry in _BY_NAME.items()
-        if (entry.sum is not None and entry.sum.sign > 0) or entry.spelled_out is not None
+        if (entry.sum is not None and entry.sum.sign > 0)
+        or entry.spelled_out is not None
+        or entry.stacks
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["add_padded", "pad_like", "passed_through"]
+__all__ = ["add_padded", "add_product", "add_product_", "pad_like", "passed_through"]
 
 
 def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
@@ -35,3 +35,18 @@ def add_padded(left: Tensor, right: Tensor, dim: int) -> Tensor:
     """Return the sum of two tensors, the smaller one padded with zeros at the end of ``dim``."""
     size = max(left.shape[dim], right.shape[dim])
     return pad_like(left, size, dim) + pad_like(right, size, dim)
+
+
+def add_product(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Tensor:
+    """Compute ``torch.addcmul`` in plain operations: ``input + value * tensor1 * tensor2``."""
+    return input + _product(tensor1, tensor2, value)
+
+
+def add_product_(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Tensor:
+    """Compute ``Tensor.addcmul_`` in plain operations: ``input += value * tensor1 * tensor2``."""
+    return input.add_(_product(tensor1, tensor2, value))
+
+
+def _product(tensor1: Tensor, tensor2: Tensor, value: Any) -> Tensor:
+    product = tensor1 * tensor2
+    return product if value == 1 else value * product

@@ -46,7 +46,6 @@ from torchdrop.tracing.operations import (
     factories,
     in_place_operators,
     is_function_of_table,
-    layers_with,
     named,
     writes_first_argument,
 )
@@ -232,7 +231,7 @@ class ForwardTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the call of ``m`` is a single node."""
-        return m not in self._inlined and not isinstance(m, layers_with("inlined"))
+        return m not in self._inlined
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a child, or the operations of its own forward."""
