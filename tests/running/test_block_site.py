@@ -151,9 +151,8 @@ class Normed(nn.Module):
         return x + self.f(x)
 
 
-@pytest.mark.parametrize(("side", "computed"), [(1, 2), (8, 2), (9, 1), (16, 1)])
-def test_a_second_row_is_computed_only_on_small_maps(side: int, computed: int) -> None:
-    """BatchNorm of a single row needs some positions, of which a branch may leave out some."""
+@pytest.mark.parametrize(("side", "computed"), [(1, 2), (2, 1), (16, 1)])
+def test_a_second_row_is_computed_only_for_a_single_value(side: int, computed: int) -> None:
     model = nn.Sequential(Normed(), Normed())
     plan = torchdrop.add_stochastic_depth(model, 0.75, schedule="uniform")
     rows: list[int] = []

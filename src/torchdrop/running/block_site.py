@@ -39,11 +39,6 @@ __all__ = [
     "to_device_of",
 ]
 
-# BatchNorm needs more than one value a channel, and a branch with strides may shrink a small map to
-# a single position. So if a single row with at most this many positions is kept, a second row is
-# computed with it, and the result of the second row is discarded.
-_POSITIONS_FOR_ONE_ROW = 64
-
 
 class BlockSite(SlotOccupant):
     """The object in the ``forward`` slot of a block, which drops rows of its branches."""
@@ -280,15 +275,18 @@ class BlockSite(SlotOccupant):
 
     @staticmethod
     def _rows_to_compute(branch: BranchState, rows: Tensor, skip: Tensor) -> Tensor:
-        """Return ``rows``, and a second row if BatchNorm could not normalise a single one."""
+        """Return ``rows``, and a second row if BatchNorm may not be able to normalise a single one.
+
+        The output of the second row is discarded.
+        """
         facts = branch.facts
         if rows.shape[0] != 1 or skip.dim() < 2:
             return rows
         if not (facts.has_batch_norm or branch.normalises):
             return rows
         batch = skip.shape[facts.dim]
-        positions = skip.numel() // max(batch * skip.shape[1], 1)
-        if positions > _POSITIONS_FOR_ONE_ROW:
+        known = branch.row_values
+        if known is not None and not branch.normalises and known.suffice(skip, batch):
             return rows
         other = (rows + 1 + torch.randint(batch - 1, (1,), device="cpu")) % batch
         return torch.cat([rows, other]).sort().values

@@ -13,6 +13,7 @@ from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.internals import functorch_transforms_active, in_backward_pass
 from torchdrop.rows.in_graph import register_branch, set_keep_share
 from torchdrop.rows.sampling import draw_row_order
+from torchdrop.running.lone_row import RowValues
 
 __all__ = [
     "MASK_REQUESTED",
@@ -214,7 +215,10 @@ def _fixed_decision(p: float) -> bool | None:
 _MOST_NOTES = 4
 
 # The attributes of a branch that a forward pass may change.
-_LEARNED = ("action", "reason", "share", "proof", "depends", "normalises", "writes_input", "notes")
+_LEARNED = (
+    "action", "reason", "share", "proof", "depends", "normalises", "row_values",
+    "writes_input", "notes",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -237,6 +241,8 @@ class BranchState:
             else empty. Such a branch is masked.
         normalises: A sentence on the modules of the user that depend on the batch in training, as
             BatchNorm does; empty if there are none.
+        row_values: What a BatchNorm in the branch gets from a single row; None if no test has shown
+            it.
         writes_input: Whether a block that is dropped as a whole writes into its input.
         notes: Sentences on some kinds of calls, which the plan prints.
         masked_when_attached: Whether the action was ``"mask"`` when the branch was attached.
@@ -253,6 +259,7 @@ class BranchState:
     proof: str = ""
     depends: str = ""
     normalises: str = ""
+    row_values: RowValues | None = None
     writes_input: bool = False
     notes: tuple[str, ...] = ()
     masked_when_attached: bool = field(init=False)

@@ -32,6 +32,7 @@ from torchdrop.internals import (
 from torchdrop.rows.take_and_add import add_whole, take
 from torchdrop.running.branch_state import BranchState
 from torchdrop.running.independence import TrialCall, difference, find_dependence
+from torchdrop.running.lone_row import BatchNormInputs
 from torchdrop.running.program import MismatchError
 from torchdrop.running.unseen import unseen
 from torchdrop.tracing.call_arguments import flatten_arguments
@@ -207,7 +208,11 @@ class SplitProof:
         copies = [_copy(v) if isinstance(v, Tensor) else v for v in inputs]
         versions = [modifications_of(c) for c in copies if isinstance(c, Tensor)]
         before = RandomStates([skip.device])
-        out = run(copies)
+        with BatchNormInputs() as norms:
+            out = run(copies)
+        if facts.dim < skip.dim() > 1:
+            rows = skip.shape[facts.dim]
+            branch.row_values = norms.for_one_row(skip, rows, branch.row_values)
         if [modifications_of(c) for c in copies if isinstance(c, Tensor)] != versions:
             branch.mask("it writes into its input, which the shortcut also uses")
             before.restore()
@@ -414,11 +419,14 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
     with _isolated(site, devices):
         before = RandomStates(devices)
         try:
-            out = run(list(tensors.values()))
+            with BatchNormInputs() as norms:
+                out = run(list(tensors.values()))
         except Exception as error:
             site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
             return
         randoms = before, RandomStates(devices)
+        if x.dim() > 1:
+            branch.row_values = norms.for_one_row(x, batch, branch.row_values)
         if site.settings.mode == "row":
             values = [t.detach() for t in tensors.values()]
             trial = TrialCall(run, cut, values, out, facts.dim, batch, group, randoms)
