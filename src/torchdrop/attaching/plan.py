@@ -64,6 +64,8 @@ class Plan:
                 block = blocks.setdefault(facts.block, Residual(facts.block, site.module, []))
                 if facts.path is not None:  # if it is None, another site of the block has a path
                     block.module = site.module.get_submodule(facts.path)
+                elif facts.above:
+                    block.module = self._module_above(site.module, facts.above)
                 block.branches.append(
                     Branch(
                         name=facts.name,
@@ -78,6 +80,12 @@ class Plan:
                     )
                 )
         return list(blocks.values())
+
+    def _module_above(self, module: nn.Module, levels: int) -> nn.Module:
+        """Return the module around ``module``, which is ``module`` itself if it is the model."""
+        path = next(name for name, m in self._model.named_modules() if m is module)
+        atoms = path.split(".")
+        return self._model.get_submodule(".".join(atoms[: max(len(atoms) - levels, 0)]))
 
     def set_p(self, p: Any) -> None:
         """Change the drop probabilities, from the next forward pass on.

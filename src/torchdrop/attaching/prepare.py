@@ -183,6 +183,7 @@ class _Preparation:
             name=branch.name,
             block=residual.name,
             path=path,
+            above=0 if path is not None else _levels(residual.name, branch.source.owner),
             index=self.indices[residual.name],
             order=self.orders[branch.name],
             shortcut=branch.shortcut,
@@ -256,6 +257,11 @@ def _relative(name: str, owner: str) -> str | None:
     if name == owner or not owner:
         return "" if name == owner else name
     return name.removeprefix(f"{owner}.") if name.startswith(f"{owner}.") else None
+
+
+def _levels(name: str, owner: str) -> int:
+    """Return how many levels ``name`` is above ``owner``; 0 if it is not above it."""
+    return owner.removeprefix(name).count(".") if owner.startswith(f"{name}.") else 0
 
 
 def _batch_dim(branch: Branch, split: Split | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -386,7 +386,9 @@ class ResidualSums:
 
         None unless several elements of that ModuleList, ModuleDict or Sequential hold branches.
         """
-        found = {entry: _element(called_modules(entry.split), self.owner) for entry in self.entries}
+        called = {entry: called_modules(entry.split) for entry in self.entries}
+        times = Counter(path for paths in called.values() for path in paths)
+        found = {entry: _element(paths, self.owner, times) for entry, paths in called.items()}
         containers = Counter(e.rpartition(".")[0] for e in set(found.values()) if e is not None)
         return {
             entry: e if e is not None and containers[e.rpartition(".")[0]] > 1 else None
@@ -548,13 +550,21 @@ def _is_argument(node: fx.Node) -> bool:
     return node.op == "placeholder"
 
 
-def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
+def _element(paths: Iterable[str], owner: nn.Module, times: Mapping[str, int]) -> str | None:
     """Return the element, such as "layers.3", that holds most parameters of modules in ``paths``.
 
-    Only elements of outermost containers are considered; None if there is none.
+    Only elements of outermost containers are considered. None if there is none, or if most of the
+    parameters are in no container: an attention with its norm in a list is no element of the list.
+
+    Args:
+        paths: The modules that a branch calls.
+        owner: The module whose forward calls them.
+        times: How many branches call each module. What several call tells nothing of one.
     """
-    elements: Counter[str] = Counter()
+    elements: Counter[str | None] = Counter()
     for path in paths:
+        if times[path] == 1:
+            elements[None] += sum(p.numel() for p in owner.get_submodule(path).parameters())
         atoms = path.split(".")
         for i in range(1, len(atoms)):
             container = owner.get_submodule(".".join(atoms[:i]))
@@ -562,5 +572,6 @@ def _element(paths: Iterable[str], owner: nn.Module) -> str | None:
                 module = owner.get_submodule(path)
                 weight = sum(p.numel() for p in module.parameters())
                 elements[".".join(atoms[: i + 1])] += weight + 1
+                elements[None] -= weight if times[path] == 1 else 0
                 break
     return elements.most_common(1)[0][0] if elements else None

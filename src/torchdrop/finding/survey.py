@@ -7,7 +7,8 @@ is the *shortcut*: the identity, or a linear projection (1x1 convolution, norm, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def survey(
         found.sort(key=lambda residual: order.get(residual.owner, 0))
     _assign_masks(model, found)
     _mark_inner(found)
-    found = _with_inner_parts_joined(model, found)
+    found = _with_parts_in_lists_joined(model, _with_inner_parts_joined(model, found))
     additions = sum(summands(node) is not None for f in finders.values() for node in f.nodes)
     return Survey(found, unreadable, len(finders), additions)
 
@@ -219,6 +220,45 @@ def _with_inner_parts_joined(model: nn.Module, residuals: list[Residual]) -> lis
             while names.count(branch.name):
                 branch.name += "'"
     return joined
+
+
+def _with_parts_in_lists_joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
+    """Join the residuals of each layer that holds its parts in several lists.
+
+    An encoder layer may have a list of attentions and a list of feed-forward parts, which add for
+    themselves. The layer is the block, if it is an element of a container itself and one of its
+    lists has a single element. Otherwise, as in a stage with lists of equal length, the elements of
+    the lists are the blocks.
+    """
+    groups: dict[str, list[Residual]] = {}
+    for residual in residuals:
+        container, _, _ = residual.name.rpartition(".")
+        layer, _, _ = container.rpartition(".")
+        around = model.get_submodule(layer.rpartition(".")[0])
+        in_list = isinstance(model.get_submodule(container), nn.ModuleList)
+        if residual.default and layer and in_list and isinstance(around, CONTAINERS):
+            groups.setdefault(layer, []).append(residual)
+    joined = {}
+    for layer, parts in groups.items():
+        lengths = Counter(part.name.rpartition(".")[0] for part in parts)
+        if len(lengths) > 1 and min(lengths.values()) == 1:
+            joined[layer] = parts
+    result: list[Residual] = []
+    for residual in residuals:
+        layer = residual.name.rpartition(".")[0].rpartition(".")[0]
+        if residual not in joined.get(layer, ()):
+            result.append(residual)
+        elif residual is joined[layer][0]:
+            result.append(_as_one_block(model, layer, joined[layer]))
+    return result
+
+
+def _as_one_block(model: nn.Module, layer: str, parts: Sequence[Residual]) -> Residual:
+    """Return the residuals ``parts`` of the module ``layer`` as one block."""
+    branches = [branch for part in parts for branch in part.branches]
+    for branch in branches:
+        branch.name = f"{layer}:{branch.name.removeprefix(f'{layer}.')}"
+    return Residual(layer, model.get_submodule(layer), branches, True, "", owner=layer)
 
 
 def find_residuals(

@@ -66,6 +66,7 @@ class BranchFacts:
         block: The name of its block.
         path: The path of the block from the module that holds the site; None if the block is not
             inside that module.
+        above: How many levels the block is above that module; 0 if it is not above it.
         index: The number of the block in the model, from 0; the depth rules use it.
         order: The number of the branch among all branches of the model, in the order of depth.
         shortcut: ``"identity"`` or ``"projection"``.
@@ -92,6 +93,7 @@ class BranchFacts:
     name: str
     block: str
     path: str | None
+    above: int = 0
     index: int
     order: int
     shortcut: str
