@@ -80,8 +80,9 @@ class BlockReader:
                 unreadable[name] = str(error)
                 if isinstance(error, DataDependentError):
                     self.branching_on_data.add(name)
-        for name in [n for n, f in finders.items() if f.owner in self._inlined]:
-            del finders[name]  # its additions belong to the block that calls it
+        for found in (finders, unreadable):
+            for name in [n for n in found if self._model.get_submodule(n) in self._inlined]:
+                del found[name]  # its additions belong to the block that calls it
         for name, given in self._arguments_from_parents(finders).items():
             with contextlib.suppress(UntraceableError):
                 block = trace_block(
@@ -154,7 +155,7 @@ class BlockReader:
         plain = self._finder(name, self._read(module))
         plain, inlined = self._with_adding_children(name, module, plain)
         plain, inlined = self._with_leaking_children(name, module, plain, inlined)
-        self._inlined |= inlined
+        self._inlined |= inlined | {module.get_submodule(path) for path in plain.block.inlined}
         return plain
 
     def _with_adding_children(

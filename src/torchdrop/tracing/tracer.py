@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -141,6 +142,11 @@ def _without_values(path: str, value: Any) -> Any:
     return meta_double(value)
 
 
+def _is_function(value: Any) -> bool:
+    """Whether ``value`` is a function or a module that a child may call."""
+    return isinstance(value, FunctionType | BuiltinFunctionType | MethodType | partial | nn.Module)
+
+
 def _accepts(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     """Whether ``function`` has parameters for these arguments; it may lack ``out=``, say."""
     try:
@@ -241,6 +247,9 @@ class ForwardTracer(fx.Tracer):
         if self._working_out_shapes:  # without the hooks of the user
             return m.forward(*args, **kwargs)
         path = self.path_of_module(m)
+        if any(map(_is_function, (*args, *kwargs.values()))):
+            # A function is no value of a graph, and it may use tensors of the block.
+            self._inlined = {*self._inlined, m}
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         # If the block's training flag is the one it is traced with, the child's own flag counts,
@@ -251,8 +260,10 @@ class ForwardTracer(fx.Tracer):
         value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
         self._inlined_path = outer_path
         first, *rest = value if isinstance(value, tuple) else (value,)
+        given = [None if _is_function(a) else a for a in args]
+        named_ones = {k: None if _is_function(a) else a for k, a in kwargs.items()}
         first = self.create_proxy(
-            "call_function", passed_through, (first, path, args, kwargs, rest), {}
+            "call_function", passed_through, (first, path, tuple(given), named_ones, rest), {}
         )
         return (first, *rest) if isinstance(value, tuple) else first
 
