@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 
@@ -426,6 +427,30 @@ class AddsAnEmbeddingAgain(nn.Module):
         x = x + (self.f(x) + bias)
         x = self.skip(x) + (self.g(x) + bias)
         return x
+
+
+class AddsToItsBranch(AddsAnEmbeddingAgain):
+    """The branch is computed with ``bias``, and ``bias`` is added to it, too."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + (self.f(x + bias) + bias)
+        return (bias + self.g(x * bias)) + x
+
+
+class AddsItsBranchToBias(AddsAnEmbeddingAgain):
+    """The twin: the branch is added to ``x``, and ``bias`` to their sum."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = (x + self.f(x + bias)) + bias
+        return (x + self.g(x * bias)) + bias
+
+
+def test_the_first_argument_is_the_stream_to_which_branches_are_added() -> None:
+    for kind in (AddsToItsBranch, AddsItsBranchToBias):
+        sums = read_residual_sums(trace_block(kind()))
+        assert [called_modules(entry.split) for entry in sums] == [["f"], ["g"]]
+        ends_with_sum = [entry.split.branch.target is operator.add for entry in sums]
+        assert ends_with_sum == [kind is AddsToItsBranch] * 2
 
 
 def test_an_embedding_that_is_added_in_every_branch_is_no_shortcut() -> None:

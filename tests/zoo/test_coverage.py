@@ -197,9 +197,9 @@ def test_the_reference_masks_what_is_added(monkeypatch: pytest.MonkeyPatch) -> N
         zoo.check_masked_gradients(model, x)
 
 
-@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("size", [1, 16])
 def test_the_second_row_of_batch_norm_is_work(size: int) -> None:
-    """Of two rows one is kept; on a small map BatchNorm needs the other too, on a large one not."""
+    """Of two rows one is kept; if it has a single value, BatchNorm needs the other row, too."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -215,7 +215,7 @@ def test_the_second_row_of_batch_norm_is_work(size: int) -> None:
     dense = zoo.record(model, x)
     with zoo.attached(model, example_inputs=x):
         found = zoo.check_work(model, x, dense)
-    assert found == ((1.0, 1.0) if size == 4 else (0.5, 1.0))
+    assert found == ((1.0, 1.0) if size == 1 else (0.5, 1.0))
 
 
 def test_the_count_of_additions_follows_autograd() -> None:

@@ -142,10 +142,24 @@ class ResidualSums:
             self.ancestors[node] = mine
         # The same, but of an earlier residual addition only what its shortcut is computed from.
         self._ancestors_on_stream: dict[fx.Node, int] = {}
+        # The first argument, and what is the sum of it and of something else.
+        self._first = next((n for n in self.nodes if n.op == "placeholder"), None)
+        self._sums_of_first: set[fx.Node] = set()
         self.entries: list[ResidualSum] = []
+        self._find_entries(set())
+
+    def _find_entries(self, not_taken: set[fx.Node]) -> None:
+        """Find all residual additions but ``not_taken``."""
+        self.entries = []
+        self._sums_of_first = set()
         for i, node in enumerate(self.nodes):
-            operands = summands(node)
+            operands = None if node in not_taken else summands(node)
             entry = None if operands is None else self._entry(node, operands)
+            if operands is not None and entry is None:
+                other = self._shortcut_beside_the_stream(operands)
+                if other is not None:
+                    self._find_entries({*not_taken, other})
+                    return
             sources = node.all_input_nodes
             if node.target is passed_through:  # it holds the arguments of a child, for its hooks
                 sources = sources[:1]
@@ -153,6 +167,10 @@ class ResidualSums:
                 self.entries.append(entry)
                 if not entry.why_not:
                     sources = [entry.split.skip]
+            if node is self._first or self._sums_of_first.intersection(
+                [entry.split.skip] if entry is not None else (summands(node) or ())[:2]
+            ):
+                self._sums_of_first.add(node)
             on_stream = 1 << i
             # A size is no data that flows: a table that is cut to it is no shortcut.
             for source in () if is_shape_node(node) else sources:
@@ -181,6 +199,26 @@ class ResidualSums:
                 return True
         return False
 
+    def _shortcut_beside_the_stream(self, operands: Summands) -> fx.Node | None:
+        """Return an addition that has to be no residual, so that the sum of ``operands`` is one.
+
+        ``h = f(x + bias) + bias; x + h``: if the first argument is added after all, the branch is
+        ``h``, and ``bias`` is no shortcut.
+        """
+        if self._first is None:
+            return None
+        bit, stream = 1 << self.order[self._first], self._ancestors_on_stream
+        for skip, branch in (operands[:2], operands[1::-1]):
+            if not stream[skip] & bit or stream[branch] & bit:
+                continue
+            for entry in self.entries:
+                split = entry.split
+                inside = self.ancestors[branch] & ~self.ancestors[skip]
+                taken = inside >> self.order[split.add] & 1 and not entry.why_not
+                if taken and self.ancestors[split.branch] & bit and not stream[split.skip] & bit:
+                    return split.add
+        return None
+
     def _entry(self, add: fx.Node, operands: Summands) -> ResidualSum | None:
         """Return the addition ``add`` as a residual; None if it is not one."""
         left, right, gain, writes_left, pad_dim = operands
@@ -191,6 +229,8 @@ class ResidualSums:
         skip, branch = (left, right) if branch_is_right else (right, left)
         if not self.has_parameters(inside) or not depends_on_input(branch, {}):
             return None
+        if branch in self._sums_of_first and skip.op == "placeholder" and skip is not self._first:
+            return None  # an embedding that is added to the stream, and was used before
         if all(node.op == "get_attr" for node in inside):
             return None
         dim, votes = self._batch_dim(skip)

@@ -9,6 +9,7 @@ from torch import fx
 
 from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.traced_functions import passed_through
 
 __all__ = ["ResidualSum", "Split", "called_modules", "outside_inputs"]
 
@@ -85,7 +86,13 @@ def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     pending = [node for node in nodes if node in split.inside]
     while pending:
-        for source in pending.pop(0).all_input_nodes:
+        node = pending.pop(0)
+        sources = node.all_input_nodes
+        if node.target is passed_through:  # only hooks get the other items of the tuple
+            *needed, rest = node.args
+            items = set(rest) if isinstance(rest, list | tuple) else set()
+            sources = [source for source in sources if source not in items or source in needed]
+        for source in sources:
             if source in split.inside or source.op == "get_attr":
                 continue
             if is_shape_node(source):
