@@ -145,7 +145,19 @@ def test_the_plan_says_that_other_rates_rest() -> None:
     )
     plan.set_p(None)
     assert "inactive" not in str(plan)
+    assert "sampling='independent' draws as they do" in " ".join(str(plan).split())
     assert "inactive" not in str(torchdrop.add_stochastic_depth(net(2), 0.2))
+
+
+def test_a_schedule_for_rates_that_the_model_has_is_refused() -> None:
+    model = nn.Sequential(Masked(0.05), Masked(0.1))
+    with pytest.raises(ValueError, match="leave out schedule="):
+        torchdrop.add_stochastic_depth(model, None, schedule="uniform")
+    assert not torchdrop.has_stochastic_depth(model)
+    plan = torchdrop.add_stochastic_depth(model, None, sampling="independent")
+    assert "draw each row independently" not in str(plan)
+    plan.set_p(0.2)
+    assert "draw each row independently" not in str(plan)
 
 
 def test_the_plan_says_that_it_rests_or_is_gone() -> None:

@@ -328,7 +328,7 @@ class ReturnsMore(Base):
 def test_a_branch_that_is_used_elsewhere_is_masked_with_the_reason() -> None:
     model = nn.ModuleDict({"a": ReturnsMore(), "b": ReturnsMore()})
     plan = torchdrop.add_stochastic_depth(model, [1.0, 1.0])
-    assert all(r.reason == "f is used outside the branch, too" for r in plan.blocks)
+    assert all(r.reason.endswith(".f is used outside the branch, too") for r in plan.blocks)
     x = flat()
     out, y = model["a"](x)
     assert_same(out, x)

@@ -19,6 +19,7 @@ from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.attaching.refusals import (
     check_attachable,
     check_batch_dims,
+    check_inherited_rates,
     check_settings,
     message_if_nothing_found,
     refuse_doubled,
@@ -150,6 +151,7 @@ def add_stochastic_depth(
         rows_per_sample,
         verify,
     )
+    check_inherited_rates(p, schedule)
     check_attachable(model)
     example = None if example_inputs is None else Example(model, example_inputs, batch_dim)
     found = survey(model, example, batch_dim)

@@ -9,20 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop import schedules
+from torchdrop.attaching.plan_text import lines_of, table_of
 from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.checks import check_model
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
-from torchdrop.text_table import text_table
 
 __all__ = ["Plan", "get_plan"]
-
-_UNREACHED = (
-    "the forward pass of example_inputs did not call this branch, so its share of the FLOPs is "
-    "unknown; in a forward pass like that nothing is dropped here"
-)
 
 
 class Plan:
@@ -76,6 +71,7 @@ class Plan:
                         children=facts.children,
                         masks=facts.masks,
                         share=state.share,
+                        partly=facts.partly,
                         proved=state.proved(),
                     )
                 )
@@ -181,10 +177,8 @@ class Plan:
 
     def __repr__(self) -> str:
         blocks = self.blocks
-        rows, reasons = self._table(blocks)
-        lines = [self._title(blocks), *text_table(rows, right={3, 5})]
-        lines += [f"[{number}] {reason}" for reason, number in reasons.items()]
-        return "\n".join([*lines, *self._notes(blocks)])
+        table = table_of(blocks, self._sites[0].settings.measured)
+        return "\n".join([*lines_of([self._title(blocks)]), *table, *lines_of(self._notes(blocks))])
 
     def _title(self, blocks: Sequence[Residual]) -> str:
         """Return the first line of the printed plan."""
@@ -201,32 +195,14 @@ class Plan:
             f"{count} branches; {how}, scale={settings.scale!r}"
         )
 
-    def _table(self, blocks: Sequence[Residual]) -> tuple[list[tuple[str, ...]], dict[str, int]]:
-        """Return the rows of the table, and the number of each reason that they refer to."""
-        measured = self._sites[0].settings.measured
-        rows: list[tuple[str, ...]] = [("block", "branch", "shortcut", "p", "action", "FLOPs")]
-        reasons: dict[str, int] = {}
-        for block in blocks:
-            for branch in block.branches:
-                label = branch.name[len(block.name) + 1 :] or "-"
-                action = branch.action
-                unreached = ""
-                if measured and branch.share is None and branch.action != "mask":
-                    unreached = _UNREACHED
-                for reason in filter(None, (branch.reason, unreached)):
-                    action += f" [{reasons.setdefault(reason, len(reasons) + 1)}]"
-                share = "-" if branch.share is None else f"{branch.share:.1%}"
-                rows.append((block.name, label, branch.shortcut, f"{branch.p:.3f}", action, share))
-        return rows, reasons
-
     def _notes(self, blocks: Sequence[Residual]) -> list[str]:
         """Return the lines below the table."""
         notes = []
-        known = [b for block in blocks for b in block.branches if b.share is not None]
-        if known:
-            saved = sum(b.share * b.p for b in known if b.share and b.action != "mask")
+        branches = [branch for block in blocks for branch in block.branches]
+        if self._sites[0].settings.measured:
+            saved = sum(b.share * b.p for b in branches if b.share and b.action != "mask")
             notes.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
-        elif not self._sites[0].settings.measured:
+        else:
             notes.append("give example_inputs to see the share of each branch in the FLOPs")
         notes.append(self._proofs(blocks))
         overridden = [
@@ -238,6 +214,16 @@ class Plan:
             notes.append(
                 f"the model's own drop path layers (rates up to {max(overridden):g}) are inactive, "
                 f"p replaces their rates; p=None uses their rates"
+            )
+        inherits = any(
+            b.facts.masks and b.rate.p == b.facts.inherited > 0.0 for b in self._branches
+        )
+        settings = self._sites[0].settings
+        if inherits and (settings.mode, settings.sampling) == ("row", "exact"):
+            notes.append(
+                "the model's own drop path layers draw each row independently; exact sampling "
+                "drops a fixed number of rows of each batch, on average as many; "
+                "sampling='independent' draws as they do"
             )
         if not self._is_attached():
             notes.append("removed from the model, or from some blocks: this plan has no effect")

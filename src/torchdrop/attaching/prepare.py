@@ -197,6 +197,7 @@ class _Preparation:
             elementwise=skipped_by_row and split is not None and not norms and not matrices,
             convolves=any(map(_may_convolve, weights)),
             inner=tuple(_relative(child, branch.source.owner) or "" for child in branch.children),
+            partly=split is not None and split.partly,
             own=own,
             dim=_batch_dim(branch, split),
             row_layouts=None if split is None else split.row_layouts,

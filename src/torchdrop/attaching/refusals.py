@@ -24,6 +24,7 @@ __all__ = [
     "SCALES",
     "check_attachable",
     "check_batch_dims",
+    "check_inherited_rates",
     "check_settings",
     "message_if_nothing_found",
     "refuse_doubled",
@@ -32,6 +33,7 @@ __all__ = [
 
 SCALES = ("train", "eval")
 COMPUTES = ("auto", "skip", "mask")
+_DEFAULT_SCHEDULE = "linear"  # as in the signature of add_stochastic_depth
 
 # The advice for a block that cannot be read. It says "the whole block", because a StochasticDepth
 # around the branch alone would add a second skip.
@@ -88,6 +90,15 @@ def check_settings(
         verify=verify,
         rows_per_sample=rows_per_sample,
     )
+
+
+def check_inherited_rates(p: object, schedule: str) -> None:
+    """Raise if a rule over depth is given for the rates that the layers of the model have."""
+    if p is None and schedule != _DEFAULT_SCHEDULE:
+        raise ValueError(
+            f"p=None uses the rates of the model's own DropPath / StochasticDepth layers as they "
+            f"are, but got schedule={schedule!r}; leave out schedule=, or give p as a number"
+        )
 
 
 def check_attachable(model: nn.Module) -> None:

@@ -36,6 +36,8 @@ class Branch:
             why. None before the first such call, and with ``verify=False``.
         share: The branch's share of the FLOPs of a forward pass; None without ``example_inputs``,
             since it is measured on them.
+        partly: Whether a part of the branch is computed for every row, although its action is
+            ``"skip"``, because its output is used outside the branch, too; ``reason`` says which.
         source: Where the model adds the branch. For internal use; may change in any version.
     """
 
@@ -48,6 +50,7 @@ class Branch:
     masks: tuple[str, ...]
     share: float | None = None
     proved: bool | None = None
+    partly: bool = False
     source: BranchSource = field(default_factory=lambda: BranchSource(""), repr=False)
 
 

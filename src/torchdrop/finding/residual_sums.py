@@ -27,7 +27,7 @@ from torchdrop.finding.split import ResidualSum, Split, called_modules, outside_
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.modes import modes_of
 from torchdrop.tracing.nodes import Summands, is_shape_node, summands
-from torchdrop.tracing.operations import layers_with, operation_of
+from torchdrop.tracing.operations import callee, layers_with, operation_of
 from torchdrop.tracing.traced_functions import passed_through
 
 __all__ = [
@@ -365,10 +365,10 @@ class ResidualSums:
             computed = {n for n in used_outside if n.target is not operator.getitem}
             last = max(computed or used_outside, key=self.order.__getitem__)
             leak = last if last.op == "call_module" else None
-            reason = f"{last.name} is used outside the branch, too"
+            reason = f"{self._described(last)} is used outside the branch, too"
             if split.branch in used_outside or not self.has_parameters(inside):
                 return _Decision(split, "mask", reason, leak, drops_more)
-            split = replace(split, inside=frozenset(inside))
+            split = replace(split, inside=frozenset(inside), partly=True)
             reason += ": computed for every row"
         refusal = self._why_not_deferred(split)
         row_layouts = None
@@ -378,6 +378,14 @@ class ResidualSums:
             return _Decision(split, "mask", refusal, leak, drops_more)
         split = replace(split, row_layouts=row_layouts, assumed=self._has_assumed_layout(split))
         return _Decision(split, "skip", reason, leak, drops_more)
+
+    def _described(self, node: fx.Node) -> str:
+        """Return a name for the value of ``node`` in words of the user's code."""
+        if node.op == "call_module":
+            return f"{type(self.owner).__name__}.{node.target}"
+        if node.op in ("placeholder", "get_attr"):
+            return str(node.target)
+        return f"the result of {callee(node)}"
 
     def _writes_inside(self, split: Split) -> set[fx.Node]:
         """Return the nodes that write into tensors which the branch makes, and what only they need.
@@ -462,7 +470,7 @@ class ResidualSums:
         for node in split.inside:
             target = self.children.written(node, self.owner)
             if target is not None and target not in split.inside:
-                return f"{node.name} writes into its input, which the shortcut uses"
+                return f"{callee(node)} writes into its input, which the shortcut uses"
         inputs = {
             self.children.storage(i, self.owner) for i in [*self.outside_inputs(split), split.skip]
         }
@@ -472,7 +480,7 @@ class ResidualSums:
                 continue
             target = self.children.written(node, self.owner)
             if target is not None and target in inputs:
-                return f"{node.name} writes into an input of the branch while it is computed"
+                return f"{callee(node)} writes into an input of the branch while it is computed"
         return ""
 
     def _row_layouts(self, split: Split) -> tuple[RowLayouts | None, str]:
@@ -512,12 +520,15 @@ class ResidualSums:
             one, two = (s.shapes.get(node, ()) for s in shapes)
             layout = row_layout(one, two, batches)
             if layout is None:
-                return None, f"how its input {node.name} carries the batch is not clear"
+                return (
+                    None,
+                    f"how its input ({self._described(node)}) carries the batch is not clear",
+                )
             one_value, two_value = (s.values.get(node) for s in shapes)
             if layout.entries > 1 and not entries_are_adjacent(one_value, two_value, layout.dim):
                 return None, (
-                    f"its input {node.name} holds several rows for each sample, and their order "
-                    "is not known"
+                    f"its input ({self._described(node)}) holds several rows for each sample, "
+                    f"and their order is not known"
                 )
             measured[node.name] = layout if layout.entries else layout_if_broadcast(one, dim)
         return measured, ""

@@ -35,6 +35,7 @@ class Split:
             path of the child; empty where the dimension is known from example inputs.
         row_layouts: How each tensor that the branch takes from outside carries the batch, by the
             name of its node; None if that was not measured.
+        partly: Whether a part of the branch is used outside it, too, and is no part of ``inside``.
         assumed: Whether how a tensor carries the batch was not measured, so that in each call its
             shape decides.
     """
@@ -52,6 +53,7 @@ class Split:
     dim: int | None = None
     batch_first_votes: dict[str, int] = field(default_factory=dict)
     row_layouts: RowLayouts | None = None
+    partly: bool = False
     assumed: bool = False
 
 

@@ -115,6 +115,7 @@ def _residuals_of(
                 p=0.0,
                 children=tuple(_join(name, path) for path in called_modules(entry.split)),
                 masks=(),
+                partly=entry.split.partly,
                 source=BranchSource(name, entry.split, finder.block),
             )
             for entry, branch_name in zip(members, names, strict=True)

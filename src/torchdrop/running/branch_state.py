@@ -80,6 +80,7 @@ class BranchFacts:
         elementwise: Whether the branch has no weight matrices, and may be masked if that is faster.
         convolves: Whether the branch has parameters of the shape of a convolution's weight.
         inner: The paths, from the module of the site, of the modules that the branch calls.
+        partly: Whether a part of the branch is computed for all rows, although it is skipped.
         own: The paths, from the module of the site, of the parameters that the branch reads itself.
         dim: The dimension of the skip that is the batch.
         row_layouts: How the tensors of the block carry the batch; None if that is not known.
@@ -107,6 +108,7 @@ class BranchFacts:
     elementwise: bool
     convolves: bool
     inner: tuple[str, ...]
+    partly: bool = False
     own: tuple[str, ...]
     dim: int
     row_layouts: RowLayouts | None
