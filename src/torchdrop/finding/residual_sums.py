@@ -443,6 +443,28 @@ class ResidualSums:
             for entry, e in found.items()
         }
 
+    @cached_property
+    def has_stem_or_head(self) -> bool:
+        """Whether a layer with a weight matrix runs before the first addition, or after the last.
+
+        Then the forward is that of a network, and its additions are steps of depth. A layer on the
+        shortcut of the first addition does not count.
+        """
+        taken = [entry.split for entry in self.entries if not entry.why_not]
+        if not taken:
+            return False
+        first, last = taken[0], taken[-1]
+        before_both = self.ancestors[first.skip] & self.ancestors[first.branch]
+        for node in self.nodes:
+            if node.op != "call_module" or any(node in split.inside for split in taken):
+                continue
+            before = before_both >> self.order[node] & 1
+            after = self.ancestors[node] >> self.order[last.add] & 1
+            module = self.owner.get_submodule(str(node.target))
+            if (before or after) and any(p.dim() > 1 for p in module.parameters()):
+                return True
+        return False
+
     @staticmethod
     def _readers(node: fx.Node) -> set[fx.Node]:
         """Return the nodes that use ``node`` or its shape.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -76,7 +77,11 @@ def survey(
     if example is not None:
         uses |= example.first.times
     why_not = reasons_not_taken(finders, uses)
-    found = [r for name, finder in finders.items() for r in _residuals_of(name, finder, why_not)]
+    kinds = Counter(type(finder.owner) for finder in finders.values() if finder.entries)
+    found: list[Residual] = []
+    for name, finder in finders.items():
+        flat = kinds[type(finder.owner)] == 1 and finder.has_stem_or_head
+        found += _residuals_of(name, finder, why_not, flat)
     if example is not None:
         # A block that branches on data may take another path on the kept rows than on all rows.
         branching = reader.branching_on_data
@@ -92,14 +97,23 @@ def survey(
 
 
 def _residuals_of(
-    name: str, finder: ResidualSums, why_not: dict[ResidualSum, str]
+    name: str, finder: ResidualSums, why_not: dict[ResidualSum, str], flat: bool
 ) -> list[Residual]:
-    """Return the blocks in one forward: its module, or the elements of the list it loops over."""
+    """Return the blocks in one forward: its module, or the elements of the list it loops over.
+
+    Args:
+        name: The path of the module that has the forward.
+        finder: Its additions.
+        why_not: Why an addition is not taken by default.
+        flat: Whether the forward is that of a whole network, so that each addition is a block.
+    """
     owner = finder.owner
     blocks: dict[tuple[str, str], list[ResidualSum]] = {}
     for entry in finder.entries:
-        element = finder.elements[entry]
-        key = _join(name, element) if element is not None else name
+        part = finder.elements[entry]
+        if part is None and flat:
+            part = _part_of_branch(entry.split, owner, {key for key, _ in blocks}, name)
+        key = _join(name, part) if part is not None else name
         blocks.setdefault((key, why_not[entry]), []).append(entry)
     result = []
     for (key, why), members in blocks.items():
@@ -122,6 +136,27 @@ def _residuals_of(
         ]
         result.append(Residual(label, module, branches, not why, why, owner=name))
     return result
+
+
+def _part_of_branch(split: Split, owner: nn.Module, taken: set[str], name: str) -> str | None:
+    """Return the path of the innermost module that holds the branch, or else of its largest child.
+
+    None if there is no such module whose path is not among ``taken`` already.
+
+    Args:
+        split: The addition.
+        owner: The module whose forward adds the branch.
+        taken: The paths of other blocks.
+        name: The path of ``owner``.
+    """
+    called = called_modules(split)
+    atoms = zip(*(path.split(".") for path in called), strict=False)
+    around = [names[0] for names in takewhile(lambda names: len({*names}) == 1, atoms)]
+    largest = sorted(called, key=lambda path: _size(owner.get_submodule(path)), reverse=True)
+    for path in (".".join(around), *largest):
+        if path and _join(name, path) not in taken:
+            return path
+    return None
 
 
 def _size(module: nn.Module) -> int:
