@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from torchdrop.attaching.measure_shares import measure_shares
+from torchdrop.attaching.not_taken import reasons_not_taken
 from torchdrop.attaching.plan import Plan
 from torchdrop.attaching.prepare import prepare_sites
 from torchdrop.attaching.prove_on_example import prove_on_example
@@ -163,6 +164,7 @@ def add_stochastic_depth(
         refuse_unreadable(model, found, example is not None)
     refuse_doubled(model, chosen)
     check_batch_dims(chosen)
+    settings.not_taken = reasons_not_taken(found, chosen)
     sites = prepare_sites(model, chosen, settings, compute, example)
     branches = [branch for site in sites for branch in site.branches]
     rates = resolve_rates(p, branches, settings.blocks, schedule)

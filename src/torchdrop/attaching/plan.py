@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop import schedules
-from torchdrop.attaching.plan_text import lines_of, table_of
+from torchdrop.attaching.plan_text import lines_of, not_taken_lines, table_of
 from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.checks import check_model
 from torchdrop.finding.residual import Branch, Residual
@@ -205,6 +205,7 @@ class Plan:
         else:
             notes.append("give example_inputs to see the share of each branch in the FLOPs")
         notes.append(self._proofs(blocks))
+        notes += not_taken_lines(self._sites[0].settings.not_taken)
         overridden = [
             b.facts.inherited
             for b in self._branches

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.text_table import text_table
 
-__all__ = ["lines_of", "table_of"]
+__all__ = ["lines_of", "not_taken_lines", "table_of"]
 
 # The longest line. The names of blocks in the table are shortened to fit.
 WIDTH = 100
@@ -68,6 +68,30 @@ def table_of(blocks: Sequence[Residual], measured: bool) -> list[str]:
     return [*table, *lines_of(f"[{number}] {reason}" for reason, number in reasons.items())]
 
 
+def not_taken_lines(not_taken: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each reason why sums of the model are not dropped.
+
+    Args:
+        not_taken: The path of each module with such a sum, and the reason.
+    """
+    names: dict[str, list[str]] = {}
+    for name, why in not_taken:
+        names.setdefault(why, []).append(name or "the model")
+    return [f"not taken: {_listed(paths)} ({why})" for why, paths in names.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return ``names``, consecutive ones that differ in a number as one."""
+    runs: list[list[str]] = []
+    for name in names:
+        run = runs[-1] if runs else []
+        if not run or _number_between(run[-1], name, run[0]) is None:
+            runs.append([name])
+        else:
+            run.append(name)
+    return ", ".join(_span(run[0], run[-1]) for run in runs)
+
+
 # The branch, its shortcut, its action, and whether it comes first.
 _Form = tuple[str, str, str, bool]
 
@@ -116,7 +140,8 @@ class _Run:
             known = ["-" if share is None else f"{share:.1%}" for share in shares]
             each = len({*known}) == 1 < len(blocks) and known[0] != "-"
             flops = f"{known[0]} each" if each else _range(known)
-            cells = (_names(blocks), label, shortcut, _range(rates), action, flops)
+            name = _span(blocks[0].name, blocks[-1].name)
+            cells = (name, label, shortcut, _range(rates), action, flops)
             found.append((first, cells))
         return found
 
@@ -128,9 +153,8 @@ def _range(values: Sequence[str]) -> str:
     return f"{values[0]} to {values[-1]}"
 
 
-def _names(blocks: Sequence[Residual]) -> str:
-    """Return the names of consecutive blocks."""
-    first, last = blocks[0].name, blocks[-1].name
+def _span(first: str, last: str) -> str:
+    """Return the names of consecutive blocks, from ``first`` to ``last``."""
     if first == last:
         return first
     number = _number_between(first, last, first)

@@ -163,12 +163,15 @@ def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, ex
     if found.residuals:
         listed = [f"{r.name!r} ({r.why_not})" for r in found.residuals[:3]]
         text += f"; not taken: {', '.join(listed)}; take them with select=lambda r: True"
+    if found.blends:
+        listed = [f"{b.name or name!r} ({b.kind}, {b.where})" for b in found.blends[:3]]
+        text += f"; gates and other sums without a shortcut are not taken: {', '.join(listed)}"
     if found.unreadable:
         path, reason = next(iter(found.unreadable.items()))
         text += f"; {len(found.unreadable)} could not be read, the first one {path or name!r}: "
         text += reason
         text += f"; {_BY_HAND}" if example else ""
-    if not found.residuals and not found.unreadable:
+    if not found.residuals and not found.unreadable and not found.blends:
         text += (
             ". Such a network has no branches to drop; wrap a part of it in "
             "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"

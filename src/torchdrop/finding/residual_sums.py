@@ -105,6 +105,7 @@ class ResidualSums:
 
     Attributes:
         entries: The residual additions in order.
+        blends: Other operations that combine two values of the input, none of which is a shortcut.
         nodes: The nodes of the graph in order.
         order: The position of each node in ``nodes``.
         ancestors: For each node, the nodes that it is computed from and itself, as bits of an
@@ -146,15 +147,18 @@ class ResidualSums:
         self._first = next((n for n in self.nodes if n.op == "placeholder"), None)
         self._sums_of_first: set[fx.Node] = set()
         self.entries: list[ResidualSum] = []
+        self.blends: list[fx.Node] = []
         self._find_entries(set())
 
     def _find_entries(self, not_taken: set[fx.Node]) -> None:
         """Find all residual additions but ``not_taken``."""
-        self.entries = []
+        self.entries, self.blends = [], []
         self._sums_of_first = set()
         for i, node in enumerate(self.nodes):
             operands = None if node in not_taken else summands(node)
             entry = None if operands is None else self._entry(node, operands)
+            if entry is None and self._blends(node, operands):
+                self.blends.append(node)
             if operands is not None and entry is None:
                 other = self._shortcut_beside_the_stream(operands)
                 if other is not None:
@@ -198,6 +202,20 @@ class ResidualSums:
             elif node.op == "get_attr":
                 return True
         return False
+
+    def _blends(self, node: fx.Node, operands: Summands | None) -> bool:
+        """Whether ``node`` combines two values of the input by layers that are not linear."""
+        if operands is None:
+            blends = operation_of(node).blends
+            return blends and self.has_parameters(self.nodes_in(self.ancestors[node]))
+        left, right = (self.ancestors[n] for n in operands[:2])
+        sides = [self.nodes_in(left & ~right), self.nodes_in(right & ~left)]
+        memo: dict[fx.Node, bool] = {}
+        return (
+            any(depends_on_input(n, memo) for n in self.nodes_in(left & right))
+            and any(map(self.has_parameters, sides))
+            and not any(self.children.linear_nodes(side, self.owner) for side in sides)
+        )
 
     def _shortcut_beside_the_stream(self, operands: Summands) -> fx.Node | None:
         """Return an addition that has to be no residual, so that the sum of ``operands`` is one.

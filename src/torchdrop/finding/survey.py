@@ -7,6 +7,8 @@ is the *shortcut*: the identity, or a linear projection (1x1 convolution, norm, 
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,21 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A forward with a gate, or another sum without a shortcut, such as ``g * f + (1 - g) * x``.
+
+    Attributes:
+        name: The path of the module that has the forward.
+        kind: The name of its class.
+        where: The file and the line of the forward.
+    """
+
+    name: str
+    kind: str
+    where: str
+
+
 @dataclass
 class Survey:
     """The residual blocks of a model.
@@ -42,12 +59,14 @@ class Survey:
         unreadable: Why the forwards of other blocks could not be read, by their paths.
         seen: How many forwards were read.
         additions: How many additions of two tensors these contain.
+        blends: Sums that are no residuals, although both sides are computed from the input.
     """
 
     residuals: list[Residual]
     unreadable: dict[str, str]
     seen: int
     additions: int
+    blends: list[Blend]
 
 
 def _join(prefix: str, path: str) -> str:
@@ -93,7 +112,14 @@ def survey(
     _mark_inner(found)
     found = _with_parts_in_lists_joined(model, _with_inner_parts_joined(model, found))
     additions = sum(summands(node) is not None for f in finders.values() for node in f.nodes)
-    return Survey(found, unreadable, len(finders), additions)
+    blends = [_blend(name, finder.owner) for name, finder in finders.items() if finder.blends]
+    return Survey(found, unreadable, len(finders), additions, blends)
+
+
+def _blend(name: str, owner: nn.Module) -> Blend:
+    code = inspect.unwrap(type(owner).forward).__code__
+    where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    return Blend(name, type(owner).__name__, where)
 
 
 def _residuals_of(

@@ -55,6 +55,7 @@ class Settings:
     masks_all: bool = False  # compute="mask"
     warned_of_readings: bool = False
     measured: bool = False  # whether the FLOPs of an example forward pass were counted
+    not_taken: tuple[tuple[str, str], ...] = ()  # names of modules with residuals; why not taken
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -115,6 +115,7 @@ class Operation:
         concatenates: It concatenates tensors.
         stacks: It stacks tensors on a new dimension.
         adds_entries: It adds the entries of a dimension.
+        blends: It blends two tensors with a weight, so that none of them is a shortcut.
         returns_tuple: It returns several tensors.
         batch_norm: It normalises with the statistics of the batch.
         masks_branch: A layer that drops whole residual branches by multiplying with a mask.
@@ -148,6 +149,7 @@ class Operation:
     concatenates: bool = False
     stacks: bool = False
     adds_entries: bool = False
+    blends: bool = False
     returns_tuple: bool = False
     batch_norm: bool = False
     masks_branch: bool = False

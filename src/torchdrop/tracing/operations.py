@@ -64,6 +64,7 @@ TABLE: tuple[Operation, ...] = (
         ("truediv", "div"), in_place=("itruediv", "div_"), product=True, keeps_layout=True,
         on_numbers=True, mask_factor=True,
     ),
+    Operation(("lerp",), in_place=("lerp_",), blends=True),
     Operation(("where",), mask_factor=True),
     Operation(("neg",), linear=True, on_numbers=True),
     Operation(("matmul", "mm", "bmm", "baddbmm", "einsum"), product=True),

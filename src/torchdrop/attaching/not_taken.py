@@ -1,0 +1,32 @@
+"""Say which sums of a model are not dropped, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchdrop.finding.residual import Residual
+from torchdrop.finding.survey import Survey
+
+__all__ = ["reasons_not_taken"]
+
+_BLENDS = "neither side of its sum is a shortcut: it blends two values, as a gate does"
+
+
+def reasons_not_taken(found: Survey, chosen: Sequence[Residual]) -> tuple[tuple[str, str], ...]:
+    """Return the path of each module with a sum that is not taken, and why.
+
+    What is inside a branch that is taken is left out.
+    """
+    children = {child for residual in chosen for b in residual.branches for child in b.children}
+    taken = {residual.name for residual in chosen}
+    reasons = [
+        (r.name, f"{type(r.module).__name__}: {r.why_not or 'select left it out'}")
+        for r in found.residuals
+        if r not in chosen
+    ]
+    reasons += [(b.name, f"{b.kind}, {b.where}: {_BLENDS}") for b in found.blends]
+    return tuple(
+        (name, why)
+        for name, why in reasons
+        if name not in taken and not any(f"{name}.".startswith(f"{child}.") for child in children)
+    )
