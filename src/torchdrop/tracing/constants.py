@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torchdrop.internals import DisableTorchFunction
 from torchdrop.tracing.kept_tensors import Constant, note_keepers
 from torchdrop.tracing.operations import named
-from torchdrop.tracing.random_states import TorchDraws, device_state, set_device_state
+from torchdrop.tracing.random_states import TorchDraws, generator_states, set_generator_states
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 __all__ = ["Constants"]
@@ -49,18 +49,6 @@ class _Draws:
         self._alone = threading.active_count() == 1
         self._before: dict[Any, Tensor] = {}  # by device or generator
 
-    def states(self, leaves: Iterable[Any]) -> dict[Any, Tensor]:
-        """Return the states of the generators that an operation with these arguments may use."""
-        found: dict[Any, Tensor] = {_CPU: torch.get_rng_state()}
-        for leaf in leaves:
-            if isinstance(leaf, torch.Generator):
-                found[leaf] = leaf.get_state()
-                continue
-            device = leaf.device if isinstance(leaf, Tensor) else leaf
-            if isinstance(device, torch.device) and device.type not in ("cpu", "meta"):
-                found[device] = device_state(device)
-        return found
-
     def run(self, function: Callable[[], Any], leaves: Iterable[Any]) -> tuple[Any, bool]:
         """Return what ``function`` returns, and whether it draws random numbers.
 
@@ -68,7 +56,7 @@ class _Draws:
             function: The operation.
             leaves: Its arguments, without containers.
         """
-        before = self.states(leaves)
+        before = generator_states(leaves)
         # If there are other threads, one of them may have changed the state of a generator. Then a
         # dispatch mode records whether this thread drew numbers. With one thread the states are
         # compared instead, because PyTorch imports many modules for a dispatch mode.
@@ -80,7 +68,7 @@ class _Draws:
         moved = {
             key: state
             for key, state in before.items()
-            if not torch.equal(state, self.states([key])[key])
+            if not torch.equal(state, generator_states([key])[key])
         }
         for key, state in moved.items():
             self._before.setdefault(key, state)
@@ -90,15 +78,8 @@ class _Draws:
 
     def undo(self) -> None:
         """Restore the states that the generators had before the first operation."""
-        for key, state in self._before.items():
-            if isinstance(key, torch.Generator):
-                key.set_state(state)
-            else:
-                set_device_state(key, state)
+        set_generator_states(self._before)
         self._before.clear()
-
-
-_CPU = torch.device("cpu")
 
 
 class Constants(TorchFunctionMode):

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from torchdrop.internals import TorchDispatchMode
 
-__all__ = ["RandomStates", "TorchDraws", "device_state", "set_device_state"]
+__all__ = [
+    "RandomStates",
+    "TorchDraws",
+    "device_state",
+    "generator_states",
+    "set_device_state",
+    "set_generator_states",
+]
 
 
 class RandomStates:
@@ -64,6 +71,7 @@ class RandomStates:
             set_device_state(device, state)
 
 
+_CPU = torch.device("cpu")
 _NO_GENERATOR = ("cpu", "meta")  # the state of the CPU's generator is in RandomStates._torch
 
 
@@ -81,6 +89,34 @@ def set_device_state(device: torch.device, state: Tensor) -> None:
         return
     module: Any = torch.get_device_module(device)
     module.set_rng_state(state, *_index(device))
+
+
+def generator_states(leaves: Iterable[Any]) -> dict[Any, Tensor]:
+    """Return the states of the generators that an operation with these arguments may use.
+
+    The keys are devices and generators.
+
+    Args:
+        leaves: The arguments, without containers.
+    """
+    found: dict[Any, Tensor] = {_CPU: torch.get_rng_state()}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Generator):
+            found[leaf] = leaf.get_state()
+            continue
+        device = leaf.device if isinstance(leaf, Tensor) else leaf
+        if isinstance(device, torch.device) and device.type not in _NO_GENERATOR:
+            found[device] = device_state(device)
+    return found
+
+
+def set_generator_states(states: dict[Any, Tensor]) -> None:
+    """Set generators to the states that :func:`generator_states` returned."""
+    for key, state in states.items():
+        if isinstance(key, torch.Generator):
+            key.set_state(state)
+        else:
+            set_device_state(key, state)
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:

@@ -26,6 +26,7 @@ from torchdrop.internals import (
     writes_into_arguments,
 )
 from torchdrop.tracing.modes import use_modes
+from torchdrop.tracing.random_states import generator_states, set_generator_states
 
 __all__ = ["NeedsDataError", "ShapeFacts", "meta_double"]
 
@@ -68,16 +69,13 @@ class _RealTensorsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     An operation without fake tensors among its arguments returns a real tensor, since a cache may
     store it. If an operation writes into a real tensor, such as the counter of batches of a
-    BatchNorm, a copy takes the place of that tensor from then on. Other threads are not affected.
-
-    Attributes:
-        drawn: Whether random numbers were drawn.
+    BatchNorm, a copy takes the place of that tensor from then on. An operation that draws random
+    numbers leaves the generators as they were. Other threads are not affected.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self.drawn = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -89,9 +87,14 @@ class _RealTensorsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = tree_map_only(Tensor, lambda t: self._copy(t, writes), (args, kwargs))
         if any(map(is_fake_tensor, tensors)):
             return func(*args, **kwargs)
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
         with disable_dispatch_modes():
-            return func(*args, **kwargs)
+            if torch.Tag.nondeterministic_seeded not in func.tags:
+                return func(*args, **kwargs)
+            states = generator_states(tree_flatten((args, kwargs))[0])
+            try:
+                return func(*args, **kwargs)
+            finally:
+                set_generator_states(states)
 
     def _copy(self, tensor: Tensor, is_written: bool) -> Tensor:
         """Return the copy of a real tensor that was or will be written into; else ``tensor``."""
@@ -132,11 +135,6 @@ class ShapeFacts:
                 shape[doubled] *= 2 if shape[doubled] == batch else 1
             with _modes_suspended(), self._mode:
                 self._value_of[node] = _fake_tensor(value, shape)
-
-    @property
-    def drawn(self) -> bool:
-        """Whether random numbers were drawn."""
-        return self._real.drawn
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of ``node``: a number, a shape, or a tensor without data.
