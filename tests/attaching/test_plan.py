@@ -189,3 +189,28 @@ def test_a_plan_whose_block_was_replaced_refuses_rates() -> None:
     with pytest.raises(ValueError, match="blocks of the model were replaced"):
         plan.set_p(0.1)
     torchdrop.get_plan(model).set_p({"0": 0.1})
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class KeepsPartsInLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions, self.ffns = nn.ModuleList([Adds()]), nn.ModuleList([Adds()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffns[0](self.attentions[0](x))
+
+
+def test_a_plan_prints_after_a_layer_was_replaced() -> None:
+    model = nn.Sequential(*(KeepsPartsInLists() for _ in range(3)))
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    model[1] = KeepsPartsInLists()
+    assert "removed from the model, or from some blocks" in " ".join(str(plan).split())

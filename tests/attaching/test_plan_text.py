@@ -95,6 +95,9 @@ def names_of(blocks: list[Residual]) -> list[str]:
         (["a.0.0", "a.0.1", "a.0.2", "a.1.0", "a.1.1", "a.1.2"], ["a.0.0 to 2", "a.1.0 to 2"]),
         (["a.0", "b.1", "b.2", "b.3"], ["a.0", "b.1 to 3"]),
         (["a", "b", "c"], ["a", "b", "c"]),
+        (["a.0", "a.2", "a.4", "a.6"], ["a.0", "a.2", "a.4", "a.6"]),
+        (["a.0", "a.1", "a.2", "a.4"], ["a.0 to 2", "a.4"]),
+        (["a.2", "a.1", "a.0"], ["a.2", "a.1", "a.0"]),
         (["a.0", "a.1"], ["a.0", "a.1"]),
     ],
 )
@@ -145,3 +148,19 @@ def test_a_plan_fits_its_width() -> None:
     assert table[1].startswith("...")
     assert "blocks.0 to 11 " in table[1]
     assert " ".join(" ".join(table).split()).count(reason.strip()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ([0.1, 0.2, 0.3], "0.100 to 0.300"),
+        ([0.3, 0.2, 0.1], "0.300 to 0.100"),
+        ([0.1, 0.9, 0.1], "0.100 to 0.900"),
+        ([0.5, 0.5, 0.5], "0.500  "),
+    ],
+)
+def test_rates_that_neither_rise_nor_fall_show_the_least_and_the_largest(
+    rates: list[float], told: str
+) -> None:
+    table = table_of([block(f"a.{i}", p=p) for i, p in enumerate(rates)], measured=False)
+    assert told in table[1]

@@ -126,3 +126,68 @@ def test_behind_a_feature_extractor_the_rates_are_those_of_the_model() -> None:
 def test_a_block_with_two_branches_is_one_block(kind: type[nn.Module]) -> None:
     plan = torchdrop.add_stochastic_depth(kind(), 0.5, select=lambda r: True)
     assert [len(r.branches) for r in plan.blocks] == [2]
+
+
+class CallsOneLayerOften(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.layer, self.head = nn.Linear(W, W), nn.Linear(W, W), nn.Linear(W, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.emb(x)
+        for _ in range(4):
+            x = x + self.layer(x).tanh()
+        return self.head(x)
+
+
+def test_sums_that_cannot_be_told_apart_stay_one_block() -> None:
+    plan = torchdrop.add_stochastic_depth(CallsOneLayerOften(), 0.5)
+    assert [len(r.branches) for r in plan.blocks] == [4]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.b1, self.b2, self.head = nn.Linear(W, W), Inner(), Inner(), nn.Linear(W, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.b1(x)
+        x = x + self.b2(x)
+        return self.head(x)
+
+
+def test_a_block_inside_a_branch_keeps_its_name() -> None:
+    found = torchdrop.find_residuals(Nested(), select=lambda r: True)
+    names = [branch.name for r in found for branch in r.branches]
+    assert len(set(names)) == len(names) == 4
+    plan = torchdrop.add_stochastic_depth(Nested(), 0.5, select=lambda r: True)
+    assert sum(len(r.branches) for r in plan.blocks) == 4
+
+
+class Grouped(nn.Module):
+    """Branches whose modules are all in one container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(W, W)
+        self.net = nn.ModuleDict({k: nn.Linear(W, W) for k in "abn"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, net = self.stem(x), self.net
+        x = x + net["a"](net["n"](x)).tanh()
+        return x + net["b"](net["n"](x)).tanh()
+
+
+def test_a_module_that_holds_several_branches_is_no_block_of_one() -> None:
+    plan = torchdrop.add_stochastic_depth(Grouped(), 0.5)
+    assert "net" not in [r.name for r in plan.blocks]

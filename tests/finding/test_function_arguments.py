@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -122,3 +122,91 @@ def test_hooks_of_the_module_run_and_get_no_function() -> None:
     assert function is None
     assert x.shape == total.shape
     torch.testing.assert_close(total, out)
+
+
+class Given(nn.Module):
+    """A block that gets a function of torch, or a module of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(W), nn.LayerNorm(W)
+        self.f, self.g = (nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W)) for _ in "fg")
+
+    def forward(self, x: Tensor, act: Any) -> Tensor:
+        x = x + self.f(act(self.n1(x)))
+        return x + self.g(self.n2(x))
+
+
+class Giving(nn.Module):
+    def __init__(self, head: bool) -> None:
+        super().__init__()
+        self.b1, self.b2, self.b3 = Given(), Given(), Given()
+        self.head = nn.Linear(W, W) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.b1, self.b2, self.b3):
+            x = block(x, functional.relu)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_block_that_gets_a_function_of_torch_stays_a_block(head: bool) -> None:
+    model, x = Giving(head).double(), torch.randn(8, 5, W).double()
+    for block in (model.b1, model.b2, model.b3):  # such as those of fully_shard
+        block.register_forward_pre_hook(lambda module, args: args)
+    plan = torchdrop.add_stochastic_depth(model, 0.3, example_inputs=x)
+    assert [(r.name, len(r.branches)) for r in plan.blocks] == [("b1", 2), ("b2", 2), ("b3", 2)]
+    assert [r.p for r in plan.blocks] == pytest.approx([0.1, 0.2, 0.3])
+    against_mask(model, (x,), plan)
+
+
+class Routed(nn.Module):
+    """Branches on the values of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor, act: Any) -> Tensor:
+        return act(self.a(x)) if bool(x.mean() > 1e9) else act(self.b(x))
+
+
+class WithRouted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = Routed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(x, lambda y: self.moe.a(y).tanh())
+
+
+def test_a_child_that_branches_on_data_may_get_a_function() -> None:
+    model, x = nn.Sequential(WithRouted(), WithRouted()), torch.randn(6, W)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x)
+    assert [r.action for r in plan.blocks] == ["layer", "layer"]
+
+
+class Out(NamedTuple):
+    h: Tensor
+    x: Tensor
+
+
+class Names(nn.Module):
+    def forward(self, x: Tensor, f: Any) -> Out:
+        return Out(x + f(x), x)
+
+
+class WithNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.add = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W)), Names()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.f).h
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_child_that_gets_a_function_may_return_a_named_tuple(example: bool) -> None:
+    model, x = nn.Sequential(WithNames(), WithNames()).double(), torch.randn(6, W).double()
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x if example else None)
+    assert [r.action for r in plan.blocks] == ["skip", "skip"]

@@ -104,6 +104,39 @@ class Loop(nn.Module):
         return x
 
 
+class Uneven(nn.Module):
+    """A stage whose lists differ in length."""
+
+    def __init__(self, adding: int, layers: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(Adding(mlp()) for _ in range(adding))
+        self.layers = nn.ModuleList(NormsInAList() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.convs, *self.layers]:
+            x = layer(x)
+        return x
+
+
+class Down(nn.Module):
+    def __init__(self, adding: int, mixing: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(Adding(mlp()) for _ in range(adding))
+        self.mixers = nn.ModuleList(Adding(Mix()) for _ in range(mixing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.convs, *self.mixers]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [(Uneven, 14), (Down, 14)])
+def test_stages_of_a_stack_are_treated_alike(kind: type[nn.Module], blocks: int) -> None:
+    stages = nn.Sequential(kind(2, 1), kind(1, 6), kind(2, 2))  # type: ignore[call-arg]
+    plan = torchdrop.add_stochastic_depth(stages, 0.5)
+    assert len(plan.blocks) == blocks
+
+
 def stack(kind: Callable[[], nn.Module]) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(kind() for _ in range(L))).double()

@@ -453,6 +453,24 @@ def test_the_first_argument_is_the_stream_to_which_branches_are_added() -> None:
         assert ends_with_sum == [kind is AddsToItsBranch] * 2
 
 
+class SecondStream(nn.Module):
+    """A summary of the tokens with residuals of its own, which is added to the tokens, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Sequential(nn.Linear(2 * W, W), nn.GELU(), nn.Linear(W, W)), mlp()
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t + self.f(torch.cat([t, x.mean(1)], -1))
+        return x + self.g(t)[:, None], t
+
+
+def test_a_second_stream_keeps_its_residuals() -> None:
+    sums = read_residual_sums(trace_block(SecondStream()))
+    assert "f" in [path for entry in sums for path in called_modules(entry.split)]
+    assert sums[0].split.skip.name == "t"
+
+
 def test_an_embedding_that_is_added_in_every_branch_is_no_shortcut() -> None:
     sums = read_residual_sums(trace_block(AddsAnEmbeddingAgain()))
     assert [(entry.split.skip.name, called_modules(entry.split)) for entry in sums] == [

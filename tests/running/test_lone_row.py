@@ -99,7 +99,7 @@ def test_a_row_of_many_values_is_computed_alone() -> None:
 
 def test_without_the_second_row_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: BatchNorm itself refuses a single value."""
-    monkeypatch.setattr(RowValues, "suffice", lambda self, skip, batch: True)
+    monkeypatch.setattr(RowValues, "suffice", lambda self, sizes: True)
     model, x = stack("after global pooling"), torch.randn(B, C, 16, 16)
     torchdrop.add_stochastic_depth(model, 0.75, schedule="uniform", example_inputs=x)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -107,17 +107,70 @@ def test_without_the_second_row_it_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("known", "positions", "enough"),
+    ("fewest", "sizes", "enough"),
     [
-        ((1, 256), 256, False),
-        ((1, 256), 1024, False),
-        ((2, 256), 256, True),
-        ((64, 256), 16, True),
-        ((64, 256), 15, False),
-        ((2, 256), 255, False),
+        (1, (3, 16, 16), False),
+        (2, (3, 16, 16), True),
+        (2, (3, 32, 16), True),
+        (200, (3, 15, 16), False),
+        (200, (3, 256), False),
     ],
 )
-def test_values_of_a_smaller_map_are_estimated(
-    known: tuple[int, int], positions: int, enough: bool
+def test_of_a_smaller_input_nothing_is_known(
+    fewest: int, sizes: tuple[int, ...], enough: bool
 ) -> None:
-    assert RowValues(*known).suffice(torch.zeros(2, 3, positions), 2) is enough
+    assert RowValues(fewest, (3, 16, 16)).suffice(sizes) is enough
+
+
+class Tokens(nn.Module):
+    """BatchNorm over a fourth of the tokens of all samples, as in LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.bn, self.fc2 = nn.Linear(C, C), nn.BatchNorm1d(C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(x[:, ::4])
+        y = self.bn(y.flatten(0, 1)).view_as(y).relu()
+        return x + self.fc2(y).repeat_interleave(4, 1)
+
+
+class ChannelsLast(nn.Module):
+    """A branch that permutes its input and has a large stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.bn = nn.Conv2d(C, C, 4, 4), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.down(x.permute(0, 3, 1, 2))).relu()
+        return x + functional.interpolate(y, x.shape[1:3]).permute(0, 2, 3, 1)
+
+
+class Valid(nn.Module):
+    """A pooling whose map shrinks faster than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(functional.avg_pool2d(self.conv(x), 7, 1)).relu()
+        return x + functional.interpolate(y, x.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "large", "small"),
+    [
+        (Tokens, (16, C), (4, C)),
+        (ChannelsLast, (16, 4, C), (4, 4, C)),
+        (Valid, (C, 14, 14), (C, 7, 7)),
+    ],
+)
+def test_a_single_row_of_a_smaller_input_trains(
+    kind: type[nn.Module], large: tuple[int, ...], small: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(*(kind() for _ in range(3)))
+    torchdrop.add_stochastic_depth(model, 0.75, schedule="uniform")
+    for sizes in (large, small, large):
+        model(torch.randn(4, *sizes)).sum().backward()

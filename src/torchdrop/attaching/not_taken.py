@@ -18,7 +18,6 @@ def reasons_not_taken(found: Survey, chosen: Sequence[Residual]) -> tuple[tuple[
     What is inside a branch that is taken is left out.
     """
     children = {child for residual in chosen for b in residual.branches for child in b.children}
-    taken = {residual.name for residual in chosen}
     reasons = [
         (r.name, f"{type(r.module).__name__}: {r.why_not or 'select left it out'}")
         for r in found.residuals
@@ -28,5 +27,5 @@ def reasons_not_taken(found: Survey, chosen: Sequence[Residual]) -> tuple[tuple[
     return tuple(
         (name, why)
         for name, why in reasons
-        if name not in taken and not any(f"{name}.".startswith(f"{child}.") for child in children)
+        if not any(f"{name}.".startswith(f"{child}.") for child in children)
     )

@@ -79,7 +79,9 @@ class Plan:
 
     def _module_above(self, module: nn.Module, levels: int) -> nn.Module:
         """Return the module around ``module``, which is ``module`` itself if it is the model."""
-        path = next(name for name, m in self._model.named_modules() if m is module)
+        path = next((name for name, m in self._model.named_modules() if m is module), None)
+        if path is None:  # it was replaced
+            return module
         atoms = path.split(".")
         return self._model.get_submodule(".".join(atoms[: max(len(atoms) - levels, 0)]))
 

@@ -85,7 +85,7 @@ def _listed(names: Sequence[str]) -> str:
     runs: list[list[str]] = []
     for name in names:
         run = runs[-1] if runs else []
-        if not run or _number_between(run[-1], name, run[0]) is None:
+        if not run or not _follows(run[-1], name, run[0]):
             runs.append([name])
         else:
             run.append(name)
@@ -123,7 +123,7 @@ class _Run:
         """Whether ``block`` continues the run."""
         if form != self.form or type(block.module) is not type(self.blocks[-1].module):
             return False
-        return _number_between(self.blocks[-1].name, block.name, self.blocks[0].name) is not None
+        return _follows(self.blocks[-1].name, block.name, self.blocks[0].name)
 
     def rows(self) -> list[tuple[bool, tuple[str, ...]]]:
         """Return the rows of the table, each with whether it comes first."""
@@ -147,10 +147,12 @@ class _Run:
 
 
 def _range(values: Sequence[str]) -> str:
-    """Return the first and the last of ``values``, or one if all are the same."""
+    """Return the first and the last of ``values``, or the least and the largest; or one."""
     if len({*values}) == 1:
         return values[0]
-    return f"{values[0]} to {values[-1]}"
+    ordered = sorted(values, key=lambda value: float(value.strip("-%") or 0))
+    ends = values if list(values) in (ordered, ordered[::-1]) else ordered
+    return f"{ends[0]} to {ends[-1]}"
 
 
 def _span(first: str, last: str) -> str:
@@ -160,6 +162,16 @@ def _span(first: str, last: str) -> str:
     number = _number_between(first, last, first)
     ends_with_number = number is not None and last.endswith(number)
     return f"{first} to {number if ends_with_number else last}"
+
+
+def _follows(one: str, other: str, first: str) -> bool:
+    """Whether ``other`` is the name after ``one`` in a run of names that begins with ``first``."""
+    before, after = _number_between(first, one, first), _number_between(one, other, first)
+    if after is None:
+        return False
+    if before is None:  # ``one`` is the first
+        before = _number_between(other, one, other)
+    return before is not None and int(after) == int(before) + 1
 
 
 def _number_between(one: str, other: str, first: str) -> str | None:

@@ -23,7 +23,7 @@ def batch_dim_from_layers(
     nodes: Iterable[fx.Node],
     owner: nn.Module,
     skip: fx.Node,
-    read: Callable[[nn.Module], BlockGraph],
+    read: Callable[[nn.Module], BlockGraph] | None,
 ) -> tuple[int | None, dict[str, int]]:
     """Return the batch dimension of ``skip`` according to the layers among ``nodes``.
 
@@ -33,7 +33,8 @@ def batch_dim_from_layers(
         nodes: The nodes of the forward.
         owner: The module that has the forward.
         skip: The residual tensor.
-        read: Returns the graph of a module, or raises :class:`UntraceableError`.
+        read: Returns the graph of a module, or raises :class:`UntraceableError`. None: what is
+            inside modules does not count.
 
     Returns:
         The dimension, None if no layer tells it or two layers with ``batch_first`` contradict each
@@ -49,7 +50,8 @@ def batch_dim_from_layers(
         batch_first = getattr(module, "batch_first", None)
         has_flag = isinstance(batch_first, bool)
         if not has_flag and not isinstance(module, layers_with("batch_first")):
-            votes.update(_votes_inside(node, owner, same_layout, read))
+            if read is not None:
+                votes.update(_votes_inside(node, owner, same_layout, read))
             continue
         if same_layout & values_with_same_layout(node.all_input_nodes[0], owner):
             if has_flag:

@@ -64,6 +64,8 @@ class BlockReader:
         self._children = ModuleProperties()
         self._adds_two_inputs: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
+        # The children that each module calls with a function, by its path.
+        self._get_functions: dict[str, set[nn.Module]] = {}
         self.branching_on_data: set[str] = set()
 
     def read_all(self) -> tuple[dict[str, ResidualSums], dict[str, str]]:
@@ -80,6 +82,7 @@ class BlockReader:
                 unreadable[name] = str(error)
                 if isinstance(error, DataDependentError):
                     self.branching_on_data.add(name)
+        self._keep_blocks_that_get_functions(finders, unreadable)
         for found in (finders, unreadable):
             for name in [n for n in found if self._model.get_submodule(n) in self._inlined]:
                 del found[name]  # its additions belong to the block that calls it
@@ -92,6 +95,29 @@ class BlockReader:
                 if len(other.entries) < len(finders[name].entries):
                     finders[name] = other
         return finders, unreadable
+
+    def _keep_blocks_that_get_functions(
+        self, finders: dict[str, ResidualSums], unreadable: dict[str, str]
+    ) -> None:
+        """Let children that get a function be blocks of their own if they can be read alone.
+
+        Otherwise their additions belong to the block that calls them.
+        """
+        for name, children in self._get_functions.items():
+            alone = [
+                child
+                for child in children
+                if self._example is not None
+                and self._names[child] in self._example.first.calls
+                and (finder := finders.get(self._names[child])) is not None
+                and finder.entries
+            ]
+            if alone and name in finders:
+                kinds = ", ".join(sorted({type(child).__name__ for child in alone}))
+                unreadable[name] = f"it passes a function to {kinds}, a block of its own"
+                del finders[name]
+            else:
+                self._inlined |= children
 
     def _arguments_from_parents(
         self, finders: dict[str, ResidualSums]
@@ -155,7 +181,10 @@ class BlockReader:
         plain = self._finder(name, self._read(module))
         plain, inlined = self._with_adding_children(name, module, plain)
         plain, inlined = self._with_leaking_children(name, module, plain, inlined)
-        self._inlined |= inlined | {module.get_submodule(path) for path in plain.block.inlined}
+        self._inlined |= inlined
+        self._get_functions[name] = {
+            module.get_submodule(path) for path in plain.block.inlined
+        } - inlined
         return plain
 
     def _with_adding_children(
@@ -246,7 +275,10 @@ class BlockReader:
         if call is not None:
             return len(flatten_arguments(call)[1])
         kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-        parameters = inspect.signature(type(module).forward).parameters.values()
+        try:
+            parameters = inspect.signature(type(module).forward).parameters.values()
+        except (TypeError, ValueError):  # it cannot be read either
+            return 0
         return sum(p.default is p.empty and p.kind not in kinds for p in parameters) - 1
 
     def _adds_inputs(self, module: nn.Module) -> bool:

@@ -160,7 +160,7 @@ class ResidualSums:
             if entry is None and self._blends(node, operands):
                 self.blends.append(node)
             if operands is not None and entry is None:
-                other = self._shortcut_beside_the_stream(operands)
+                other = self._shortcut_beside_the_stream(node, operands)
                 if other is not None:
                     self._find_entries({*not_taken, other})
                     return
@@ -217,8 +217,8 @@ class ResidualSums:
             and not any(self.children.linear_nodes(side, self.owner) for side in sides)
         )
 
-    def _shortcut_beside_the_stream(self, operands: Summands) -> fx.Node | None:
-        """Return an addition that has to be no residual, so that the sum of ``operands`` is one.
+    def _shortcut_beside_the_stream(self, add: fx.Node, operands: Summands) -> fx.Node | None:
+        """Return an addition that has to be no residual, so that ``add`` is one.
 
         ``h = f(x + bias) + bias; x + h``: if the first argument is added after all, the branch is
         ``h``, and ``bias`` is no shortcut.
@@ -233,6 +233,9 @@ class ResidualSums:
                 split = entry.split
                 inside = self.ancestors[branch] & ~self.ancestors[skip]
                 taken = inside >> self.order[split.add] & 1 and not entry.why_not
+                # a second stream is used by others, too
+                users = set(split.add.users) - {add}
+                taken = taken and all(inside >> self.order[n] & 1 for n in users)
                 if taken and self.ancestors[split.branch] & bit and not stream[split.skip] & bit:
                     return split.add
         return None
@@ -325,7 +328,9 @@ class ResidualSums:
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
-        dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip, self.children.read)
+        # What an example shows is better evidence than layers inside of children.
+        inside = None if self.arguments() else self.children.read
+        dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip, inside)
         if not self.arguments():
             return dim, votes
         growing = self._dims_that_grow(skip)

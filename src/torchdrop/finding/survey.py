@@ -98,9 +98,11 @@ def survey(
     why_not = reasons_not_taken(finders, uses)
     kinds = Counter(type(finder.owner) for finder in finders.values() if finder.entries)
     found: list[Residual] = []
+    owners = {name for name, finder in finders.items() if finder.entries}
     for name, finder in finders.items():
         flat = kinds[type(finder.owner)] == 1 and finder.has_stem_or_head
-        found += _residuals_of(name, finder, why_not, flat)
+        parts = _parts_of_branches(name, finder, owners) if flat else {}
+        found += _residuals_of(name, finder, why_not, parts)
     if example is not None:
         # A block that branches on data may take another path on the kept rows than on all rows.
         branching = reader.branching_on_data
@@ -117,13 +119,16 @@ def survey(
 
 
 def _blend(name: str, owner: nn.Module) -> Blend:
-    code = inspect.unwrap(type(owner).forward).__code__
-    where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "no source"
     return Blend(name, type(owner).__name__, where)
 
 
 def _residuals_of(
-    name: str, finder: ResidualSums, why_not: dict[ResidualSum, str], flat: bool
+    name: str,
+    finder: ResidualSums,
+    why_not: dict[ResidualSum, str],
+    parts: dict[ResidualSum, str],
 ) -> list[Residual]:
     """Return the blocks in one forward: its module, or the elements of the list it loops over.
 
@@ -131,14 +136,12 @@ def _residuals_of(
         name: The path of the module that has the forward.
         finder: Its additions.
         why_not: Why an addition is not taken by default.
-        flat: Whether the forward is that of a whole network, so that each addition is a block.
+        parts: If the forward is that of a whole network, the path of the block of each addition.
     """
     owner = finder.owner
     blocks: dict[tuple[str, str], list[ResidualSum]] = {}
     for entry in finder.entries:
-        part = finder.elements[entry]
-        if part is None and flat:
-            part = _part_of_branch(entry.split, owner, {key for key, _ in blocks}, name)
+        part = finder.elements[entry] or parts.get(entry)
         key = _join(name, part) if part is not None else name
         blocks.setdefault((key, why_not[entry]), []).append(entry)
     result = []
@@ -164,25 +167,45 @@ def _residuals_of(
     return result
 
 
-def _part_of_branch(split: Split, owner: nn.Module, taken: set[str], name: str) -> str | None:
-    """Return the path of the innermost module that holds the branch, or else of its largest child.
+def _parts_of_branches(name: str, finder: ResidualSums, owners: set[str]) -> dict[ResidualSum, str]:
+    """Return a module for each addition of a network, by its path: the block that it becomes.
 
-    None if there is no such module whose path is not among ``taken`` already.
+    It is the innermost module that holds the branch and no part of another one, or else the largest
+    child that the branch calls. Empty unless there is one for each addition.
 
     Args:
-        split: The addition.
-        owner: The module whose forward adds the branch.
-        taken: The paths of other blocks.
-        name: The path of ``owner``.
+        name: The path of the network.
+        finder: Its additions.
+        owners: The paths of modules whose own forwards add branches.
     """
-    called = called_modules(split)
-    atoms = zip(*(path.split(".") for path in called), strict=False)
-    around = [names[0] for names in takewhile(lambda names: len({*names}) == 1, atoms)]
-    largest = sorted(called, key=lambda path: _size(owner.get_submodule(path)), reverse=True)
-    for path in (".".join(around), *largest):
-        if path and _join(name, path) not in taken:
-            return path
-    return None
+    owner = finder.owner
+    entries = [entry for entry in finder.entries if finder.elements[entry] is None]
+    called = {entry: called_modules(entry.split) for entry in entries}
+    parts: dict[ResidualSum, str] = {}
+    for entry, paths in called.items():
+        child = entry.split.add.meta.get("inlined")
+        if child is not None and next(owner.get_submodule(child).parameters(), None) is not None:
+            parts[entry] = child  # the child adds the branch, and is the block
+            continue
+        atoms = zip(*(path.split(".") for path in paths), strict=False)
+        around = ".".join(n[0] for n in takewhile(lambda names: len({*names}) == 1, atoms))
+        others = {p for other, found in called.items() if other is not entry for p in found}
+        largest = sorted(paths, key=lambda path: _size(owner.get_submodule(path)), reverse=True)
+        part = next(
+            (
+                path
+                for path in (around, *largest)
+                if path
+                and path not in parts.values()
+                and _join(name, path) not in owners
+                and not any(other.startswith(f"{path}.") for other in others)
+            ),
+            None,
+        )
+        if part is None:
+            return {}
+        parts[entry] = part
+    return parts
 
 
 def _size(module: nn.Module) -> int:
@@ -300,11 +323,16 @@ def _with_parts_in_lists_joined(model: nn.Module, residuals: list[Residual]) -> 
         in_list = isinstance(model.get_submodule(container), nn.ModuleList)
         if residual.default and layer and in_list and isinstance(around, CONTAINERS):
             groups.setdefault(layer, []).append(residual)
-    joined = {}
-    for layer, parts in groups.items():
-        lengths = Counter(part.name.rpartition(".")[0] for part in parts)
-        if len(lengths) > 1 and min(lengths.values()) == 1:
-            joined[layer] = parts
+    apart = {
+        layer.rpartition(".")[0]
+        for layer, parts in groups.items()
+        if not _are_parts_of_a_layer(parts)
+    }
+    joined = {
+        layer: parts
+        for layer, parts in groups.items()
+        if layer.rpartition(".")[0] not in apart  # all layers of a stack are treated alike
+    }
     result: list[Residual] = []
     for residual in residuals:
         layer = residual.name.rpartition(".")[0].rpartition(".")[0]
@@ -313,6 +341,13 @@ def _with_parts_in_lists_joined(model: nn.Module, residuals: list[Residual]) -> 
         elif residual is joined[layer][0]:
             result.append(_as_one_block(model, layer, joined[layer]))
     return result
+
+
+def _are_parts_of_a_layer(parts: Sequence[Residual]) -> bool:
+    """Whether ``parts``, residuals in lists of one module, are parts of a layer, not layers."""
+    lengths = Counter(part.name.rpartition(".")[0] for part in parts)
+    single = all(len(part.branches) == 1 for part in parts)
+    return single and len(lengths) > 1 and min(lengths.values()) == 1
 
 
 def _as_one_block(model: nn.Module, layer: str, parts: Sequence[Residual]) -> Residual:

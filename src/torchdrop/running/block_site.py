@@ -24,6 +24,7 @@ from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
+from torchdrop.running.lone_row import sizes_of_row
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
 from torchdrop.tracing.call_arguments import is_cache
@@ -286,7 +287,11 @@ class BlockSite(SlotOccupant):
             return rows
         batch = skip.shape[facts.dim]
         known = branch.row_values
-        if known is not None and not branch.normalises and known.suffice(skip, batch):
+        if (
+            known is not None
+            and not branch.normalises
+            and known.suffice(sizes_of_row(skip, facts.dim))
+        ):
             return rows
         other = (rows + 1 + torch.randint(batch - 1, (1,), device="cpu")) % batch
         return torch.cat([rows, other]).sort().values

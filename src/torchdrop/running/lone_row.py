@@ -13,10 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchdrop.tracing.operations import named
 
-__all__ = ["BatchNormInputs", "RowValues"]
-
-# How many values a channel are enough for a smaller input, for which their number is estimated.
-_ENOUGH = 4
+__all__ = ["BatchNormInputs", "RowValues", "sizes_of_row"]
 
 
 class RowValues(NamedTuple):
@@ -24,22 +21,20 @@ class RowValues(NamedTuple):
 
     Attributes:
         fewest: The fewest values for a row that any BatchNorm of the branch got in a call.
-        positions: How many positions a channel of the shortcut had in that call.
+        sizes: The sizes of the shortcut in that call, without the batch.
     """
 
     fewest: int
-    positions: int
+    sizes: tuple[int, ...]
 
-    def suffice(self, skip: Tensor, batch: int) -> bool:
-        """Whether BatchNorm can normalise a single row of a call with the shortcut ``skip``.
+    def suffice(self, sizes: tuple[int, ...]) -> bool:
+        """Whether BatchNorm can normalise a single row of a call with a shortcut of ``sizes``.
 
-        If its map is smaller than in the call that was measured, the map in front of the BatchNorm
-        is assumed to be smaller by the same factor.
+        Nothing is known of a shortcut that is smaller than the one that was measured.
         """
-        if self.fewest < 2:
+        if self.fewest < 2 or len(sizes) != len(self.sizes):
             return False
-        positions = _positions(skip, batch)
-        return positions >= self.positions or self.fewest * positions >= _ENOUGH * self.positions
+        return all(now >= known for now, known in zip(sizes, self.sizes, strict=True))
 
 
 class BatchNormInputs(TorchFunctionMode):
@@ -56,20 +51,20 @@ class BatchNormInputs(TorchFunctionMode):
             self._values.append(x.numel() // x.shape[1])
         return func(*args, **kwargs)
 
-    def for_one_row(self, skip: Tensor, batch: int, before: RowValues | None) -> RowValues | None:
+    def for_one_row(self, skip: Tensor, dim: int, before: RowValues | None) -> RowValues | None:
         """Return what was recorded, or ``before`` if that is fewer; None if no BatchNorm ran.
 
         Args:
             skip: The shortcut of the call.
-            batch: The number of rows.
+            dim: The dimension that carries its rows.
             before: What other calls have shown.
         """
         if not self._values:
             return before
-        now = RowValues(min(self._values) // max(batch, 1), max(_positions(skip, batch), 1))
-        return now if before is None else min(now, before, key=lambda v: v.fewest / v.positions)
+        now = RowValues(min(self._values) // max(skip.shape[dim], 1), sizes_of_row(skip, dim))
+        return now if before is None or now.fewest <= before.fewest else before
 
 
-def _positions(skip: Tensor, batch: int) -> int:
-    """Return how many positions a channel of one row of ``skip`` has."""
-    return skip.numel() // max(batch * skip.shape[1], 1)
+def sizes_of_row(skip: Tensor, dim: int) -> tuple[int, ...]:
+    """Return the sizes of ``skip`` without the dimension ``dim``, which carries the rows."""
+    return (*skip.shape[:dim], *skip.shape[dim + 1 :])

@@ -211,8 +211,7 @@ class SplitProof:
         with BatchNormInputs() as norms:
             out = run(copies)
         if facts.dim < skip.dim() > 1:
-            rows = skip.shape[facts.dim]
-            branch.row_values = norms.for_one_row(skip, rows, branch.row_values)
+            branch.row_values = norms.for_one_row(skip, facts.dim, branch.row_values)
         if [modifications_of(c) for c in copies if isinstance(c, Tensor)] != versions:
             branch.mask("it writes into its input, which the shortcut also uses")
             before.restore()
@@ -426,7 +425,7 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
             return
         randoms = before, RandomStates(devices)
         if x.dim() > 1:
-            branch.row_values = norms.for_one_row(x, batch, branch.row_values)
+            branch.row_values = norms.for_one_row(x, facts.dim, branch.row_values)
         if site.settings.mode == "row":
             values = [t.detach() for t in tensors.values()]
             trial = TrialCall(run, cut, values, out, facts.dim, batch, group, randoms)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
-from torchdrop.tracing.operations import operation_of
+from torchdrop.tracing.operations import operation_of, writes_first_argument
 
 __all__ = ["unstack_sums"]
 
@@ -43,10 +44,20 @@ def _summed_tensors(node: fx.Node) -> list[fx.Node] | None:
     # the stack has no other use, and the sum is over the dimension that it added
     if list(stack.users) != [node] or summed is None or summed != _dim(stack, 0):
         return None
+    if any(map(writes_first_argument, _between(stack, node))):
+        return None  # one of the tensors may have changed
     given: Any = stack.args[0] if stack.args else stack.kwargs.get("tensors")
     tensors = list(given) if isinstance(given, list | tuple) else []
     several = len(tensors) > 1 and all(isinstance(t, fx.Node) for t in tensors)
     return tensors if several else None
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes after ``first`` and before ``last``."""
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
 
 
 def _dim(node: fx.Node, default: int | None) -> int | None:

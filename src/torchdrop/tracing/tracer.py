@@ -147,6 +147,13 @@ def _is_function(value: Any) -> bool:
     return isinstance(value, FunctionType | BuiltinFunctionType | MethodType | partial | nn.Module)
 
 
+def _uses_the_block(value: Any) -> bool:
+    """Whether ``value`` is a function that may use tensors or modules of the traced block."""
+    if isinstance(value, FunctionType):
+        return value.__closure__ is not None
+    return _is_function(value) and not isinstance(value, BuiltinFunctionType)
+
+
 def _accepts(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     """Whether ``function`` has parameters for these arguments; it may lack ``out=``, say."""
     try:
@@ -247,7 +254,10 @@ class ForwardTracer(fx.Tracer):
         if self._working_out_shapes:  # without the hooks of the user
             return m.forward(*args, **kwargs)
         path = self.path_of_module(m)
-        if any(map(_is_function, (*args, *kwargs.values()))):
+        gets_function = m not in self._inlined and any(
+            map(_uses_the_block, (*args, *kwargs.values()))
+        )
+        if gets_function:
             # A function is no value of a graph, and it may use tensors of the block.
             self._inlined = {*self._inlined, m}
         if self.is_leaf_module(m, path):
@@ -257,7 +267,13 @@ class ForwardTracer(fx.Tracer):
         training = m.training if self.root.training == self._training else self._training
         double = self.watch.double_of_module(m, training, f"{path}.")
         self._inlined_path, outer_path = path, self._inlined_path
-        value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
+        try:
+            value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
+        except DataDependentError as error:
+            if not gets_function:
+                raise
+            # the child alone branches on data, which does not keep the block from being dropped
+            raise UntraceableError(str(error)) from None
         self._inlined_path = outer_path
         first, *rest = value if isinstance(value, tuple) else (value,)
         given = [None if _is_function(a) else a for a in args]
@@ -265,7 +281,10 @@ class ForwardTracer(fx.Tracer):
         first = self.create_proxy(
             "call_function", passed_through, (first, path, tuple(given), named_ones, rest), {}
         )
-        return (first, *rest) if isinstance(value, tuple) else first
+        if not isinstance(value, tuple):
+            return first
+        named_tuple: Any = type(value) if hasattr(value, "_fields") else None
+        return (first, *rest) if named_tuple is None else named_tuple(first, *rest)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a parameter or buffer of the block as a node."""
