@@ -290,9 +290,11 @@ def test_a_kind_of_call_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(proofs) == 2
     model.double()(torch.randn(8, W, dtype=torch.double))
     assert len(proofs) == 3
+    model(torch.randn(2, W, dtype=torch.double))  # a test on two rows may miss something
+    assert len(proofs) == 4
     model(torch.randn(1, W, dtype=torch.double))  # one row: nothing is known of two then
     model(torch.randn(8, W, dtype=torch.double))
-    assert len(proofs) == 4
+    assert len(proofs) == 5
 
 
 class Outer(nn.Module):
@@ -305,6 +307,27 @@ class Outer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner(x)
         return x + self.branch(x)
+
+
+def test_what_two_rows_do_not_show_is_found_in_a_larger_batch() -> None:
+    model = stack(DEPENDENT["sort"])
+    x = torch.arange(2 * W).reshape(2, W).double()
+    with torch.no_grad():  # so that both rows are in order
+        for block in model:
+            block.fc1.weight.copy_(torch.eye(W) / 100)
+            block.fc2.weight.copy_(torch.eye(W))
+    plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=x)
+    assert [r.action for r in plan.blocks] == ["skip", "skip"]
+    with pytest.warns(UserWarning, match="rows depend on each other"):
+        model(torch.randn(8, W).double())
+    assert [r.action for r in plan.blocks] == ["mask", "mask"]
+
+
+def test_the_size_of_the_batch_is_found_beside_noise_that_does_not_depend_on_it() -> None:
+    model = stack(lambda m, x: m.fc2(hidden(m, x) / x.shape[0] + torch.rand(W)))
+    with pytest.warns(UserWarning, match="rows depend on each other"):
+        plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(B, W).double())
+    assert [r.action for r in plan.blocks] == ["mask", "mask"]
 
 
 def test_blocks_inside_blocks_are_proved_on_the_example() -> None:

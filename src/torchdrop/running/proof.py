@@ -74,6 +74,10 @@ class Verdict:
     out: Any = None
 
 
+# A test on at least so many samples is valid for any larger number.
+_MANY_SAMPLES = 4
+
+
 def kind_of_call(
     number: int, tensors: Sequence[Any], dim: int, rows_per_sample: int
 ) -> tuple[Any, ...]:
@@ -92,10 +96,10 @@ def kind_of_call(
         size = shape[dim] if len(shape) > dim else None
         if batch is None:
             batch = size
-        # Whether the tensor has the rows of the batch, and whether these are several samples,
-        # matters; the size itself does not.
-        several = size is not None and size > rows_per_sample
-        parts.append((t.dtype, t.device, len(shape), several, size == 1, size == batch))
+        # Whether the tensor has the rows of the batch, and whether these are few samples, matters;
+        # the size itself does not. A sort of two rows, say, may happen to change nothing.
+        samples = None if size is None else min(size // rows_per_sample, _MANY_SAMPLES)
+        parts.append((t.dtype, t.device, len(shape), samples, size == 1, size == batch))
     return tuple(parts)
 
 
