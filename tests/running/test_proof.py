@@ -330,6 +330,34 @@ def test_the_size_of_the_batch_is_found_beside_noise_that_does_not_depend_on_it(
     assert [r.action for r in plan.blocks] == ["mask", "mask"]
 
 
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.dropout(self.fc1(x).tanh(), 0.5, self.training)
+        with torch.no_grad():  # so that it is read for each gradient mode
+            scale = functional.dropout(x, 0.5, self.training).abs() * 0.0 + 1.0
+        return x + self.fc2(h * scale)
+
+
+def test_a_block_that_is_read_in_a_proof_keeps_its_dropout() -> None:
+    model, x = nn.Sequential(FunctionalDropout(), FunctionalDropout()), torch.randn(B, W)
+    with torch.no_grad():
+        plan = torchdrop.add_stochastic_depth(model, [1e-9] * 2, example_inputs=x)
+    assert plan.blocks[0].action == "skip"
+    model(x)
+    for block in model:
+        site: Any = block.forward
+        assert len(site.train) == 2  # one program for each gradient mode
+        for program in site.train:
+            texts = [part.text for part in (program.forward, *program.branches.values())]
+            assert "clone" not in "".join(texts)
+            assert "".join(texts).count("functional.dropout(") == 2
+    assert not torch.equal(model(x), model(x))
+
+
 def test_blocks_inside_blocks_are_proved_on_the_example() -> None:
     model = nn.Sequential(*(Outer(Block(INDEPENDENT["linear"])) for _ in range(2)))
     plan = torchdrop.add_stochastic_depth(model, 0.5, example_inputs=torch.randn(B, W))

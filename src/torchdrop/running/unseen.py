@@ -10,7 +10,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from torchdrop.internals import (
@@ -94,6 +94,8 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            return func(*args, **kwargs)  # the block is read, for calls in which dropout is active
         name = getattr(func, "__name__", "")
         if name in _DROPOUTS:
             x = args[0] if args else kwargs["input"]
