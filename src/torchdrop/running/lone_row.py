@@ -42,13 +42,13 @@ class BatchNormInputs(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: list[int] = []
+        self._counts: list[int] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if named(getattr(func, "__name__", "")).batch_norm:
             x = args[0] if args else kwargs["input"]
-            self._values.append(x.numel() // x.shape[1])
+            self._counts.append(x.numel() // x.shape[1])
         return func(*args, **kwargs)
 
     def for_one_row(self, skip: Tensor, dim: int, before: RowValues | None) -> RowValues | None:
@@ -59,9 +59,9 @@ class BatchNormInputs(TorchFunctionMode):
             dim: The dimension that carries its rows.
             before: What other calls have shown.
         """
-        if not self._values:
+        if not self._counts:
             return before
-        now = RowValues(min(self._values) // max(skip.shape[dim], 1), sizes_of_row(skip, dim))
+        now = RowValues(min(self._counts) // max(skip.shape[dim], 1), sizes_of_row(skip, dim))
         return now if before is None or now.fewest <= before.fewest else before
 
 

@@ -283,8 +283,8 @@ class ForwardTracer(fx.Tracer):
         )
         if not isinstance(value, tuple):
             return first
-        named_tuple: Any = type(value) if hasattr(value, "_fields") else None
-        return (first, *rest) if named_tuple is None else named_tuple(first, *rest)
+        named_tuple: Any = type(value)
+        return (first, *rest) if named_tuple is tuple else named_tuple(first, *rest)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a parameter or buffer of the block as a node."""
