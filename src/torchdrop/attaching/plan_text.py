@@ -42,7 +42,7 @@ def lines_of(paragraphs: Iterable[str]) -> list[str]:
 
 
 def table_of(blocks: Sequence[Residual], measured: bool) -> list[str]:
-    """Return the lines of the table, and of the reasons that it refers to by number.
+    """Return the lines of the table, followed by those of its numbered reasons.
 
     Consecutive blocks of one form whose names differ in a number become one row for each branch.
     Branches that are masked, computed in part for all rows, or not proved come first.
@@ -81,7 +81,7 @@ def not_taken_lines(not_taken: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return ``names``, consecutive ones that differ in a number as one."""
+    """Return ``names`` as text; ``a.0, a.1, a.2`` becomes ``a.0 to 2``."""
     runs: list[list[str]] = []
     for name in names:
         run = runs[-1] if runs else []
@@ -159,33 +159,33 @@ def _span(first: str, last: str) -> str:
     """Return the names of consecutive blocks, from ``first`` to ``last``."""
     if first == last:
         return first
-    number = _number_between(first, last, first)
-    ends_with_number = number is not None and last.endswith(number)
-    return f"{first} to {number if ends_with_number else last}"
+    place = _place_of_number(first, last)
+    number = "" if place is None else _split(last)[place]
+    return f"{first} to {number if number and last.endswith(number) else last}"
 
 
 def _follows(one: str, other: str, first: str) -> bool:
     """Whether ``other`` is the name after ``one`` in a run of names that begins with ``first``."""
-    before, after = _number_between(first, one, first), _number_between(one, other, first)
-    if after is None:
+    place = _place_of_number(one, other)
+    if place is None or place != _place_of_number(first, other):
         return False
-    if before is None:  # ``one`` is the first
-        before = _number_between(other, one, other)
-    return before is not None and int(after) == int(before) + 1
+    before, after = (int(_split(name)[place]) for name in (one, other))
+    return after == before + 1
 
 
-def _number_between(one: str, other: str, first: str) -> str | None:
-    """Return the number of ``other`` if the names differ in one number only; else None.
-
-    That number has to be at the same place in which ``one`` differs from ``first``.
-    """
-    parts = [re.split(r"(\d+)", name) for name in (one, other, first)]
-    if len({len(split) for split in parts}) != 1:
+def _place_of_number(one: str, other: str) -> int | None:
+    """Return the part in which two names differ, if that is one part and a number; else None."""
+    parts, others = _split(one), _split(other)
+    places = [i for i, both in enumerate(zip(parts, others, strict=False)) if both[0] != both[1]]
+    if len(parts) != len(others) or len(places) != 1:
         return None
-    places = [i for i, texts in enumerate(zip(*parts, strict=True)) if len({*texts}) > 1]
-    if len(places) != 1 or not parts[1][places[0]].isdigit():
-        return None
-    return parts[1][places[0]]
+    numbers = parts[places[0]].isdigit() and others[places[0]].isdigit()
+    return places[0] if numbers else None
+
+
+def _split(name: str) -> list[str]:
+    """Return the parts of ``name``: numbers, and what is between them."""
+    return re.split(r"(\d+)", name)
 
 
 def _shortened(name: str, width: int) -> str:

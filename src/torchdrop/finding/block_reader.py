@@ -270,7 +270,7 @@ class BlockReader:
         return ResidualSums(block, self._children, shapes, arguments, self._batch_dim)
 
     def _count_tensors(self, module: nn.Module) -> int:
-        """Return how many tensors the forward of ``module`` is traced with."""
+        """Return how many of the arguments that ``module`` is traced with are tensors."""
         call = None if self._example is None else self._example.first.calls.get(self._names[module])
         if call is not None:
             return len(flatten_arguments(call)[1])

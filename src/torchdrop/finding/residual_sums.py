@@ -155,7 +155,8 @@ class ResidualSums:
         self.entries, self.blends = [], []
         self._sums_of_first = set()
         for i, node in enumerate(self.nodes):
-            operands = None if node in not_taken else summands(node)
+            added = summands(node)
+            operands = None if node in not_taken else added
             entry = None if operands is None else self._entry(node, operands)
             if entry is None and self._blends(node, operands):
                 self.blends.append(node)
@@ -172,7 +173,7 @@ class ResidualSums:
                 if not entry.why_not:
                     sources = [entry.split.skip]
             if node is self._first or self._sums_of_first.intersection(
-                [entry.split.skip] if entry is not None else (summands(node) or ())[:2]
+                [entry.split.skip] if entry is not None else (added or ())[:2]
             ):
                 self._sums_of_first.add(node)
             on_stream = 1 << i
@@ -328,7 +329,7 @@ class ResidualSums:
         """
         if self.batch_dim is not None:
             return self.batch_dim, {}
-        # What an example shows is better evidence than layers inside of children.
+        # An example shows the batch dimension itself. Only without one, children are looked into.
         inside = None if self.arguments() else self.children.read
         dim, votes = batch_dim_from_layers(self.nodes, self.owner, skip, inside)
         if not self.arguments():
@@ -627,7 +628,7 @@ def _is_container(node: fx.Node) -> bool:
 
 
 def _is_item(node: fx.Node) -> bool:
-    """Whether ``node`` is an item of a tuple that a child or a function such as chunk returned."""
+    """Whether ``node`` reads an item of a tuple that a child, or a function, returned."""
     if node.target is not operator.getitem or not isinstance(node.args[1], int):
         return False
     source = node.args[0]

@@ -43,7 +43,7 @@ def source_has_addition(module: nn.Module) -> bool:
 
 
 def is_operation(module: nn.Module) -> bool:
-    """Whether ``module`` is an operation of the user as a module: it has no parameters or buffers.
+    """Whether ``module`` only wraps an operation: the user wrote it, without parameters or buffers.
 
     Networks that were converted from another format have such modules for additions.
     """

@@ -35,7 +35,8 @@ class Split:
             path of the child; empty where the dimension is known from example inputs.
         row_layouts: How each tensor that the branch takes from outside carries the batch, by the
             name of its node; None if that was not measured.
-        partly: Whether a part of the branch is used outside it, too, and is no part of ``inside``.
+        partly: Whether the forward uses a value of the branch outside the branch, too. The nodes of
+            that value are not in ``inside``, and are computed for every row.
         assumed: Whether how a tensor carries the batch was not measured, so that in each call its
             shape decides.
     """

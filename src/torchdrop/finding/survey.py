@@ -308,7 +308,7 @@ def _with_inner_parts_joined(model: nn.Module, residuals: list[Residual]) -> lis
 
 
 def _with_parts_in_lists_joined(model: nn.Module, residuals: list[Residual]) -> list[Residual]:
-    """Join the residuals of each layer that holds its parts in several lists.
+    """Make one block of the residuals of each layer that keeps its parts in several lists.
 
     An encoder layer may have a list of attentions and a list of feed-forward parts, which add for
     themselves. The layer is the block, if it is an element of a container itself and one of its

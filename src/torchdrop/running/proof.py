@@ -74,7 +74,7 @@ class Verdict:
     out: Any = None
 
 
-# A test on at least so many samples is valid for any larger number.
+# A test on this many samples or more is also valid for larger batches.
 _MANY_SAMPLES = 4
 
 

@@ -171,7 +171,7 @@ def _plain_values_read(code: CodeType, scope: dict[str, Any]) -> list[tuple[str,
 
 @lru_cache(maxsize=4096)
 def _instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """Return the instructions of ``code``, without those that have no effect of their own."""
+    """Return the instructions of ``code`` without CACHE and PRECALL, which change no value."""
     return tuple(i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL"))
 
 
