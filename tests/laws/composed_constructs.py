@@ -353,6 +353,11 @@ SUMS = {
         "self.gamma$k * h",
         init="self.gamma$k = nn.Parameter(torch.rand($W))",
     ),
+    "gate of zero": Sum(
+        "x = x + self.gate$k * h",
+        "self.gate$k * h",
+        init="self.gate$k = nn.Parameter(torch.zeros($W))",
+    ),
     "h += x": Sum("h = h * 1.0\nh += x\nx = h"),
     "x += h": Sum("x += h", before="x = x * 1.0", start="x.clone()"),
     "x.add_(h)": Sum("x.add_(h)", start="x.clone()"),

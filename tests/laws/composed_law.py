@@ -7,6 +7,7 @@ and masked with the rows that the plan names.
 
 from __future__ import annotations
 
+import itertools
 import re
 import traceback
 import warnings
@@ -21,6 +22,9 @@ from composed_reference import ByHand, Call, Rows, Subject, calls_of
 from torch import Tensor, nn
 
 import torchdrop
+
+Decision = tuple[str, Rows]  # the action of a branch, and the rows that were kept
+Dropped = dict[tuple[int, int | None], Decision]  # of blocks and branches, as in ByHand
 
 
 class InvalidError(Exception):
@@ -223,6 +227,9 @@ def hold(spec: Spec, example: bool) -> Verdict:
 
 def check_valid(spec: Spec, dense: Subject, reference: Subject, calls: Sequence[Call]) -> None:
     """Raise unless the model runs on its own, and is its reference if nothing is dropped."""
+    if spec.checkpoints.startswith("checkpointed") and spec.branches[0].sum == "x.add_(h)":
+        # PyTorch raises in the backward pass, unless the block happens to save no tensor for it.
+        raise InvalidError("the checkpointed block writes into its input, from which it recomputes")
     reference.net.load_state_dict(dense.net.state_dict())
     before = {name: value.clone() for name, value in dense.net.state_dict().items()}
     for call in calls:
@@ -303,40 +310,55 @@ def masked(
 ) -> list[ByHand]:
     """Return the references of the call that the model has just made, one of which has to hold.
 
-    There are two where the branches of a block were kept in the same rows and none is skipped: a
-    plan does not say of each kind of call whether the block was dropped as a whole.
+    There are two for a block whose branches were kept in the same rows and of which none is
+    skipped: a plan does not say of each kind of call whether the block was dropped as a whole.
     """
     batch = len(call.x)
     kept, orders = plan.last_kept(), orders_of(reference.spec, plan)
     taken = read_plan(spec, plan, reference.net.blocks[0])  # type: ignore[index]
     actions[:] = [branch.action for branch in taken]
+    gain = 1.0 / (1.0 - p) if p < 1.0 else 1.0
+    inner: dict[str, Decision] = {}
+    ways_of_blocks = []
     for i in range(2):
         own = [branch for branch in taken if branch.block == i and not branch.inner]
         if not any(branch.whole for branch in own):
             actions += ["dense"] * (len(spec.branches) - len(own))
-    gain = 1.0 / (1.0 - p) if p < 1.0 else 1.0
-    apart, whole = ByHand(reference, batch, gain), ByHand(reference, batch, gain)
-    ways = [whole, apart] if any(branch.whole for branch in taken) else [apart, whole]
-    for branch in taken:
-        if p == 0.0 or (call.off and branch.block == 1):
-            continue
-        rows = kept[branch.name].tolist()
-        if branch.name in orders and set(orders[branch.name]) == set(rows):
-            rows = orders[branch.name]
-        assert all(0 <= row < batch for row in rows), f"{branch.name} kept {rows} of {batch}"
-        if spec.sampling == "exact" or p == 1.0:
-            off = abs(len(rows) - batch * (1.0 - p))
-            assert off < 1.0, f"{branch.name} kept {len(rows)} of {batch}"
-        if branch.inner:
-            apart.inner[branch.inner] = whole.inner[branch.inner] = branch.action, rows
-            continue
-        apart.dropped[branch.block, branch.number] = branch.action, rows
-        if branch.number is None and apart in ways:
-            ways.remove(apart)
-        first = whole.dropped.setdefault((branch.block, None), (branch.action, rows))
-        if (set(first[1]) != set(rows) or branch.action == "skip") and whole in ways:
-            ways.remove(whole)
-    assert ways, f"the branches {[branch.name for branch in taken]} cannot be told apart"
+        found: list[tuple[Taken, Decision]] = []
+        for branch in taken:
+            if branch.block != i or p == 0.0 or (call.off and i == 1):
+                continue
+            rows = kept[branch.name].tolist()
+            if branch.name in orders and set(orders[branch.name]) == set(rows):
+                rows = orders[branch.name]
+            assert all(0 <= row < batch for row in rows), f"{branch.name} kept {rows} of {batch}"
+            if spec.sampling == "exact" or p == 1.0:
+                off = abs(len(rows) - batch * (1.0 - p))
+                assert off < 1.0, f"{branch.name} kept {len(rows)} of {batch}"
+            if branch.inner:
+                inner[branch.inner] = branch.action, rows
+            else:
+                found.append((branch, (branch.action, rows)))
+        ways_of_blocks.append(_ways_of_block(i, found))
+    ways = []
+    for first, second in itertools.product(*ways_of_blocks):
+        way = ByHand(reference, batch, gain)
+        way.dropped, way.inner = {**first, **second}, inner
+        ways.append(way)
+    return ways
+
+
+def _ways_of_block(i: int, found: Sequence[tuple[Taken, Decision]]) -> list[Dropped]:
+    """Return what may have been dropped in block ``i``, the likeliest first."""
+    if not found:
+        return [{}]
+    apart: Dropped = {(i, branch.number): decision for branch, decision in found}
+    first = found[0][1]
+    as_whole = all(set(rows) == set(first[1]) and action != "skip" for _, (action, rows) in found)
+    ways = [{(i, None): first}] if as_whole else []
+    if all(branch.number is not None for branch, _ in found):
+        ways.insert(len(ways) if any(branch.whole for branch, _ in found) else 0, apart)
+    assert ways, f"the branches {[branch.name for branch, _ in found]} cannot be told apart"
     return ways
 
 

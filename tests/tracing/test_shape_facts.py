@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import torchdrop
+from torchdrop.tracing import shape_facts
 
 
 class Base(nn.Module):
@@ -187,6 +188,37 @@ def test_working_out_facts_counts_as_no_work_and_draws_nothing():
     assert counter.total == 2 * 4 * 4 * 8 * 8 * 2  # two blocks, four rows of four tokens
     shares = [branch.share for block in plan.blocks for branch in block.branches]
     assert shares == [0.5, 0.5]
+
+
+class DrawsByShape(Base):
+    def forward(self, x):
+        y = self.fc(x) + torch.rand(x.shape[0])[:, None, None]
+        parts = [y[:, i].relu() for i in range(y.shape[1])]
+        return x + torch.stack(parts, 1)
+
+
+def states_after_calls():
+    """The states of the generator after a call of a known length and after one of a new length."""
+    model = two(DrawsByShape)
+    example = torch.randn(4, 2, 8, dtype=torch.float64)
+    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
+    states = []
+    for length in (2, 3):
+        x = torch.randn(4, length, 8, dtype=torch.float64)
+        torch.manual_seed(0)
+        model(x)
+        states.append(torch.get_rng_state())
+    return states
+
+
+def test_working_out_a_new_length_draws_no_random_numbers():
+    assert torch.equal(*states_after_calls())
+
+
+def test_numbers_would_be_drawn_otherwise(monkeypatch):
+    """The twin."""
+    monkeypatch.setattr(shape_facts, "set_generator_states", lambda states: None)
+    assert not torch.equal(*states_after_calls())
 
 
 class Second(nn.Module):

@@ -242,7 +242,8 @@ class BlockReader:
         """Inline children whose output is used inside and outside a branch, if that saves masks.
 
         An attention may return a bias for the following layers besides its output. If it is
-        inlined, only the bias has to be computed for all rows. Arguments and results are those of
+        inlined, only the bias has to be computed for all rows. A child with residuals of its own is
+        a block, and is not inlined. Arguments and results are those of
         :meth:`_with_adding_children`; ``inlined`` are the children that are inlined already.
         """
         leaking = {
@@ -251,6 +252,8 @@ class BlockReader:
         if not leaking:
             return plain, inlined
         try:
+            if any(self._finder(self._names[m], self._read(m)).entries for m in leaking):
+                return plain, inlined
             deeper = self._finder(name, self._read(module, inlined | leaking))
         except UntraceableError:
             return plain, inlined
@@ -302,6 +305,8 @@ class BlockReader:
         except UntraceableError:
             return False
         finder = ResidualSums(block, self._children, batch_dim=self._batch_dim)
+        if any(not entry.why_not for entry in finder.entries):
+            return False  # a block with residuals of its own
         inputs = {n for n in finder.nodes if n.op == "placeholder"}
         for node in finder.nodes:
             operands = summands(node)

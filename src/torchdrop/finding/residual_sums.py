@@ -66,6 +66,10 @@ class _Decision(NamedTuple):
     drops_more: bool
 
 
+# Why the sums of what successive blocks return are not taken.
+_TOTAL = "it totals the outputs of successive blocks"
+
+
 def read_residual_sums(
     block: BlockGraph,
     known_layouts: Sequence[RowLayouts] = (),
@@ -148,6 +152,8 @@ class ResidualSums:
         self._sums_of_first: set[fx.Node] = set()
         self.entries: list[ResidualSum] = []
         self.blends: list[fx.Node] = []
+        # Sums that total the outputs of successive blocks.
+        self._totals: set[fx.Node] = set()
         self._find_entries(set())
 
     def _find_entries(self, not_taken: set[fx.Node]) -> None:
@@ -160,6 +166,12 @@ class ResidualSums:
             entry = None if operands is None else self._entry(node, operands)
             if entry is None and self._blends(node, operands):
                 self.blends.append(node)
+            if entry is not None and (before := self._earlier_total(entry.split)) is not None:
+                if before.why_not != _TOTAL:
+                    self._totals |= {before.split.add, node}
+                    self._find_entries(not_taken)
+                    return
+                entry.why_not = _TOTAL
             if operands is not None and entry is None:
                 other = self._shortcut_beside_the_stream(node, operands)
                 if other is not None:
@@ -218,6 +230,22 @@ class ResidualSums:
             and not any(self.children.linear_nodes(side, self.owner) for side in sides)
         )
 
+    def _earlier_total(self, split: Split) -> ResidualSum | None:
+        """Return an earlier sum, if it and ``split`` only total what successive blocks return.
+
+        ``x, aux = block(x); total = total + aux``: each block computes its ``x`` from that of the
+        block before, not from the total, which is no stream of residuals.
+        """
+        shortcut = self.ancestors[split.skip] & ~self.ancestors[split.branch]
+        for entry in self.entries:
+            if not shortcut >> self.order[entry.split.add] & 1:
+                continue
+            # A norm or projection that two parallel branches share is no block before this one.
+            shared = entry.split.inside & self.nodes_in(self.ancestors[split.branch])
+            if self.has_parameters(shared) and not self.children.linear_nodes(shared, self.owner):
+                return entry
+        return None
+
     def _shortcut_beside_the_stream(self, add: fx.Node, operands: Summands) -> fx.Node | None:
         """Return an addition that has to be no residual, so that ``add`` is one.
 
@@ -275,6 +303,8 @@ class ResidualSums:
             why_not = "its shortcut is subtracted"
         if decision.drops_more:
             why_not = "its own drop path covers more than the branch"
+        if add in self._totals:
+            why_not = _TOTAL
         return ResidualSum(
             decision.split,
             decision.action,

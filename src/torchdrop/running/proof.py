@@ -35,6 +35,7 @@ from torchdrop.running.independence import TrialCall, difference, find_dependenc
 from torchdrop.running.lone_row import BatchNormInputs
 from torchdrop.running.program import MismatchError
 from torchdrop.running.unseen import unseen
+from torchdrop.running.zero_parameters import zero_parameters_replaced
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.random_states import RandomStates
 
@@ -137,6 +138,7 @@ def _isolated(site: BlockSite, devices: set[torch.device]) -> Iterator[None]:
                 other.pause()
                 stack.callback(other.resume)
         stack.enter_context(unseen(site.module, devices=devices))
+        stack.enter_context(zero_parameters_replaced(site.module))
         yield
 
 
