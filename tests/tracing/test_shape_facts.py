@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import torchdrop
-from torchdrop.tracing import shape_facts
 
 
 class Base(nn.Module):
@@ -201,7 +200,8 @@ def states_after_calls():
     """The states of the generator after a call of a known length and after one of a new length."""
     model = two(DrawsByShape)
     example = torch.randn(4, 2, 8, dtype=torch.float64)
-    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example)
+    # without the test of the block, which restores the generators on its own
+    torchdrop.add_stochastic_depth(model, 0.5, example_inputs=example, verify=False)
     states = []
     for length in (2, 3):
         x = torch.randn(4, length, 8, dtype=torch.float64)
@@ -213,12 +213,6 @@ def states_after_calls():
 
 def test_working_out_a_new_length_draws_no_random_numbers():
     assert torch.equal(*states_after_calls())
-
-
-def test_numbers_would_be_drawn_otherwise(monkeypatch):
-    """The twin."""
-    monkeypatch.setattr(shape_facts, "set_generator_states", lambda states: None)
-    assert not torch.equal(*states_after_calls())
 
 
 class Second(nn.Module):
