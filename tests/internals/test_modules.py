@@ -69,6 +69,21 @@ def _() -> None:
 
 
 @probe(
+    "parameters_of",
+    api="torch.nn.Module._parameters",
+    purpose="replace parameters while a block is tested",
+)
+def _() -> None:
+    layer = nn.Linear(2, 2)
+    own, other = layer.weight, nn.Parameter(torch.ones(2, 2))
+    internals.parameters_of(layer)["weight"] = other
+    assert layer.weight is other
+    assert layer(torch.ones(1, 2)).tolist() == (torch.full((1, 2), 2.0) + layer.bias).tolist()
+    internals.parameters_of(layer)["weight"] = own
+    assert layer.weight is own
+
+
+@probe(
     "MODULE_DICTS",
     "buffers_of",
     "parameters_of_tree",

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchdrop.finding.added_later import leave_out_branches_that_nobody_adds
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.linearity import ModuleProperties
 from torchdrop.finding.residual_sums import ResidualSums
@@ -17,6 +18,7 @@ from torchdrop.finding.row_layout import differing_dims
 from torchdrop.finding.source_code import is_operation
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
+from torchdrop.tracing.handed_on_sums import returns_sum_of_inputs
 from torchdrop.tracing.nodes import is_shape_node, summands
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
@@ -64,6 +66,8 @@ class BlockReader:
         self._children = ModuleProperties()
         self._adds_two_inputs: dict[nn.Module, bool] = {}
         self._inlined: set[nn.Module] = set()
+        # Children that add two inputs and return the sum beside a norm of it.
+        self._fused: set[nn.Module] = set()
         # The children that each module calls with a function, by its path.
         self._get_functions: dict[str, set[nn.Module]] = {}
         self.branching_on_data: set[str] = set()
@@ -94,6 +98,7 @@ class BlockReader:
                 other = self._finder(name, block)
                 if len(other.entries) < len(finders[name].entries):
                     finders[name] = other
+        leave_out_branches_that_nobody_adds(finders.values(), self._read)
         return finders, unreadable
 
     def _keep_blocks_that_get_functions(
@@ -218,7 +223,8 @@ class BlockReader:
                     return plain, set()
                 adding = readable
                 continue
-            used = {
+            used = self._fused & adding
+            used |= {
                 module.get_submodule(entry.split.add.meta["inlined"])
                 for entry in deeper.entries
                 if "inlined" in entry.split.add.meta
@@ -296,13 +302,19 @@ class BlockReader:
 
     def _does_add_inputs(self, module: nn.Module) -> bool:
         """Return the result of :meth:`_adds_inputs` by tracing ``module``."""
-        if next(module.children(), None) is None or next(module.parameters(), None) is None:
-            return False
-        if self._count_tensors(module) < 2:
+        if next(module.parameters(), None) is None or self._count_tensors(module) < 2:
             return False
         try:
             block = self._read(module)
         except UntraceableError:
+            return False
+        no_children = next(module.children(), None) is None
+        if returns_sum_of_inputs(block.graph) and (
+            no_children or self._children.linear_nodes(block.graph.nodes, module)
+        ):
+            self._fused.add(module)  # a norm of the sum, not a block
+            return True
+        if no_children:
             return False
         finder = ResidualSums(block, self._children, batch_dim=self._batch_dim)
         if any(not entry.why_not for entry in finder.entries):

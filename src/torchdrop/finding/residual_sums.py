@@ -28,7 +28,7 @@ from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.modes import modes_of
 from torchdrop.tracing.nodes import Summands, is_shape_node, summands
 from torchdrop.tracing.operations import callee, layers_with, operation_of
-from torchdrop.tracing.traced_functions import passed_through
+from torchdrop.tracing.traced_functions import no_shortcut, passed_through
 
 __all__ = [
     "ResidualSums",
@@ -193,6 +193,13 @@ class ResidualSums:
             for source in () if is_shape_node(node) else sources:
                 on_stream |= self._ancestors_on_stream[source]
             self._ancestors_on_stream[node] = on_stream
+
+    @property
+    def handed_on(self) -> ResidualSum | None:
+        """The branch that the block hands on to the next one, which adds it; None without one."""
+        if self.block.handed is None:
+            return None
+        return next((e for e in self.entries if e.split.skip.target is no_shortcut), None)
 
     def nodes_in(self, bits: int) -> set[fx.Node]:
         """Return the nodes whose bits are set in ``bits``, without those that read only shapes."""

@@ -91,10 +91,8 @@ def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     while pending:
         node = pending.pop(0)
         sources = node.all_input_nodes
-        if node.target is passed_through:  # only hooks get the other items of the tuple
-            *needed, rest = node.args
-            items = set(rest) if isinstance(rest, list | tuple) else set()
-            sources = [source for source in sources if source not in items or source in needed]
+        if node.target is passed_through:  # only hooks get what is not used to compute its value
+            sources = [source for source in node.args[:1] if isinstance(source, fx.Node)]
         for source in sources:
             if source in split.inside or source.op == "get_attr":
                 continue

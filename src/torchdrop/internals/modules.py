@@ -32,6 +32,7 @@ __all__ = [
     "forward_pre_hooks_of",
     "has_backward_hooks",
     "hooks_suspended",
+    "parameters_of",
     "parameters_of_tree",
     "replicate_for_data_parallel",
     "set_replicate_method",
@@ -57,6 +58,15 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     the module's class. Without it the calls that use it raise an AttributeError.
     """
     return module._buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dictionary of the parameters of ``module`` itself: ``nn.Module._parameters``.
+
+    A test of a block replaces its entries while it runs; setting the attribute instead could call
+    code of the module's class. Without it the calls that use it raise an AttributeError.
+    """
+    return module._parameters
 
 
 def parameters_of_tree(module: nn.Module) -> list[Tensor]:

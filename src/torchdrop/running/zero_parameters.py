@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchdrop.internals import parameters_of
+
 __all__ = ["zero_parameters_replaced"]
 
 _SEED = 20160330  # any number: the values have to be the same in each test, and on each rank
@@ -30,18 +32,18 @@ def zero_parameters_replaced(module: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(_SEED)
     try:
         for owner in module.modules():
-            for name, parameter in owner._parameters.items():
+            for name, parameter in parameters_of(owner).items():
                 if parameter is None or not _is_zero(parameter):
                     continue
                 if id(parameter) not in others:
                     values = _values_like(parameter, generator)
                     others[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
                 replaced.append((owner, name, parameter))
-                owner._parameters[name] = others[id(parameter)]
+                parameters_of(owner)[name] = others[id(parameter)]
         yield
     finally:
         for owner, name, parameter in replaced:
-            owner._parameters[name] = parameter
+            parameters_of(owner)[name] = parameter
 
 
 def _is_zero(parameter: Tensor) -> bool:

@@ -12,7 +12,7 @@ import operator
 import threading
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchdrop.internals import call_by_full_name, own_saved_tensor_hooks
+from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.calls_of_forward import FirstImportError
 from torchdrop.tracing.fixed_values import UsedAsKeyError
+from torchdrop.tracing.handed_on_sums import Handed, add_handed_on, handed_on
 from torchdrop.tracing.left_behind import remove_stored_proxies
 from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
@@ -76,6 +78,8 @@ class BlockGraph:
             are the same.
         watched_globals: The values of the global variables that the forward names, which are fixed
             in the graph; None if it names none.
+        handed: Which items of its output are a branch and the stream to which the next block adds
+            it; None if it hands on no branch. In the graph, the branch is a sum with zeros.
     """
 
     module: nn.Module
@@ -92,6 +96,7 @@ class BlockGraph:
     modes: Modes | None = None
     asks: tuple[str, ...] = ()
     watched_globals: WatchedGlobals | None = None
+    handed: Handed | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,12 @@ def trace_block(
         _replace_known_items(graph, module, items)
     unstack_sums(graph)
     merge_partial_sums(graph)
+    reads_again = partial(
+        trace_block, module, training=training, batch_dim=batch_dim, inlined=inlined, items=items
+    )
+    handed = handed_on(graph, lambda: _adds_a_missing_input(tracer.arguments, reads_again))
+    if handed is not None:
+        add_handed_on(graph, handed)
     _remove_unused(graph)
     return BlockGraph(
         module=module,
@@ -172,7 +183,23 @@ def trace_block(
         modes=tracer.modes_outside,
         watched_globals=WatchedGlobals(tracer.calls.functions, type(module).forward) or None,
         asks=tuple(kind for kind in MODE_KINDS if kind in tracer.calls.modes),
+        handed=handed,
     )
+
+
+def _adds_a_missing_input(arguments: Mapping[str, Any], reads: Callable[..., BlockGraph]) -> bool:
+    """Whether a block hands on a branch if it gets a tensor for one of its missing arguments.
+
+    Args:
+        arguments: The arguments that the block was read with.
+        reads: Reads the block with other arguments.
+    """
+    tensor = next(iter(flatten_arguments(arguments)[1].values()), A_TENSOR)
+    for name in [name for name, value in arguments.items() if value is None]:
+        with suppress(UntraceableError):
+            if reads(arguments={**arguments, name: tensor}).handed is not None:
+                return True
+    return False
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

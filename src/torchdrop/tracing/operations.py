@@ -24,6 +24,7 @@ from torchdrop.tracing.traced_functions import (
     add_padded,
     add_product,
     add_product_,
+    no_shortcut,
     passed_through,
 )
 
@@ -129,6 +130,7 @@ TABLE: tuple[Operation, ...] = (
     Operation(("identity",), layers=(nn.Identity,), linear=True, view=True, copies=True),
     Operation(("contiguous",), linear=True, view=True, copies=True, keeps_layout=True),
     Operation(("clone",), linear=True, copies=True, keeps_layout=True),
+    Operation(functions=(no_shortcut,), linear=True, copies=True, keeps_layout=True),
     Operation(("detach", ), linear=True, view=True),
     Operation(
         ("to", "type_as", "float", "half", "bfloat16", "double"),

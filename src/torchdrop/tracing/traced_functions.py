@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["add_padded", "add_product", "add_product_", "pad_like", "passed_through"]
+__all__ = [
+    "add_padded",
+    "add_product",
+    "add_product_",
+    "no_shortcut",
+    "pad_like",
+    "passed_through",
+]
 
 
 def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> Any:
@@ -23,6 +31,14 @@ def passed_through(value: Any, path: str, args: Any, kwargs: Any, rest: Any) -> 
         rest: The other items of that tuple.
     """
     return value
+
+
+def no_shortcut(stream: Tensor) -> Tensor:
+    """Return zeros in the shape of ``stream``, to which a branch is added that has no shortcut.
+
+    They are of the type bool, so that the sum has the dtype of the branch.
+    """
+    return torch.zeros_like(stream, dtype=torch.bool)
 
 
 def pad_like(x: Tensor, size: int, dim: int) -> Tensor:
