@@ -13,6 +13,7 @@ from torch import nn
 
 from torchdrop.attaching.measure_shares import measure_shares
 from torchdrop.attaching.not_taken import reasons_not_taken
+from torchdrop.attaching.other_entries import warn_if_forward_is_not_called
 from torchdrop.attaching.plan import Plan
 from torchdrop.attaching.prepare import prepare_sites
 from torchdrop.attaching.prove_on_example import prove_on_example
@@ -34,6 +35,7 @@ from torchdrop.finding.survey import survey
 from torchdrop.running.forward_slot import (
     LayerDropBypass,
     MaskBypass,
+    MaskRest,
     clear_slot,
     occupant_of,
     put_in_slot,
@@ -177,9 +179,14 @@ def add_stochastic_depth(
         # (KeyboardInterrupt), or the user's own code in the example forward pass.
         for site in sites:
             put_in_slot(site.module, site)
+            warn_if_forward_is_not_called(site)
+        settings.mask_rest = MaskRest() if masks else None
         for path in masks:
             mask = model.get_submodule(path)
-            put_in_slot(mask, MaskBypass(mask) if is_mask(mask) else LayerDropBypass(mask))
+            if is_mask(mask) and settings.mask_rest is not None:
+                put_in_slot(mask, MaskBypass(mask, settings.mask_rest))
+            else:
+                put_in_slot(mask, LayerDropBypass(mask))
         if example_inputs is not None:
             measure_shares(model, sites, example_inputs)
             if verify:

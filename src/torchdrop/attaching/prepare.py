@@ -13,7 +13,7 @@ from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import find_drop_operation
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.finding.residual_sums import read_residual_sums
-from torchdrop.finding.split import Split
+from torchdrop.finding.split import Split, methods_with_sums
 from torchdrop.internals import BatchNormBase
 from torchdrop.running.block_site import BlockSite
 from torchdrop.running.branch_state import (
@@ -143,6 +143,7 @@ class _Preparation:
             [split.order for split, _ in splits],
             block.inlined,
             block.items,
+            methods_with_sums(split for split, _ in splits),
         )
 
     def action_of(self, branch: Branch) -> tuple[str, str]:

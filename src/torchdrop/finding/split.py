@@ -11,7 +11,7 @@ from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.traced_functions import passed_through
 
-__all__ = ["ResidualSum", "Split", "called_modules", "outside_inputs"]
+__all__ = ["ResidualSum", "Split", "called_modules", "methods_with_sums", "outside_inputs"]
 
 
 @dataclass(eq=False)
@@ -101,6 +101,12 @@ def outside_inputs(split: Split, nodes: Iterable[fx.Node]) -> list[fx.Node]:
             else:
                 found[source] = None
     return list(found)
+
+
+def methods_with_sums(splits: Iterable[Split]) -> list[str]:
+    """Return the names of the methods, other than forward, in which the block adds branches."""
+    names = (name for split in splits for name in split.add.meta.get("methods", ()))
+    return list(dict.fromkeys(names))
 
 
 def called_modules(split: Split) -> list[str]:

@@ -50,12 +50,15 @@ class BlockSite(SlotOccupant):
         settings: Settings,
         branches: list[BranchState],
         inlined: Sequence[str] = (),
+        methods: Sequence[str] = (),
     ) -> None:
         super().__init__(module)
         self.settings = settings
         self.branches = branches
         # The children whose forward is traced as part of the block's own.
         self.inlined = list(inlined)
+        # The methods, other than forward, in which the block adds branches.
+        self.methods = list(methods)
         # Whether anything is dropped or scaled now. Every call of the block reads it.
         self.active = False
         # Counts FLOPs, while the shares of the branches are measured.
@@ -66,6 +69,21 @@ class BlockSite(SlotOccupant):
         self.only_proves = False
         self._pauses = 0
         self._observers: list[Observer] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, whose own masking layers rest in training."""
+        rest = self.settings.mask_rest
+        if rest is None or not self.module.training or torch.compiler.is_compiling():
+            return self.call(args, kwargs)
+        rest.depth += 1
+        try:
+            return self.call(args, kwargs)
+        finally:
+            rest.depth -= 1
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block with the arguments of a call."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         # A pause, a measurement or an observation is ended for the original only.

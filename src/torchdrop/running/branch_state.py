@@ -13,6 +13,7 @@ from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.internals import functorch_transforms_active, in_backward_pass
 from torchdrop.rows.in_graph import register_branch, set_keep_share
 from torchdrop.rows.sampling import draw_row_order
+from torchdrop.running.forward_slot import MaskRest
 from torchdrop.running.lone_row import RowValues
 
 __all__ = [
@@ -55,6 +56,7 @@ class Settings:
     masks_all: bool = False  # compute="mask"
     warned_of_readings: bool = False
     measured: bool = False  # whether the FLOPs of an example forward pass were counted
+    mask_rest: MaskRest | None = None  # None if no masking layer of the model is bypassed
     not_taken: tuple[tuple[str, str], ...] = ()  # names of modules with residuals; why not taken
 
 

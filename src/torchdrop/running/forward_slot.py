@@ -8,8 +8,10 @@ copied and pickled, and so that torchdrop recognises its own objects.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from torchdrop.finding.existing_drops import layerdrop_of
@@ -22,6 +24,7 @@ from torchdrop.internals import (
 __all__ = [
     "LayerDropBypass",
     "MaskBypass",
+    "MaskRest",
     "SlotOccupant",
     "clear_slot",
     "occupant_of",
@@ -60,20 +63,42 @@ class _Replicate:
         return replica
 
 
-class MaskBypass(SlotOccupant):
-    """Makes a masking layer inactive: its forward is the identity.
+class MaskRest(threading.local):
+    """How many sites of a model are running in training, in each thread.
 
-    The branch that the layer masks is dropped by a site, so the rate of the layer has no effect.
+    The model's own masking layers rest meanwhile. Otherwise they act: a method other than forward
+    may be called, or a layer may be in training although its block is not.
+    """
+
+    depth = 0
+
+    def __reduce__(self) -> tuple[type[MaskRest], tuple[()]]:
+        return MaskRest, ()  # in a copy nothing is running
+
+
+class MaskBypass(SlotOccupant):
+    """Makes a masking layer inactive while a site drops the branch that the layer masks.
+
+    Args:
+        module: The layer.
+        rest: Tells whether a site is running.
     """
 
     replaces_layer = True  # read by the layers of torchdrop, whose rate then cannot be set
 
+    def __init__(self, module: nn.Module, rest: MaskRest) -> None:
+        super().__init__(module)
+        self.rest = rest
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return ``x``."""
-        return x
+        """Return ``x`` while a site runs, else what the layer itself returns."""
+        # A compiler does not know threads. It compiles the forward, so a site is running.
+        if torch.compiler.is_compiling() or self.rest.depth:
+            return x
+        return type(self.module).forward(self.module, x, *args, **kwargs)
 
 
-class LayerDropBypass(MaskBypass):
+class LayerDropBypass(SlotOccupant):
     """Makes the ``layerdrop`` of a module inactive, the rate at which its loop skips layers.
 
     The module runs with the rate 0, because sites drop its layers.

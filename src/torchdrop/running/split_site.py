@@ -72,6 +72,7 @@ class SplitSite(BlockSite):
         orders: The position of each branch among the residual sums of the forward.
         inlined: The paths of the children whose forward is read as part of the block's own.
         items: What children returned, as in :attr:`BlockGraph.items`.
+        methods: The methods, other than forward, in which the block adds branches.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class SplitSite(BlockSite):
         orders: Sequence[int],
         inlined: Sequence[str],
         items: Mapping[str, Sequence[Any]],
+        methods: Sequence[str],
     ) -> None:
-        super().__init__(module, settings, branches, inlined)
+        super().__init__(module, settings, branches, inlined, methods)
         # One program for each combination of attributes and constant arguments with which the block
         # was called. Branches are numbered through all programs: branch number k of a program is
         # self.branches[k % len(self.branches)].
@@ -103,7 +105,7 @@ class SplitSite(BlockSite):
         # call with only positional tensors need not be bound; else None.
         self._positional_names = train.tensors if leading == train.tensors else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a generated forward if anything may be dropped or scaled, else the block's own."""
         module = self.module
         if self.active:

@@ -58,7 +58,7 @@ class WholeSite(BlockSite):
         # The paths of the tensors whose row layout is assumed, because it was not measured.
         self._assumed: set[str] = set()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on the kept rows if anything is dropped or scaled, else on all rows."""
         module = self.module
         training = module.training

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ from torchdrop.tracing.operations import (
     in_place_operators,
     is_function_of_table,
     named,
+    operation_of,
     writes_first_argument,
 )
 from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
@@ -130,6 +131,21 @@ for _in_place, _plain in in_place_operators():
 
 
 _FACTORIES = factories()
+
+
+def _methods_being_called(kind: type) -> tuple[str, ...]:
+    """Return the names of the methods of ``kind`` that are being called, except ``forward``."""
+    found: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "forward" and "root_fn" in frame.f_code.co_freevars:
+            break  # the tracer itself
+        function = inspect.unwrap(getattr(kind, name, _methods_being_called))
+        if getattr(function, "__code__", None) is frame.f_code and name != "forward":
+            found.append(name)
+        frame = frame.f_back
+    return tuple(found)
 
 
 def _without_values(path: str, value: Any) -> Any:
@@ -325,6 +341,10 @@ class ForwardTracer(fx.Tracer):
         if innermost_saved_tensor_hooks()[1] != self.saved_tensor_hooks:
             raise UntraceableError(_RUNS_UNDER_HOOKS)
         node = super().create_node(*args, **kwargs)
+        if operation_of(node).sum is not None:
+            methods = _methods_being_called(type(self.root))
+            if methods:
+                node.meta["methods"] = methods
         if self._inlined_path:
             node.meta["inlined"] = self._inlined_path
         if self._checkpoints:
