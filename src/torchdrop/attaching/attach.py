@@ -37,6 +37,7 @@ from torchdrop.running.forward_slot import (
     MaskBypass,
     MaskRest,
     clear_slot,
+    is_wrapped,
     occupant_of,
     put_in_slot,
 )
@@ -218,13 +219,20 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` has no stochastic depth.
+        ValueError: ``model`` has no stochastic depth, or something else has wrapped the forward of
+            one of its blocks since.
     """
     if not has_stochastic_depth(model):
         raise ValueError(
             f"this {type(model).__name__} has no stochastic depth; "
             f"check with torchdrop.has_stochastic_depth(model)"
         )
+    for name, module in model.named_modules():
+        if occupant_of(module) is not None and is_wrapped(module):
+            raise ValueError(
+                f"the forward of {name!r} was wrapped by {module.__dict__['forward']!r} after "
+                f"stochastic depth was added; undo that first, then remove stochastic depth"
+            )
     for module in model.modules():
         if occupant_of(module) is not None:
             clear_slot(module)

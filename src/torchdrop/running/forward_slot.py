@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import inspect
 import threading
+from contextlib import suppress
+from functools import partial
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -26,10 +29,19 @@ __all__ = [
     "MaskBypass",
     "MaskRest",
     "SlotOccupant",
+    "calls_old_forward",
     "clear_slot",
+    "is_wrapped",
     "occupant_of",
     "put_in_slot",
 ]
+
+
+# The attribute in which device hooks keep the forward that they have replaced.
+_HOOKED = "_old_forward"
+
+# How many wrappers around an occupant are looked through.
+_WRAPPERS = 5
 
 
 class SlotOccupant:
@@ -59,7 +71,8 @@ class _Replicate:
     def __call__(self) -> nn.Module:
         module = self.module
         replica = replicate_for_data_parallel(module)
-        put_in_slot(replica, module.__dict__["forward"].for_copy(replica))
+        if (occupant := occupant_of(module)) is not None:
+            put_in_slot(replica, occupant.for_copy(replica))
         return replica
 
 
@@ -119,19 +132,70 @@ class LayerDropBypass(SlotOccupant):
 
 
 def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
-    """Put ``occupant`` into the ``forward`` slot of ``module``."""
+    """Put ``occupant`` into the ``forward`` slot of ``module``.
+
+    If a device hook has replaced the forward before, the hook calls ``occupant`` instead of it.
+    """
     # not with setattr, because the class of the module may define __setattr__
-    object.__setattr__(module, "forward", occupant)
+    object.__setattr__(module, _HOOKED if calls_old_forward(module) else "forward", occupant)
     set_replicate_method(module, _Replicate(module))
 
 
 def clear_slot(module: nn.Module) -> None:
     """Undo :func:`put_in_slot`, even if it was interrupted between its two assignments."""
     unset_replicate_method(module)
-    del module.__dict__["forward"]  # last, because occupant_of reads it
+    if isinstance(module.__dict__.get("forward"), SlotOccupant):
+        del module.__dict__["forward"]  # last, because occupant_of reads it
+    else:
+        object.__setattr__(module, _HOOKED, type(module).forward.__get__(module))
+
+
+def calls_old_forward(module: nn.Module) -> bool:
+    """Whether a device hook has replaced the forward of ``module`` and calls the class's own.
+
+    Hooks such as those of Accelerate keep the forward that they call in an attribute.
+    """
+    old = module.__dict__.get(_HOOKED)
+    return (
+        "forward" in module.__dict__
+        and not isinstance(module.__dict__["forward"], SlotOccupant)
+        and isinstance(old, MethodType)
+        and old.__func__ is type(module).forward
+    )
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether something that torchdrop cannot undo has wrapped the occupant of ``module``."""
+    own = (module.__dict__.get(name) for name in ("forward", _HOOKED))
+    return not any(isinstance(found, SlotOccupant) for found in own)
 
 
 def occupant_of(module: nn.Module) -> SlotOccupant | None:
-    """Return the object that torchdrop put into the slot of ``module``; None without one."""
+    """Return the object that torchdrop put into the slot of ``module``; None without one.
+
+    Others may have wrapped it since: device hooks, functools.partial, functions.
+    """
     found = module.__dict__.get("forward")
-    return found if isinstance(found, SlotOccupant) else None
+    if found is None or isinstance(found, SlotOccupant):
+        return found
+    hooked = module.__dict__.get(_HOOKED)
+    return hooked if isinstance(hooked, SlotOccupant) else _wrapped_in(found, module, _WRAPPERS)
+
+
+def _wrapped_in(wrapper: Any, module: nn.Module, levels: int) -> SlotOccupant | None:
+    """Return the occupant of ``module`` that ``wrapper`` calls, as far as it shows that."""
+    if isinstance(wrapper, SlotOccupant):
+        return wrapper if wrapper.module is module else None
+    if levels == 0:
+        return None
+    inner: list[Any] = [getattr(wrapper, "__wrapped__", None)]
+    if isinstance(wrapper, partial):
+        inner += [wrapper.func, *wrapper.args, *wrapper.keywords.values()]
+    if isinstance(wrapper, MethodType):
+        inner.append(wrapper.__func__)
+    for cell in getattr(wrapper, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            inner.append(cell.cell_contents)
+    inner = [i for i in inner if callable(i) and not isinstance(i, nn.Module | type)]
+    found = (_wrapped_in(i, module, levels - 1) for i in inner)
+    return next((occupant for occupant in found if occupant is not None), None)

@@ -1,0 +1,160 @@
+"""Forwards that others replace on the instance: device hooks, wrappers, kernels."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchdrop
+
+W, B = 8, 6
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(torch.tanh(self.fc1(x)))
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block())
+
+
+def add_device_hook(module: nn.Module, calls: list[str]) -> None:
+    """As Accelerate does it: keep the forward, and call it between two steps of the hook."""
+    old: Any = module.forward
+    module._old_forward = old
+
+    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append("before")
+        out = module._old_forward(*args, **kwargs)
+        calls.append("after")
+        return out
+
+    replaced = functools.partial(new_forward, module)
+    module.forward = functools.update_wrapper(replaced, old)  # type: ignore[method-assign]
+
+
+def remove_device_hook(module: Any) -> None:
+    module.forward = module._old_forward
+    del module._old_forward
+
+
+def wrap_in_closure(module: Any) -> None:
+    old = module.forward
+
+    @functools.wraps(old)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs)
+
+    module.forward = wrapped
+
+
+def wrap_in_method(module: Any) -> None:
+    old = module.forward
+    module.forward = types.MethodType(lambda self, *args: old(*args), module)
+
+
+def wrap_in_partial(module: Any) -> None:
+    module.forward = functools.partial(lambda old, x: old(x), module.forward)
+
+
+WRAPPERS: list[Callable[[Any], None]] = [wrap_in_closure, wrap_in_method, wrap_in_partial]
+
+
+def rows_kept(plan: torchdrop.Plan, model: nn.Module) -> list[int]:
+    model(torch.randn(B, W))
+    return [len(rows) for rows in plan.last_kept().values()]
+
+
+@pytest.mark.parametrize("first", ["hook", "stochastic depth"])
+def test_a_device_hook_is_called_around_the_site(first: str) -> None:
+    model, calls = stack(), list[str]()
+    if first == "hook":
+        add_device_hook(model[0], calls)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    if first != "hook":
+        add_device_hook(model[0], calls)
+    assert torchdrop.has_stochastic_depth(model[0])
+    assert rows_kept(plan, model) == [3, 3]
+    assert calls == ["before", "after"]
+    plan.set_p([1.0, 1.0])
+    assert rows_kept(plan, model) == [0, 0]
+    with torchdrop.paused(model[0]):
+        x = torch.randn(B, W)
+        torch.testing.assert_close(model[0](x), Block.forward(model[0], x))
+
+
+@pytest.mark.parametrize("first", ["hook", "stochastic depth"])
+@pytest.mark.parametrize("hook_goes_first", [True, False])
+def test_both_can_be_removed_in_any_order(first: str, hook_goes_first: bool) -> None:
+    model, calls = stack(), list[str]()
+    if first == "hook":
+        add_device_hook(model[0], calls)
+    torchdrop.add_stochastic_depth(model, 0.5)
+    if first != "hook":
+        add_device_hook(model[0], calls)
+    if hook_goes_first:
+        remove_device_hook(model[0])
+    torchdrop.remove_stochastic_depth(model)
+    if not hook_goes_first:
+        remove_device_hook(model[0])
+    assert not torchdrop.has_stochastic_depth(model)
+    x = torch.randn(B, W)
+    assert torch.equal(model[0](x), Block.forward(model[0], x))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_that_came_later_is_looked_through(wrap: Callable[[Any], None]) -> None:
+    model = stack()
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    wrap(model[0])
+    assert torchdrop.has_stochastic_depth(model[0])
+    assert rows_kept(plan, model) == [3, 3]
+    with torchdrop.paused(model[0]):
+        x = torch.randn(B, W)
+        torch.testing.assert_close(model[0](x), Block.forward(model[0], x))
+    with pytest.raises(ValueError, match="was wrapped by"):
+        torchdrop.remove_stochastic_depth(model)
+    assert rows_kept(plan, model) == [3, 3]  # nothing has changed
+
+
+def test_a_wrapper_of_something_else_is_not_taken_for_one() -> None:
+    model, other = stack(), stack()
+    torchdrop.add_stochastic_depth(other, 0.5)
+    call_other = functools.partial(other[0].forward)
+    model[0].forward = lambda x: call_other(x)  # type: ignore[method-assign, assignment]
+    assert not torchdrop.has_stochastic_depth(model)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_forward_that_was_replaced_before_is_refused(wrap: Callable[[Any], None]) -> None:
+    model = stack()
+    wrap(model[0])
+    with pytest.raises(ValueError, match="already replaced on the instance"):
+        torchdrop.add_stochastic_depth(model, 0.5)
+
+
+def test_a_replaced_forward_of_a_layer_inside_a_branch_is_called() -> None:
+    """A patched kernel of a layer."""
+    model, calls = stack(), list[int]()
+    linear: Any = model[0].fc1
+
+    def kernel(self: Any, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    linear.forward = types.MethodType(kernel, linear)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", verify=False)
+    assert rows_kept(plan, model) == [3, 3]
+    assert calls == [3]
