@@ -34,6 +34,25 @@ def _() -> None:
         assert inside == []
 
 
+@probe(
+    "in_reentrant_checkpoint",
+    api="torch.utils.checkpoint.CheckpointFunction",
+    purpose="tell the forward of a checkpoint from a call that generates",
+)
+def _() -> None:
+    seen: list[bool] = []
+
+    def noting(x: Tensor) -> Tensor:
+        seen.append(internals.in_reentrant_checkpoint())
+        return x * 2
+
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(noting, x, use_reentrant=True).backward()
+    checkpoint(noting, x, use_reentrant=False).backward()
+    noting(x)
+    assert seen == [True, False, False, False]
+
+
 @pytest.mark.parametrize("found", probe, ids=lambda found: found.api)
 def test_the_private_api_is_as_expected(found: Probe) -> None:
     check(found)

@@ -1,16 +1,18 @@
-"""Replace what ``torch.utils.checkpoint.checkpoint`` does while a forward is traced."""
+"""Notice checkpoints, and replace what ``checkpoint`` does while a forward is traced."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 from torch.utils import checkpoint as module_of_torch
 
-__all__ = ["replace_checkpoints"]
+__all__ = ["in_reentrant_checkpoint", "replace_checkpoints"]
 
 _REENTRANT = "CheckpointFunction"
 # by the release of PyTorch
@@ -18,6 +20,20 @@ _NOT_REENTRANT = (
     "_checkpoint_without_reentrant_generator_impl",
     "_checkpoint_without_reentrant_generator",
 )
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this code runs in the first forward of a reentrant checkpoint, without gradients.
+
+    Looks for a call of ``torch.utils.checkpoint.CheckpointFunction.forward``. Without that class,
+    there is no reentrant checkpoint.
+    """
+    function = getattr(module_of_torch, _REENTRANT, None)
+    code = getattr(getattr(function, "forward", None), "__code__", None)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -6,8 +6,9 @@ the branches of a block one by one, :class:`WholeSite` drops a block as a whole.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.internals import any_autocast_enabled, modifications_of, parameters_of_tree
+from torchdrop.internals import (
+    any_autocast_enabled,
+    in_reentrant_checkpoint,
+    modifications_of,
+    parameters_of_tree,
+)
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
@@ -215,9 +221,36 @@ class BlockSite(SlotOccupant):
 
     # The steps of a call --------------------------------------------------------------------
 
-    def _check_caches(self, values: Sequence[Any], training: bool) -> None:
-        """Warn of an empty key/value cache among the arguments in training; raise for any other."""
-        for cache in filter(is_cache, values):
+    def only_fills_cache(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> bool:
+        """Whether a call in training only generates: it has a key/value cache and no gradients.
+
+        Nothing is dropped then, and the block gets the cache. With gradients, an empty cache is
+        replaced by None.
+
+        Raises:
+            ValueError: A call with gradients has a cache that is not empty, or a call in evaluation
+                has a cache although ``scale="eval"``.
+        """
+        settings = self.settings
+        caches = self._caches(args, kwargs)
+        if caches is None:  # as a feed-forward layer, which gets no cache: as in the layer before
+            return training and settings.generates and not _needs_gradients(args)
+        settings.generates = (
+            bool(caches) and training and not _needs_gradients((*args, *kwargs.values()))
+        )
+        if settings.generates:
+            if not settings.warned_of_generation and not self.only_proves:
+                settings.warned_of_generation = True
+                warnings.warn(
+                    "in training mode the model is called with a key/value cache and without "
+                    "gradients, as by generate(); nothing is dropped in such calls. To say so in "
+                    "the code, generate inside `with torchdrop.paused(model):`",
+                    stacklevel=2,
+                )
+            return True
+        for cache in filter(is_cache, caches):
             indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
             index = next((i for i in indices if isinstance(i, int)), 0)
             name = self.branches[0].facts.block
@@ -239,6 +272,22 @@ class BlockSite(SlotOccupant):
                     "get None instead of it. Pass use_cache=False",
                     stacklevel=2,
                 )
+        return False
+
+    def _caches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """Return the arguments that are key/value caches, by their class or their names.
+
+        None if the call has no argument for one.
+        """
+        names = list(self.__signature__.parameters) if args else []
+        found: list[Any] | None = None
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            is_named = _NAMED_CACHE.search(name) and not isinstance(value, _NO_CACHE)
+            if is_named or is_cache(value):
+                found = found or []
+                if value is not None and (is_cache(value) or _holds_something(value)):
+                    found.append(value)
+        return found
 
     def runs_on_all_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` in every step, since other ranks wait for it."""
@@ -412,6 +461,26 @@ def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
         f"the batch is on dimension {facts.dim} according to batch_dim, but the skip of "
         f"{facts.name} has the shape {tuple(x.shape)}; remove stochastic depth and add it with "
         f"another batch_dim, or without one"
+    )
+
+
+# What is never a cache, although its parameter may be named cache_position or use_cache.
+_NO_CACHE = (Tensor, bool, int, float, str)
+
+_NAMED_CACHE = re.compile(r"past|cache")
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a cache of an unknown class is not an empty container."""
+    return not isinstance(value, Sized) or len(value) > 0
+
+
+def _needs_gradients(values: Iterable[Any]) -> bool:
+    """Whether gradients are computed, or will be when a checkpoint runs the block again."""
+    return (
+        torch.is_grad_enabled()
+        or any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        or in_reentrant_checkpoint()
     )
 
 

@@ -52,6 +52,8 @@ class Settings:
     verify: bool = True
     rows_per_sample: int | None = None
     warned_of_cache: bool = False
+    warned_of_generation: bool = False
+    generates: bool = False  # whether the last call with room for a cache only generated
     warned_of_dependence: bool = False
     masks_all: bool = False  # compute="mask"
     warned_of_readings: bool = False

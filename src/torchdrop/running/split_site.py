@@ -141,8 +141,14 @@ class SplitSite(BlockSite):
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
         # FLOPs are measured in evaluation and without gradients, and nothing is dropped: caches and
         # modes do not matter then.
-        if not plain and self.meter is None and not compiling:
-            self._check_caches((*args, *kwargs.values()), training)
+        checks = not plain or self.settings.generates
+        if (
+            checks
+            and self.meter is None
+            and not compiling
+            and self.only_fills_cache(args, kwargs, training)
+        ):
+            return self.run_own(args, kwargs)
         mismatch: MismatchError | None = None
         for program in programs:
             try:

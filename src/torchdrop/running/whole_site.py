@@ -67,7 +67,8 @@ class WholeSite(BlockSite):
             return self._metered(self.meter, args, kwargs)
         if not self.active or not (training or scaled):
             return type(module).forward(module, *args, **kwargs)
-        self._check_caches((*args, *kwargs.values()), training)
+        if self.only_fills_cache(args, kwargs, training):
+            return self.run_own(args, kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         tensors = self._tensors_of(bound)
