@@ -8,8 +8,8 @@ from torchdrop.attaching.attach import (
 )
 from torchdrop.attaching.pause import paused
 from torchdrop.attaching.plan import Plan, get_plan
+from torchdrop.finding.find_residuals import find_residuals
 from torchdrop.finding.residual import Residual
-from torchdrop.finding.survey import find_residuals
 from torchdrop.layers import *  # noqa: F403
 
 __version__ = "0.1.0"

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from torchdrop.attaching.measure_shares import measure_shares
-from torchdrop.attaching.not_taken import reasons_not_taken
 from torchdrop.attaching.other_entries import warn_if_forward_is_not_called
 from torchdrop.attaching.plan import Plan
 from torchdrop.attaching.prepare import prepare_sites
@@ -30,6 +29,7 @@ from torchdrop.attaching.refusals import (
 from torchdrop.checks import check_model
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import is_mask
+from torchdrop.finding.not_taken import reasons_not_taken
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.survey import survey
 from torchdrop.running.forward_slot import (
@@ -167,7 +167,7 @@ def add_stochastic_depth(
         refuse_unreadable(model, found, example is not None)
     refuse_doubled(model, chosen)
     check_batch_dims(chosen)
-    settings.not_taken = reasons_not_taken(found, chosen)
+    settings.not_taken = reasons_not_taken(model, found, chosen)
     sites = prepare_sites(model, chosen, settings, compute, example)
     branches = [branch for site in sites for branch in site.branches]
     rates = resolve_rates(p, branches, settings.blocks, schedule)

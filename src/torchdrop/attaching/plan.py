@@ -16,6 +16,7 @@ from torchdrop.finding.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
+from torchdrop.running.forward_slot import occupant_of
 
 __all__ = ["Plan", "get_plan"]
 
@@ -48,6 +49,7 @@ class Plan:
                 "some or all blocks, or blocks of the model were replaced; "
                 "torchdrop.get_plan(model) returns the plan of what is attached now"
             )
+        refuse_copied_blocks(self._model, self._sites)
 
     @property
     def blocks(self) -> list[Residual]:
@@ -228,6 +230,9 @@ class Plan:
                 "drops a fixed number of rows of each batch, on average as many; "
                 "sampling='independent' draws as they do"
             )
+        copied = find_copied_block(self._model, self._sites)
+        if copied is not None:
+            notes.append(f"{copied[1]} is a copy of {copied[0]}: it is dropped at the same rate")
         if not self._is_attached():
             notes.append("removed from the model, or from some blocks: this plan has no effect")
         elif any(site.paused for site in self._sites):
@@ -246,12 +251,41 @@ class Plan:
         return line
 
 
+def find_copied_block(model: nn.Module, sites: Sequence[BlockSite]) -> tuple[str, str] | None:
+    """Return the name and the path of a block that was copied with its stochastic depth.
+
+    Args:
+        model: The model, which may hold more blocks than ``sites`` are of.
+        sites: The sites of a plan.
+    """
+    known = {branch.facts.name: site for site in reversed(sites) for branch in site.branches}
+    for path, module in model.named_modules():
+        occupant = occupant_of(module)
+        if not isinstance(occupant, BlockSite):
+            continue
+        name = occupant.branches[0].facts.name
+        if known.get(name) is not occupant:
+            return occupant.branches[0].facts.block, path
+    return None
+
+
+def refuse_copied_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> None:
+    """Raise ValueError if a block was copied with its stochastic depth and added to the model."""
+    copied = find_copied_block(model, sites)
+    if copied is not None:
+        raise ValueError(
+            f"each block of a plan has to have a name of its own, but {copied[1]!r} is a copy of "
+            f"{copied[0]!r} with its stochastic depth; call torchdrop.remove_stochastic_depth"
+            f"(model), then torchdrop.add_stochastic_depth for the model as it is now"
+        )
+
+
 def get_plan(model: nn.Module) -> Plan:
     """Return the plan of ``model``, which may also be a deepcopy, a loaded copy, or a part.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` has no stochastic depth.
+        ValueError: ``model`` has no stochastic depth, or a copy of one of its blocks was added.
     """
     check_model(model)
     sites = sites_of(model)
@@ -260,4 +294,5 @@ def get_plan(model: nn.Module) -> Plan:
             f"this {type(model).__name__} has no stochastic depth; "
             f"torchdrop.add_stochastic_depth(model, p) adds it"
         )
+    refuse_copied_blocks(model, sites)
     return Plan(model, sites)

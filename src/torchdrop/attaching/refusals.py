@@ -152,7 +152,8 @@ def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, ex
             f"select took none of the {len(found.residuals)} residuals of this {name}; "
             f"torchdrop.find_residuals(model) lists those that are taken by default"
         )
-    unread = found.unreadable and not example
+    readable = [why for why in found.unreadable.values() if "torch.jit.script" not in why]
+    unread = readable and not example  # an example does not help to read a compiled function
     hint = "; give example_inputs, so that its blocks are read as they are called" if unread else ""
     text = (
         f"no residual branches found in this {name}{hint}. torchdrop looks for additions skip + "
@@ -170,7 +171,7 @@ def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, ex
         path, reason = next(iter(found.unreadable.items()))
         text += f"; {len(found.unreadable)} could not be read, the first one {path or name!r}: "
         text += reason
-        text += f"; {_BY_HAND}" if example else ""
+        text += "" if unread else f"; {_BY_HAND}"
     if not found.residuals and not found.unreadable and not found.blends:
         text += (
             ". Such a network has no branches to drop; wrap a part of it in "
@@ -187,7 +188,10 @@ def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
     """Raise if a block that may add residual branches could not be read."""
     taken = [r for r in found.residuals if r.default]
     children = [child for r in taken for b in r.branches for child in b.children]
+    by_hand = [p for p, m in model.named_modules() if isinstance(m, StochasticDepth)]
     for path, reason in found.unreadable.items():
+        if any(not p or f"{path}.".startswith(f"{p}.") for p in by_hand):
+            continue  # the advice was followed
         prefix = f"{path}." if path else ""
         above = any(r.name.startswith(prefix) for r in taken)
         inside = any(path == c or path.startswith(f"{c}.") for c in children)
@@ -195,7 +199,8 @@ def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
         alike = sum(type(m) is type(module) for m in model.modules())
         apart = not above and not inside
         if apart and source_has_addition(module) and (alike > 1 or may_loop_over_branches(module)):
-            way_out = "Leave it out" if example else "Give example_inputs; or leave it out"
+            helps = not example and "torch.jit.script" not in reason
+            way_out = "Give example_inputs; or leave it out" if helps else "Leave it out"
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition, but "
                 f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchdrop.finding.row_layout import differing_dims, entries_are_adjacent
+from torchdrop.rows.sampling import refuse_nested
 from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.modes import use_modes
@@ -207,6 +208,8 @@ class Example:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, batch_dim: int | None = None) -> None:
+        for tensor in flatten_arguments({"": example_inputs})[1].values():
+            refuse_nested(tensor)
         self._batch_dim = batch_dim or 0
         self.first = record(model, example_inputs)
         self._model = model

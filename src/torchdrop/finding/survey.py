@@ -10,14 +10,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 from torch import nn
 
-from torchdrop.checks import check_model
 from torchdrop.finding.block_reader import CONTAINERS, BlockReader
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import is_mask, layerdrop_of, mask_rate
@@ -28,11 +26,7 @@ from torchdrop.finding.stacks import count_calls, reasons_not_taken
 from torchdrop.finding.whole_blocks import find_whole_blocks
 from torchdrop.tracing.nodes import summands
 
-__all__ = [
-    "Survey",
-    "find_residuals",
-    "survey",
-]
+__all__ = ["Blend", "Survey", "survey"]
 
 
 @dataclass(frozen=True)
@@ -356,33 +350,3 @@ def _as_one_block(model: nn.Module, layer: str, parts: Sequence[Residual]) -> Re
     for branch in branches:
         branch.name = f"{layer}:{branch.name.removeprefix(f'{layer}.')}"
     return Residual(layer, model.get_submodule(layer), branches, True, "", owner=layer)
-
-
-def find_residuals(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    select: Callable[[Residual], bool] | None = None,
-) -> list[Residual]:
-    """Return the residual blocks of ``model`` in the order of depth. The model is not changed.
-
-    Args:
-        model: Any module.
-        example_inputs: What the model is called with: a tensor, a tuple, or a dict of keyword
-            arguments. Needed for models whose blocks cannot be traced from their signature alone.
-        select: A function of a ``Residual`` that returns whether it is included. It is called with
-            all residuals, also those that are not taken by default. None includes those with
-            ``Residual.default``.
-
-    Returns:
-        One entry for each block. A block may have several branches, such as attention and MLP.
-
-    Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``select`` is not callable.
-        ValueError: The model cannot be called with ``example_inputs``.
-    """
-    check_model(model)
-    if select is not None and not callable(select):
-        raise TypeError(f"select has to be a function of a Residual, but got {select!r}")
-    example = None if example_inputs is None else Example(model, example_inputs)
-    return [r for r in survey(model, example).residuals if (select(r) if select else r.default)]

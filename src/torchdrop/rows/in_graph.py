@@ -176,6 +176,11 @@ def draw_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> GraphRows
         size: How many rows are computed (:func:`row_count_in_graph`).
         like: A tensor on the device of the result. The weights are float64 if it is.
     """
+    if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "torch.export.export(..., strict=True) cannot export the draw of rows in training; use "
+            "strict=False, or export the model in evaluation, in which nothing is dropped"
+        )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return GraphRows(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))
 

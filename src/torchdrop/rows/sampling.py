@@ -24,6 +24,7 @@ __all__ = [
     "keep_batch",
     "keep_rows",
     "refuse_graph_capture",
+    "refuse_nested",
 ]
 
 _HOST = torch.device("cpu")  # given explicitly: the user may have set another default device
@@ -141,6 +142,16 @@ def refuse_graph_capture(x: Tensor) -> None:
             "captured now (torch.cuda.graph, make_graphed_callables) would repeat this one draw in "
             "every replay; capture the model in evaluation, or use "
             "torch.compile(mode='reduce-overhead'), which draws anew for each replay"
+        )
+
+
+def refuse_nested(x: Tensor) -> None:
+    """Raise for a nested tensor, whose samples cannot be selected as the rows of a dimension."""
+    if x.is_nested:
+        raise ValueError(
+            "stochastic depth needs tensors with a row for each sample, but got a nested tensor; "
+            "pad it with torch.nested.to_padded_tensor(x, 0.0) and pass a mask, or call the model "
+            "inside `with torchdrop.paused(model):`"
         )
 
 

@@ -26,7 +26,7 @@ from torchdrop.internals import (
 )
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
-from torchdrop.rows.sampling import keep_batch, refuse_graph_capture
+from torchdrop.rows.sampling import keep_batch, refuse_graph_capture, refuse_nested
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
@@ -325,6 +325,7 @@ class BlockSite(SlotOccupant):
             first; and the number of kept rows.
         """
         facts, settings, p = branch.facts, self.settings, branch.rate.p
+        refuse_nested(x)
         if facts.dim >= x.dim():
             raise _no_batch_dim(facts, x)
         refuse_graph_capture(x)

@@ -29,6 +29,7 @@ from torchdrop.internals import (
     modifications_of,
     tree_flatten,
 )
+from torchdrop.rows.sampling import refuse_nested
 from torchdrop.rows.take_and_add import add_whole, take
 from torchdrop.running.branch_state import BranchState
 from torchdrop.running.independence import TrialCall, difference, find_dependence
@@ -93,6 +94,7 @@ def kind_of_call(
     batch = None
     parts: list[Any] = [number, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for t in tensors:
+        refuse_nested(t)
         shape = t.shape
         size = shape[dim] if len(shape) > dim else None
         if batch is None:

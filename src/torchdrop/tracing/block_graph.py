@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import operator
+import re
 import threading
 import traceback
 import warnings
@@ -41,6 +42,9 @@ __all__ = ["BlockGraph", "PlainValue", "trace_block"]
 
 # How often a block is read if other threads draw random numbers of Python or NumPy meanwhile.
 _ATTEMPTS_WITH_OTHER_THREADS = 5
+
+# The error of a compiled function that gets a proxy as a tensor.
+_CALL_OF_SCRIPT = re.compile(r"(\w+)\(\) Expected a value of type .*Proxy")
 
 # How many sizes, dtypes and devices one forward may use as keys of caches.
 _KEYS = 32
@@ -272,6 +276,9 @@ def _errors_with_line(module: nn.Module) -> Iterator[None]:
         # A user's forward may raise anything if it is called with proxies.
         first = str(error).splitlines()[0] if str(error) else ""
         reason = f"{type(error).__name__}: {first}"
+        if compiled := _CALL_OF_SCRIPT.match(first):
+            reason = f"torch.jit.script has compiled {compiled[1]}(), and cannot run it on the "
+            reason += "proxies with which a forward is read; use the Python function"
         raise UntraceableError(f"{_where(module, error)}: {reason}") from None
 
 

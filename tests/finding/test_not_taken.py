@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,34 @@ def test_a_model_of_gates_alone_is_not_called_one_without_branches() -> None:
     with pytest.raises(ValueError, match=r"gates and other sums .* '0' \(Gated, test_not") as error:
         torchdrop.add_stochastic_depth(stack(Gated), 0.5)
     assert "no branches to drop" not in str(error.value)
+
+
+class BranchesOnData(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x + self.f(x)
+        return x - self.f(x)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_find_residuals_lists_what_it_leaves_out(every: bool) -> None:
+    linear = ParallelLinear()
+    model = nn.Sequential(Plain(), Plain(), Gated(), Lerped(), BranchesOnData(), linear)
+    found = torchdrop.find_residuals(model, select=(lambda r: True) if every else None)
+    assert [residual.name for residual in found] == ["0", "1"]
+    reasons = dict(found.not_taken)
+    assert list(reasons) == ["2", "3", "4"]
+    file = Path(__file__).name
+    for path, kind in (("2", Gated), ("3", Lerped)):
+        line = kind.forward.__code__.co_firstlineno
+        assert reasons[path].startswith(f"{kind.__name__}, {file}:{line}: neither side")
+    line = BranchesOnData.forward.__code__.co_firstlineno + 1
+    assert reasons["4"].startswith("BranchesOnData: it cannot be read: ")
+    assert f"{file}:{line} (if x.sum() > 0:)" in reasons["4"]
+    assert all(why in repr(found) for why in reasons.values())
+
+
+def test_a_residual_that_select_leaves_out_is_listed() -> None:
+    found = torchdrop.find_residuals(nn.Sequential(Plain(), Plain()), select=lambda r: r.name > "0")
+    assert found.not_taken == (("0", "Plain: select left it out"),)
+    assert torchdrop.find_residuals(nn.Linear(2, 2)).not_taken == ()
