@@ -373,34 +373,3 @@ def test_the_rest_of_a_tuple_with_a_tensor_in_it_is_computed_for_all_rows():
     torch.testing.assert_close(rest[1], first.norm(x))
     rows = torch.zeros(6, 1, 1, dtype=x.dtype).index_fill_(0, plan.last_kept()["blocks.0"], 2.0)
     torch.testing.assert_close(out, x + rows * first.attention(first.norm(x))[0])
-
-
-def _mixtral(compute):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, use_cache=False,
-        output_router_logits=True,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).train()
-    ids = torch.randint(50, (6, 7))
-    plan = torchdrop.add_stochastic_depth(
-        model, 0.5, schedule="uniform", compute=compute, example_inputs={"input_ids": ids}
-    )
-    return model, plan, ids
-
-
-def test_what_hooks_record_of_a_router_is_that_of_the_kept_rows():
-    model, plan, ids = _mixtral("auto")
-    out = model(input_ids=ids, labels=ids)
-    kept = [len(rows) for name, rows in plan.last_kept().items() if name.endswith("mlp")]
-    assert [len(logits) for logits in out.router_logits] == [7 * rows for rows in kept] == [21, 21]
-    assert out.loss.isfinite()
-    assert out.aux_loss > 0.0
-    out.loss.backward()
-    # A loss that wants them for all rows, as this one with a mask does, needs the mask.
-    with pytest.raises(RuntimeError, match="must match"):
-        model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
-    model, _, ids = _mixtral("mask")
-    out = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
-    assert [len(logits) for logits in out.router_logits] == [42, 42]

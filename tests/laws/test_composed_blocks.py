@@ -40,7 +40,7 @@ def _mixing(name: str) -> Spec:
 def test_composed_blocks_are_right_or_refused(example: bool) -> None:
     ends: Counter[str] = Counter()
 
-    @settings(quick, max_examples=25)
+    @settings(quick, max_examples=16)
     @given(specs())
     def holds(spec: Spec) -> None:
         try:

@@ -77,42 +77,6 @@ def test_timm_checkpoints(mode: str, reentrant: bool, monkeypatch: pytest.Monkey
         assert_gradients_agree(mine, theirs)
 
 
-@MODES
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-def test_transformers_checkpoints(mode: str, reentrant: bool) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=8,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = transformers.ViTModel(config, add_pooling_layer=False).double().train()
-    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", mode=mode)
-    x = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    found = []
-    for enabled in (False, True):
-        if enabled:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        for seed in range(4):
-            torch.manual_seed(seed)
-            model.zero_grad()
-            model(x).last_hidden_state.square().sum().backward()
-            found.append(gradients(model))
-        plan.observed()
-    for mine, theirs in zip(found[:4], found[4:], strict=True):
-        assert_gradients_agree(mine, theirs)
-    # rows counted once, not again in the recompute
-    assert plan._sites[0].branches[0].counts.last is not None
-    model(x)
-    assert plan._sites[0].branches[0].counts.rows_seen == 5
-
-
 def test_the_comparison_of_checkpoints_can_fail() -> None:
     """The twin: without the generator's state the recompute draws other rows."""
     model = net(3).double()
