@@ -74,7 +74,8 @@ def anchors(page: Path) -> set[str]:
 def broken_links(page: Path) -> list[str]:
     """The links of a page whose file or heading does not exist."""
     broken = []
-    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text)
     for file, anchor in links:
         target = page.parent / file if file else page
         drawn = target.suffix == ".svg" and target.stem in hooks.PICTURES  # when pages are built

@@ -18,6 +18,7 @@ ORDER = [
     "checks",
     "cost",
     "text_table",
+    "error_pages",
     "rows",
     "layers",
     "tracing",

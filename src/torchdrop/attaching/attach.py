@@ -27,6 +27,7 @@ from torchdrop.attaching.refusals import (
     refuse_unreadable,
 )
 from torchdrop.checks import check_model
+from torchdrop.error_pages import see
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import is_mask
 from torchdrop.finding.not_taken import reasons_not_taken
@@ -225,13 +226,14 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
     if not has_stochastic_depth(model):
         raise ValueError(
             f"this {type(model).__name__} has no stochastic depth; "
-            f"check with torchdrop.has_stochastic_depth(model)"
+            f"check with torchdrop.has_stochastic_depth(model)" + see("already-attached")
         )
     for name, module in model.named_modules():
         if occupant_of(module) is not None and is_wrapped(module):
             raise ValueError(
                 f"the forward of {name!r} was wrapped by {module.__dict__['forward']!r} after "
                 f"stochastic depth was added; undo that first, then remove stochastic depth"
+                + see("already-attached")
             )
     for module in model.modules():
         if occupant_of(module) is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from torchdrop.error_pages import see
 from torchdrop.running.block_site import BlockSite
 from torchdrop.running.forward_slot import occupant_of
 
@@ -40,7 +41,7 @@ class _FirstGradient:
         warnings.warn(
             f"{block} got a gradient, but the {kind} that adds its branches was never called in "
             f"training: nothing was dropped. Its branches are added in {names}; call the module "
-            f"itself, whose forward calls that method",
+            f"itself, whose forward calls that method" + see("other-entry-points"),
             stacklevel=2,
         )
 

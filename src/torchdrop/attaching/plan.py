@@ -12,6 +12,7 @@ from torchdrop import schedules
 from torchdrop.attaching.plan_text import lines_of, not_taken_lines, table_of
 from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.checks import check_model
+from torchdrop.error_pages import see
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
@@ -48,6 +49,7 @@ class Plan:
                 "this plan no longer has an effect, because its stochastic depth was removed from "
                 "some or all blocks, or blocks of the model were replaced; "
                 "torchdrop.get_plan(model) returns the plan of what is attached now"
+                + see("already-attached")
             )
         refuse_copied_blocks(self._model, self._sites)
 
@@ -277,6 +279,7 @@ def refuse_copied_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> None:
             f"each block of a plan has to have a name of its own, but {copied[1]!r} is a copy of "
             f"{copied[0]!r} with its stochastic depth; call torchdrop.remove_stochastic_depth"
             f"(model), then torchdrop.add_stochastic_depth for the model as it is now"
+            + see("already-attached")
         )
 
 
@@ -292,7 +295,7 @@ def get_plan(model: nn.Module) -> Plan:
     if not sites:
         raise ValueError(
             f"this {type(model).__name__} has no stochastic depth; "
-            f"torchdrop.add_stochastic_depth(model, p) adds it"
+            f"torchdrop.add_stochastic_depth(model, p) adds it" + see("already-attached")
         )
     refuse_copied_blocks(model, sites)
     return Plan(model, sites)

@@ -9,6 +9,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchdrop.error_pages import see
 from torchdrop.finding.example_calls import Example
 from torchdrop.finding.existing_drops import find_drop_operation
 from torchdrop.finding.residual import Branch, Residual
@@ -99,6 +100,7 @@ class _Preparation:
             raise ValueError(
                 f"the forward of {owner!r} is already replaced on the instance (by "
                 f"{module.__dict__['forward']!r}); add stochastic depth before that is done"
+                + see("already-attached")
             )
         block = members[0][1].source.graph
         if block is None:
@@ -154,7 +156,7 @@ class _Preparation:
         if self.compute == "skip" and branch.action == "mask":
             raise ValueError(
                 f"compute='skip', but {branch.name} cannot be skipped: {branch.reason}; "
-                f"use compute='auto', or leave it out with select="
+                f"use compute='auto', or leave it out with select=" + see("cannot-be-skipped")
             )
         return branch.action, branch.reason
 
@@ -224,7 +226,7 @@ def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, spl
             f"the forward of {owner or 'the model'!r} ({type(block.module).__name__}) drops the "
             f"branch {branch.name} itself ({drawn.name}), and that rate would add to p; set it to "
             f"0, use a layer like torchdrop.DropPath instead, which torchdrop replaces, or leave "
-            f"the block out with select="
+            f"the block out with select=" + see("doubled-rates")
         )
 
 
@@ -291,6 +293,6 @@ def _rewrite_for_evaluation(block: BlockGraph, splits: Sequence[tuple[Split, str
     if len(twins) <= max(split.order for split, _ in splits):
         raise ValueError(
             f"scale='eval' scales branches in evaluation, but {label} does not add the same "
-            f"branches as in training; use scale='train'"
+            f"branches as in training; use scale='train'" + see("cannot-be-skipped")
         )
     return rewrite(in_eval, [(twins[s.order], action) for s, action in splits], label)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchdrop import schedules
+from torchdrop.error_pages import see
 from torchdrop.running.block_site import BlockSite
 from torchdrop.running.branch_state import BranchState
 
@@ -36,7 +37,7 @@ def resolve_rates(
         if not any(f.masks for f in facts):
             raise ValueError(
                 "p=None uses the rates of the DropPath / StochasticDepth layers of the model, but "
-                "it has none in its residual branches; give p, a drop probability"
+                "it has none in its residual branches; give p, a drop probability" + see("rates")
             )
         return [f.inherited for f in facts]
     if isinstance(p, Mapping):
@@ -55,6 +56,7 @@ def resolve_rates(
     if len(values) != len(names):
         raise ValueError(
             f"a sequence p needs one rate a block: expected {len(names)}, but got {len(values)}"
+            + see("rates")
         )
     by_block = {
         name: schedules.check_rate(rate, f"p[{i}]")
@@ -68,7 +70,7 @@ def _check_names(p: Mapping[Any, Any], blocks: Sequence[str], branches: Sequence
     if not p:
         raise ValueError(
             f"p={{}} names no block, so that nothing would be dropped; map names to rates, as in "
-            f"{{{blocks[-1]!r}: 0.2}}, or give p=0.0 to begin with nothing dropped"
+            f"{{{blocks[-1]!r}: 0.2}}, or give p=0.0 to begin with nothing dropped" + see("rates")
         )
     known = {*blocks, *branches}
     unknown = [name for name in p if name not in known]
@@ -80,6 +82,7 @@ def _check_names(p: Mapping[Any, Any], blocks: Sequence[str], branches: Sequence
         f"p names {', '.join(map(repr, unknown))}, which is not a block of this model; "
         + (f"did you mean {' or '.join(map(repr, alike[:4]))}? " if alike else "")
         + f"its blocks are {', '.join(map(repr, blocks[:6]))}"
+        + see("rates")
         + (f" and {len(blocks) - 6} more" if len(blocks) > 6 else "")
         + (f"; a branch is {branches[0]!r}" if len(branches) > len(blocks) else "")
     )

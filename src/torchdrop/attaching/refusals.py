@@ -10,6 +10,7 @@ from torch import nn
 
 from torchdrop import schedules
 from torchdrop.checks import MODES, check_choice, check_flag
+from torchdrop.error_pages import see
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.source_code import may_loop_over_branches, source_has_addition
 from torchdrop.finding.survey import Survey
@@ -98,6 +99,7 @@ def check_inherited_rates(p: object, schedule: str) -> None:
         raise ValueError(
             f"p=None uses the rates of the model's own DropPath / StochasticDepth layers as they "
             f"are, but got schedule={schedule!r}; leave out schedule=, or give p as a number"
+            + see("rates")
         )
 
 
@@ -113,27 +115,28 @@ def check_attachable(model: nn.Module) -> None:
             raise ValueError(
                 f"{where} already has stochastic depth; change its rates with "
                 f"torchdrop.get_plan(model).set_p(...), or call "
-                f"torchdrop.remove_stochastic_depth(model) first"
+                f"torchdrop.remove_stochastic_depth(model) first" + see("already-attached")
             )
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"{where} is already TorchScript; add stochastic depth to the Python model first"
+                + see("already-attached")
             )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
             raise ValueError(
                 f"{where} is wrapped in {kind}; add stochastic depth to the model first "
-                f"and wrap it afterwards"
+                f"and wrap it afterwards" + see("already-attached")
             )
         if is_sharded(module):
             raise ValueError(
                 f"{where} is already sharded by fully_shard; add stochastic depth first and "
-                f"shard afterwards"
+                f"shard afterwards" + see("already-attached")
             )
         if kind == "OptimizedModule":
             raise ValueError(
                 f"{where} is already compiled by torch.compile; add stochastic depth to the "
-                f"original model and compile afterwards"
+                f"original model and compile afterwards" + see("already-attached")
             )
 
 
@@ -151,6 +154,7 @@ def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, ex
         return (
             f"select took none of the {len(found.residuals)} residuals of this {name}; "
             f"torchdrop.find_residuals(model) lists those that are taken by default"
+            + see("no-residuals")
         )
     readable = [why for why in found.unreadable.values() if "torch.jit.script" not in why]
     unread = readable and not example  # an example does not help to read a compiled function
@@ -177,7 +181,8 @@ def message_if_nothing_found(model: nn.Module, found: Survey, selected: bool, ex
             ". Such a network has no branches to drop; wrap a part of it in "
             "torchdrop.StochasticDepth(module, p, projection=...), or use dropout"
         )
-    return text
+    only_unread = found.unreadable and not found.residuals
+    return text + see("cannot-be-read" if only_unread else "no-residuals")
 
 
 def _count(number: int, noun: str) -> str:
@@ -204,7 +209,7 @@ def refuse_unreadable(model: nn.Module, found: Survey, example: bool) -> None:
             raise ValueError(
                 f"the forward of {path!r} ({type(module).__name__}) contains an addition, but "
                 f"cannot be read: {reason}. {way_out} with select=lambda r: r.default; or "
-                f"{_BY_HAND}"
+                f"{_BY_HAND}" + see("cannot-be-read")
             )
 
 
@@ -220,7 +225,7 @@ def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
                 raise ValueError(
                     f"{path or 'the model'!r} is a torchdrop.StochasticDepth with p={module.p}, "
                     f"which would add to the rate of {branch.name}; set its p to 0, or leave the "
-                    f"block out with select="
+                    f"block out with select=" + see("doubled-rates")
                 )
 
 
@@ -246,10 +251,11 @@ def check_batch_dims(chosen: Sequence[Residual]) -> None:
             f"{first[0]!r} has batch_first=True and {first[1]!r} has batch_first=False, but the "
             f"batch has to be on the same dimension in all blocks; give that dimension as "
             f"batch_dim=, or give example_inputs, from which it is measured for each block"
+            + see("batch-dimension")
         )
     if 1 in first and silent:
         raise ValueError(
             f"{first[1]!r} has batch_first=False, so the batch is on dimension 1 of its block, but "
             f"the batch dimension of {silent[0]!r} is not known; give batch_dim=, or "
-            f"example_inputs, from which it is measured"
+            f"example_inputs, from which it is measured" + see("batch-dimension")
         )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import distributed as dist
 from torch import nn
 
+from torchdrop.error_pages import see
+
 __all__ = ["find_communicating_module", "has_other_ranks", "is_sharded"]
 
 
@@ -67,6 +69,6 @@ def find_communicating_module(
         raise RuntimeError(
             f"the parameters of {name} are split over ranks by tensor parallelism; these ranks "
             f"work on the same samples and have to drop the same ones, but each would draw its "
-            f"own; use mode='batch', and do not pass sync_ranks=False"
+            f"own; use mode='batch', and do not pass sync_ranks=False" + see("ranks")
         )
     return found

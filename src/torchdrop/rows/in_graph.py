@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torchdrop.error_pages import see
 from torchdrop.internals import leave_frame_uncompiled, mark_first_size_symbolic
 
 __all__ = [
@@ -180,6 +181,7 @@ def draw_in_graph(number: int, batch: Any, size: Any, like: Tensor) -> GraphRows
         raise RuntimeError(
             "torch.export.export(..., strict=True) cannot export the draw of rows in training; use "
             "strict=False, or export the model in evaluation, in which nothing is dropped"
+            + see("compile-and-export")
         )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return GraphRows(*torch.ops.torchdrop.keep_rows(number, batch, size, dtype, like.device))

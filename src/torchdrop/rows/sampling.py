@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from torchdrop.error_pages import see
 from torchdrop.internals import vmap_draws_differently
 from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.shared_numbers import shared_numbers
@@ -131,6 +132,7 @@ def _refuse_different_draws_in_vmap() -> None:
         raise RuntimeError(
             "stochastic depth draws rows once for all calls that vmap maps over, so vmap cannot "
             "be called with randomness='different'; pass randomness='same' to vmap"
+            + see("compile-and-export")
         )
 
 
@@ -142,6 +144,7 @@ def refuse_graph_capture(x: Tensor) -> None:
             "captured now (torch.cuda.graph, make_graphed_callables) would repeat this one draw in "
             "every replay; capture the model in evaluation, or use "
             "torch.compile(mode='reduce-overhead'), which draws anew for each replay"
+            + see("compile-and-export")
         )
 
 
@@ -151,7 +154,7 @@ def refuse_nested(x: Tensor) -> None:
         raise ValueError(
             "stochastic depth needs tensors with a row for each sample, but got a nested tensor; "
             "pad it with torch.nested.to_padded_tensor(x, 0.0) and pass a mask, or call the model "
-            "inside `with torchdrop.paused(model):`"
+            "inside `with torchdrop.paused(model):`" + see("nested-tensors")
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdrop.error_pages import see
 from torchdrop.internals import (
     DisableTorchFunction,
     count_references,
@@ -122,6 +123,7 @@ def add_rows(
             f"the branch of a residual sum has to have the shape of its skip: for {rows.numel()} "
             f"kept rows of a skip of shape {tuple(skip.shape)} that is {expected}, but the branch "
             f"has {tuple(branch.shape)}; leave this block out with select="
+            + see("cannot-be-skipped")
         )
     if gain != 1.0 and branch.dtype in (torch.float16, torch.bfloat16):
         # index_add_ rounds alpha to the dtype first: in bfloat16 1/0.9 would become 1.109375.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from torchdrop.error_pages import see
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import (
     any_autocast_enabled,
@@ -217,6 +218,7 @@ class BlockSite(SlotOccupant):
         raise AttributeError(
             "torch.jit.script cannot compile a model with stochastic depth; call "
             "torchdrop.remove_stochastic_depth(model) first, or use torch.jit.trace in evaluation"
+            + see("compile-and-export")
         )
 
     # The steps of a call --------------------------------------------------------------------
@@ -246,7 +248,7 @@ class BlockSite(SlotOccupant):
                 warnings.warn(
                     "in training mode the model is called with a key/value cache and without "
                     "gradients, as by generate(); nothing is dropped in such calls. To say so in "
-                    "the code, generate inside `with torchdrop.paused(model):`",
+                    "the code, generate inside `with torchdrop.paused(model):`" + see("caches"),
                     stacklevel=2,
                 )
             return True
@@ -258,18 +260,19 @@ class BlockSite(SlotOccupant):
                 raise ValueError(
                     f"{name} is called with a key/value cache, but with scale='eval' its branches "
                     f"are computed one by one in evaluation; pass use_cache=False, or use "
-                    f"scale='train'"
+                    f"scale='train'" + see("caches")
                 )
             if _has_entries(cache, index):
                 raise ValueError(
                     f"{name} is called in training with a key/value cache that is not empty, and "
                     f"the rows of its entries cannot be selected; pass use_cache=False"
+                    + see("caches")
                 )
             if not self.settings.warned_of_cache and not self.only_proves:
                 self.settings.warned_of_cache = True
                 warnings.warn(
                     "in training the model creates a key/value cache; blocks with stochastic depth "
-                    "get None instead of it. Pass use_cache=False",
+                    "get None instead of it. Pass use_cache=False" + see("caches"),
                     stacklevel=2,
                 )
         return False
@@ -299,7 +302,7 @@ class BlockSite(SlotOccupant):
                 raise RuntimeError(
                     f"fully_shard was applied to {path}, but stochastic depth runs the modules in "
                     f"{path} one by one, because {facts.block} adds its branches there; apply "
-                    f"fully_shard to {facts.block} as a whole"
+                    f"fully_shard to {facts.block} as a whole" + see("ranks")
                 )
         modules = [
             module  # "" is a block dropped as a whole: take its children, it may be sharded itself
@@ -394,12 +397,13 @@ class BlockSite(SlotOccupant):
             raise RuntimeError(
                 f"the branch {facts.name} gets a {type(value).__name__} as an input, and no rows "
                 f"can be selected from it; use compute='mask', or leave the block out with select="
+                + see("cannot-be-skipped")
             )
         if value.dim() <= dim or value.shape[dim] != batch * entries:
             raise RuntimeError(
                 f"the branch {facts.name} gets a tensor of shape {tuple(value.shape)}, which "
                 f"does not have the {batch} rows of its skip on dimension {dim}; "
-                f"use compute='mask', or leave the block out with select="
+                f"use compute='mask', or leave the block out with select=" + see("batch-dimension")
             )
         if entries == 1:
             return taking(value, dim=dim)
@@ -461,7 +465,7 @@ def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
     return ValueError(
         f"the batch is on dimension {facts.dim} according to batch_dim, but the skip of "
         f"{facts.name} has the shape {tuple(x.shape)}; remove stochastic depth and add it with "
-        f"another batch_dim, or without one"
+        f"another batch_dim, or without one" + see("batch-dimension")
     )
 
 

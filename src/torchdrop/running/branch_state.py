@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdrop.error_pages import see
 from torchdrop.finding.row_layout import RowLayouts
 from torchdrop.internals import functorch_transforms_active, in_backward_pass
 from torchdrop.rows.in_graph import register_branch, set_keep_share
@@ -197,7 +198,7 @@ class BranchRate:
             raise ValueError(
                 f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
                 f"called with {batch} rows, not a multiple of {group}; remove stochastic depth "
-                f"and add it with another rows_per_sample, or without one"
+                f"and add it with another rows_per_sample, or without one" + see("batch-dimension")
             )
         order, kept = draw_row_order(samples, self.p, facts.sampling)
         rows = (order[:, None] * group + torch.arange(group, device="cpu")).flatten()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from torchdrop.error_pages import see
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout, RowLayouts
 from torchdrop.internals import (
@@ -451,6 +452,7 @@ def warn_of_masks(site: BlockSite) -> None:
         f"{found.facts.name} is computed for all rows and masked: {found.depends}. print(plan) "
         f"lists every such branch. If the samples of a batch do not depend on each other in this "
         f"model, pass example_inputs, or batch_dim= if the batch is not on dimension "
-        f"{found.facts.dim}; otherwise use compute='mask', or leave the block out with select=",
+        f"{found.facts.dim}; otherwise use compute='mask', or leave the block out with select="
+        + see("rows-depend"),
         stacklevel=2,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from torchdrop.error_pages import see
 from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.finding.split import ResidualSum, Split
 from torchdrop.running.branch_state import BranchState
@@ -59,10 +60,14 @@ def read_again(
         raise RuntimeError(
             f"torch.fx cannot trace {name} while stochastic depth acts on it; trace it in "
             f"evaluation (with scale='train'), or before torchdrop.add_stochastic_depth"
+            + see("compile-and-export")
         )
     difference = f"{name} was read with {mismatch.known}, but is called with {mismatch.given}"
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"{difference}; call the model once like this before compiling it")
+        raise RuntimeError(
+            f"{difference}; call the model once like this before compiling it"
+            + see("compile-and-export")
+        )
     block = _trace(site, training, args, kwargs, use_items, difference)
     splits = _splits_of(site, block, mismatch.given, difference)
     program = _add_program(site, programs, block, splits)
@@ -96,7 +101,9 @@ def _trace(
             items=items if use_items else None,
         )
     except UntraceableError as error:
-        raise RuntimeError(f"{difference}, and in this call cannot be read: {error}") from None
+        raise RuntimeError(
+            f"{difference}, and in this call cannot be read: {error}" + see("cannot-be-read")
+        ) from None
 
 
 def _splits_of(
@@ -123,6 +130,7 @@ def _splits_of(
                 f"{difference}, and in this call does not add the same branches: "
                 f"{', '.join(sorted((*branch.facts.inner, *branch.facts.own)))} of "
                 f"{branch.facts.name} is used in another way; leave the block out with select="
+                + see("cannot-be-read")
             )
         else:
             splits.append(None)

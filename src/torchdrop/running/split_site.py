@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdrop.error_pages import see
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import (
     disable_dispatch_modes,
@@ -263,14 +264,14 @@ class SplitSite(BlockSite):
             raise RuntimeError(
                 f"{path} has backward hooks, but stochastic depth runs the modules in it one by "
                 f"one; put the hooks on its children, or leave {self.branches[0].facts.block} out "
-                f"with select="
+                f"with select=" + see("hooks")
             )
         for before, named in forward_pre_hooks_of(child):
             if (before(child, args, kwargs) if named else before(child, args)) is not None:
                 raise RuntimeError(
                     f"a forward pre-hook changes the arguments of {path}, but stochastic depth "
                     f"runs the modules in it one by one; leave {self.branches[0].facts.block} out "
-                    f"with select="
+                    f"with select=" + see("hooks")
                 )
         for after, named in forward_hooks_of(child):
             out = (value, *rest) if rest else value
@@ -365,7 +366,7 @@ class SplitSite(BlockSite):
                 raise RuntimeError(
                     f"the number of channels of {branch.facts.name} is not known yet; give "
                     f"add_stochastic_depth example_inputs, or call the model once before compiling "
-                    f"it"
+                    f"it" + see("compile-and-export")
                 )
             programs = self.train if self.module.training or not self.evaluate else self.evaluate
             inner = [self.module.get_submodule(path) for path in branch.facts.inner]
@@ -495,7 +496,7 @@ def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out:
 def _writes_into_its_input(facts: BranchFacts) -> Exception:
     return RuntimeError(
         f"the branch {facts.name} writes into its input, which the shortcut also uses; "
-        f"use compute='mask', or leave the block out with select="
+        f"use compute='mask', or leave the block out with select=" + see("cannot-be-skipped")
     )
 
 
@@ -503,7 +504,7 @@ def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:
     return RuntimeError(
         f"the forward that was generated for {facts.block} does not compute what its own forward "
         f"computes: {verdict.why_unusable}; leave the block out with select=, or wrap the whole "
-        f"block in torchdrop.StochasticDepth"
+        f"block in torchdrop.StochasticDepth" + see("another-function")
     )
 
 
@@ -516,7 +517,7 @@ def _check_shapes(facts: BranchFacts, skip: Tensor, out: Tensor) -> None:
             f"the branch {facts.name} of shape {tuple(out.shape)} broadcasts its skip, of shape "
             f"{tuple(skip.shape)}, to a larger shape, so that the output of the block would have "
             f"another shape when the branch is dropped; leave the block out with select=, or "
-            f"expand the skip before the sum"
+            f"expand the skip before the sum" + see("cannot-be-skipped")
         ) from None
 
 

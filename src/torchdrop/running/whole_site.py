@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchdrop.error_pages import see
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.rows.in_graph import mark_uncompiled
@@ -142,7 +143,7 @@ class WholeSite(BlockSite):
             raise RuntimeError(
                 f"{self.branches[0].facts.name} is dropped as a whole, its input is the tensor "
                 f"{self.block.x}, and it is called with {', '.join(tensors) or 'no tensor'}; leave "
-                f"the block out with select="
+                f"the block out with select=" + see("cannot-be-skipped")
             )
         for path in tensors.keys() - known.keys():
             known[path] = RowLayout(self.block.dim, 0)
@@ -177,6 +178,7 @@ class WholeSite(BlockSite):
         return RuntimeError(
             f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input, "
             f"which no test has shown; use verify=True, or leave the block out with select="
+            + see("cannot-be-skipped")
         )
 
     def _blended(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
