@@ -38,9 +38,9 @@ def test_a_copied_block_is_named_and_refused_where_it_matters() -> None:
     model = stack()
     plan = torchdrop.add_stochastic_depth(model, 0.5)
     model.append(copy.deepcopy(model[0]))
-    assert "2 is a copy of 0" in repr(plan)
+    assert "2 has the stochastic depth of another block 0, as a copy of it has" in repr(plan)
     for call in (lambda: plan.set_p(0.3), lambda: torchdrop.get_plan(model)):
-        with pytest.raises(ValueError, match=r"'2' is a copy of '0'.*remove_stochastic_depth"):
+        with pytest.raises(ValueError, match=r"'2' has the .* of another block '0'.*remove"):
             call()
     assert [block.p for block in plan.blocks] == [0.25, 0.5]
     # what the error says to do
@@ -54,6 +54,27 @@ def test_copies_of_the_model_and_of_a_part_are_no_such_thing() -> None:
     torchdrop.get_plan(copy.deepcopy(model)).set_p(0.3)
     torchdrop.get_plan(copy.deepcopy(model[0])).set_p(0.3)
     torchdrop.get_plan(nn.Sequential(model[0], nn.ReLU(), model[1])).set_p(0.3)
+
+
+def test_a_teacher_may_be_a_copy_of_its_student() -> None:
+    model = nn.ModuleDict({"student": stack()})
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    model["teacher"] = copy.deepcopy(model["student"])
+    plan.set_p(0.3)
+    assert [block.p for block in plan.blocks] == [0.15, 0.3]
+    assert "teacher.0 has the stochastic depth of another block student.0" in repr(plan)
+    assert [block.p for block in torchdrop.get_plan(model["teacher"]).blocks] == [0.25, 0.5]
+    with pytest.raises(ValueError, match=r"'teacher\.0' has the stochastic depth of another block"):
+        torchdrop.get_plan(model)
+
+
+def test_two_models_in_one_have_a_plan_each() -> None:
+    parts = {"a": stack(), "b": stack()}
+    for part in parts.values():
+        torchdrop.add_stochastic_depth(part, 0.5)
+    with pytest.raises(ValueError, match="get_plan for the part of the model that is meant"):
+        torchdrop.get_plan(nn.ModuleDict(parts))
+    assert len(torchdrop.get_plan(parts["b"]).blocks) == 2
 
 
 # --- nested tensors -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 
@@ -109,6 +110,76 @@ def test_drop_paths_in_training_at_test_time_act() -> None:
     assert not torch.equal(model(x), model(x))
 
 
+class ChecksInside(nn.Module):
+    """A branch with a checkpoint around a function that holds the drop path."""
+
+    def __init__(self, reentrant: bool, scaled: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.reentrant = nn.Linear(W, W), nn.Linear(W, W), reentrant
+        self.drop_path = torchdrop.DropPath(0.9)
+        self.gamma = nn.Parameter(torch.rand(W)) if scaled else None
+
+    def inner(self, x: Tensor) -> Tensor:
+        out = self.drop_path(self.fc2(torch.tanh(self.fc1(x))))
+        return out if self.gamma is None else self.gamma * out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return out
+
+
+class AddsIt(nn.Module):
+    def __init__(self, reentrant: bool, scaled: bool) -> None:
+        super().__init__()
+        self.child = ChecksInside(reentrant, scaled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.child(x)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("example", [True, False])
+def test_a_checkpoint_in_a_branch_repeats_that_its_drop_path_rests(
+    reentrant: bool, scaled: bool, example: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[AddsIt(reentrant, scaled) for _ in range(2)]).double()
+    dense = copy.deepcopy(model).eval()
+    x = torch.randn(16, W, dtype=torch.double, requires_grad=True)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, schedule="uniform", example_inputs=x.detach() if example else None
+    )
+    for _ in range(2):
+        out = model(x)
+        wanted = x
+        for block, rows in zip(dense, plan.last_kept().values(), strict=True):
+            weights = torch.zeros(16, 1, dtype=x.dtype).index_fill_(0, rows, 2.0)
+            wanted = wanted + weights * block.child(wanted)
+        torch.testing.assert_close(out, wanted)
+        grads = []
+        for y, net in ((out, model), (wanted, dense)):
+            net.zero_grad()
+            x.grad = None
+            y.square().sum().backward()
+            grads.append([x.grad.clone(), *(p.grad.clone() for p in net.parameters())])
+        for mine, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_checkpoint_outside_of_a_site_repeats_that_its_drop_path_acts() -> None:
+    """The twin: a block whose forward is not called drops as before, in both runs."""
+    model = ChecksInside(False, True)
+    whole = nn.Sequential(AddsIt(False, True), AddsIt(False, True))
+    torchdrop.add_stochastic_depth(whole, 0.5)
+    model = whole[0].child
+    x = torch.randn(64, W, requires_grad=True)
+    out = model(x)
+    out.sum().backward()
+    assert torch.equal(out.abs().sum(1) == 0, x.grad.abs().sum(1) == 0)
+    assert (x.grad.abs().sum(1) == 0).float().mean() > 0.5
+
+
 # --- nothing is dropped --------------------------------------------------------------------------
 
 
@@ -146,3 +217,11 @@ def test_the_hook_is_not_copied_or_saved() -> None:
     file = io.BytesIO()
     torch.save(model, file)
     copy.deepcopy(model).forward_features(x).sum().backward()
+
+
+def test_a_gradient_in_evaluation_is_no_sign_and_does_not_end_the_watch() -> None:
+    model, x = Encoder(), torch.randn(B, W)
+    torchdrop.add_stochastic_depth(model, 0.5)
+    model.eval()(x).sum().backward()
+    with pytest.warns(UserWarning, match="never called in training"):
+        model.train().forward_features(x).sum().backward()

@@ -147,3 +147,38 @@ def test_parallel_branches_are_no_total() -> None:
     model = nn.Sequential(ParallelAfterNorm(), ParallelAfterNorm())
     plan = torchdrop.add_stochastic_depth(model, 0.5)
     assert [len(block.branches) for block in plan.blocks] == [2, 2]
+
+
+class Adapter(nn.Module):
+    """An adapter reads what the attention returns, and both are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.b, self.c = nn.LayerNorm(W), nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.c(self.norm(x)))
+        return x + h + torch.relu(self.b(h))
+
+
+class AdapterOfModules(nn.Module):
+    """The same with a module for each branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(W, W), nn.Tanh())
+        self.b = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return x + h + self.b(h)
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("kind", [Adapter, AdapterOfModules])
+def test_a_branch_that_reads_another_one_is_no_total(kind: type[nn.Module], example: bool) -> None:
+    model = nn.Sequential(kind(), kind())
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, example_inputs=torch.randn(3, W) if example else None
+    )
+    assert [len(block.branches) for block in plan.blocks] == [2, 2]

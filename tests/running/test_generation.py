@@ -64,3 +64,33 @@ def test_calls_without_a_cache_are_dropped_with_and_without_gradients(grad: bool
     torchdrop.add_stochastic_depth(model, 1.0, schedule="uniform")
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(model(x), x)
+
+
+class Rotates(nn.Module):
+    """An argument whose name holds "cache" but is a table of constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, rope_cache: tuple[Tensor, Tensor]) -> Tensor:
+        return x + self.fc2(torch.tanh(self.fc1(x * rope_cache[0] + rope_cache[1])))
+
+
+class NetThatRotates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Rotates() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.ones(4), torch.zeros(4)
+        for layer in self.layers:
+            x = layer(x, table)
+        return x
+
+
+def test_a_table_that_is_named_after_a_cache_is_none() -> None:
+    model, x = NetThatRotates(), torch.randn(4, 4)
+    torchdrop.add_stochastic_depth(model, 1.0, schedule="uniform", example_inputs=x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), x)

@@ -216,7 +216,7 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize("example", [True, False])
 def test_an_output_that_nobody_adds_is_no_branch(example: bool) -> None:
     x = torch.randn(B, W) if example else None
-    with pytest.raises(ValueError, match="nothing shows that the next block adds what it returns"):
+    with pytest.raises(ValueError, match="no residual branches found"):
         torchdrop.add_stochastic_depth(Pyramid(), 0.5, example_inputs=x)
 
 
@@ -233,3 +233,110 @@ class AlsoRead(Net):
 def test_a_branch_with_another_use_is_left_out() -> None:
     plan = torchdrop.add_stochastic_depth(AlsoRead(), 0.5, example_inputs=torch.randn(B, W))
     assert [block.name for block in plan.blocks] == ["layers.0", "layers.1"]
+
+
+class OneModule(Mixer):
+    """The branch is a single child, which norms its input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, W), nn.Tanh(), nn.Linear(W, W))
+
+    def forward(self, h: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        residual = h if residual is None else h + residual
+        return self.mixer(residual), residual
+
+
+class NetOfOneModule(Net):
+    kind = OneModule
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_branch_may_be_one_module(example: bool) -> None:
+    x = torch.randn(B, W) if example else None
+    plan = torchdrop.add_stochastic_depth(NetOfOneModule(), 0.5, example_inputs=x)
+    assert [block.name for block in plan.blocks] == [f"layers.{i}" for i in range(3)]
+
+
+class Gates(nn.Module):
+    """Adds a position first, and hands on a gate beside the stream, which nobody adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.norm, self.gate = Mixer(), nn.LayerNorm(W), Mixer()
+
+    def forward(self, x: Tensor, gate: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + pos
+        x = x + self.mixer(x) * torch.sigmoid(gate)
+        return x, self.gate(self.norm(x))
+
+
+class NetOfGates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Gates() for _ in range(3))
+
+    def forward(self, x: Tensor, gate: Tensor, pos: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, gate = layer(x, gate, pos)
+        return x * gate
+
+
+def test_a_gate_that_is_handed_on_is_no_branch() -> None:
+    torch.manual_seed(0)
+    model = NetOfGates().double()
+    dense = copy.deepcopy(model)
+    inputs = tuple(torch.randn(B, W, dtype=torch.double) for _ in range(3))
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=inputs)
+    out = model(*inputs)
+    kept = plan.last_kept()
+    assert list(kept) == [f"layers.{i}" for i in range(3)]
+    x, gate, pos = inputs
+    for layer, rows in zip(dense.layers, kept.values(), strict=True):
+        weights = torch.zeros(B, 1, dtype=x.dtype).index_fill_(0, rows, 2.0)
+        x = x + pos
+        x = x + weights * layer.mixer(x) * torch.sigmoid(gate)
+        gate = layer.gate(layer.norm(x))
+    torch.testing.assert_close(out, x * gate)
+
+
+class Decoder(nn.Module):
+    """A decoder block with an output of its own, for supervision at each depth."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(W, W, 3, padding=1), nn.BatchNorm2d(W)
+        self.head = nn.Conv2d(W, outputs, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + skip
+        x = x + self.conv(x).relu()
+        return x, self.head(self.norm(x).relu())
+
+
+class NetOfDecoders(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Decoder(outputs) for _ in range(2))
+
+    def forward(self, x: Tensor, one: Tensor, two: Tensor) -> list[Tensor]:
+        outs = []
+        for layer, skip in zip(self.layers, (one, two), strict=True):
+            x, out = layer(x, skip)
+            outs.append(out)
+        return outs
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_an_output_of_another_shape_stays_as_it_is(
+    outputs: int, example: bool, verify: bool
+) -> None:
+    model, x = NetOfDecoders(outputs), torch.randn(4, W, 5, 5)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, example_inputs=(x, x, x) if example else None, verify=verify
+    )
+    assert [block.name for block in plan.blocks] == ["layers.0", "layers.1"]
+    assert [tuple(out.shape) for out in model(x, x, x)] == [(4, outputs, 5, 5)] * 2
+    assert not plan.blocks[0].reason.startswith("the output")

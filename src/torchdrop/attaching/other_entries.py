@@ -29,9 +29,11 @@ class _FirstGradient:
         self.handle: RemovableHandle | None = None
 
     def __call__(self, parameter: Tensor) -> Any:
+        site = self.site
+        if not site.module.training:
+            return
         if self.handle is not None:
             self.handle.remove()
-        site = self.site
         if occupant_of(site.module) is not site or not site.active:
             return
         if any(b.counts.last is not None for b in site.branches):

@@ -51,7 +51,6 @@ class Plan:
                 "torchdrop.get_plan(model) returns the plan of what is attached now"
                 + see("already-attached")
             )
-        refuse_copied_blocks(self._model, self._sites)
 
     @property
     def blocks(self) -> list[Residual]:
@@ -101,10 +100,12 @@ class Plan:
                 of the model's own masking layers.
 
         Raises:
-            TypeError, ValueError: ``p`` is not one of these, or stochastic depth was removed.
+            TypeError, ValueError: ``p`` is not one of these, or stochastic depth was removed, or a
+                copy of a block was added beside it.
                 All rates then stay as they were.
         """
         self._check_attached()
+        refuse_doubled_blocks(self._model, self._sites, siblings=True)
         settings = self._sites[0].settings
         set_rates(self._sites, resolve_rates(p, self._branches, settings.blocks, settings.schedule))
 
@@ -232,9 +233,11 @@ class Plan:
                 "drops a fixed number of rows of each batch, on average as many; "
                 "sampling='independent' draws as they do"
             )
-        copied = find_copied_block(self._model, self._sites)
-        if copied is not None:
-            notes.append(f"{copied[1]} is a copy of {copied[0]}: it is dropped at the same rate")
+        for name, path in doubled_blocks(self._model, self._sites):
+            notes.append(
+                f"{path} has the stochastic depth of another block {name}, as a copy of it has: it "
+                f"is not part of this plan"
+            )
         if not self._is_attached():
             notes.append("removed from the model, or from some blocks: this plan has no effect")
         elif any(site.paused for site in self._sites):
@@ -253,32 +256,44 @@ class Plan:
         return line
 
 
-def find_copied_block(model: nn.Module, sites: Sequence[BlockSite]) -> tuple[str, str] | None:
-    """Return the name and the path of a block that was copied with its stochastic depth.
+def doubled_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> list[tuple[str, str]]:
+    """Return the name and the path of each block that has the name of a block of a plan.
+
+    A copy of a block has the name of the original. So have blocks of two models that got stochastic
+    depth one by one.
 
     Args:
         model: The model, which may hold more blocks than ``sites`` are of.
         sites: The sites of a plan.
     """
     known = {branch.facts.name: site for site in reversed(sites) for branch in site.branches}
+    found = []
     for path, module in model.named_modules():
         occupant = occupant_of(module)
         if not isinstance(occupant, BlockSite):
             continue
-        name = occupant.branches[0].facts.name
-        if known.get(name) is not occupant:
-            return occupant.branches[0].facts.block, path
-    return None
+        facts = occupant.branches[0].facts
+        if known.get(facts.name, occupant) is not occupant:
+            found.append((facts.block, path))
+    return found
 
 
-def refuse_copied_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> None:
-    """Raise ValueError if a block was copied with its stochastic depth and added to the model."""
-    copied = find_copied_block(model, sites)
-    if copied is not None:
+def refuse_doubled_blocks(model: nn.Module, sites: Sequence[BlockSite], siblings: bool) -> None:
+    """Raise ValueError if a block of ``model`` has the name of another one.
+
+    Args:
+        model: The model.
+        sites: The sites of its plan.
+        siblings: Whether only copies in the list of the original are refused, which belong to the
+            same stack. A teacher, say, may be a copy of a student, and have rates of its own.
+    """
+    for name, path in doubled_blocks(model, sites):
+        if siblings and name.rpartition(".")[0] != path.rpartition(".")[0]:
+            continue
         raise ValueError(
-            f"each block of a plan has to have a name of its own, but {copied[1]!r} is a copy of "
-            f"{copied[0]!r} with its stochastic depth; call torchdrop.remove_stochastic_depth"
-            f"(model), then torchdrop.add_stochastic_depth for the model as it is now"
+            f"each block of a plan has to have a name of its own, but {path!r} has the stochastic "
+            f"depth of another block {name!r}, as a copy of it has; call torchdrop.get_plan for "
+            f"the part of the model that is meant, or remove stochastic depth and add it again"
             + see("already-attached")
         )
 
@@ -288,7 +303,7 @@ def get_plan(model: nn.Module) -> Plan:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` has no stochastic depth, or a copy of one of its blocks was added.
+        ValueError: ``model`` has no stochastic depth, or two of its blocks have the same name.
     """
     check_model(model)
     sites = sites_of(model)
@@ -297,5 +312,5 @@ def get_plan(model: nn.Module) -> Plan:
             f"this {type(model).__name__} has no stochastic depth; "
             f"torchdrop.add_stochastic_depth(model, p) adds it" + see("already-attached")
         )
-    refuse_copied_blocks(model, sites)
+    refuse_doubled_blocks(model, sites, siblings=False)
     return Plan(model, sites)

@@ -5,29 +5,24 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import fx, nn
 
 from torchdrop.finding.batch_dim import batch_dim_from_layers, values_with_same_layout
+from torchdrop.finding.branch_action import BranchAction
 from torchdrop.finding.example_calls import ArgumentShapes, Shapes
-from torchdrop.finding.existing_drops import is_mask
 from torchdrop.finding.linearity import ModuleProperties, depends_on_input
+from torchdrop.finding.read_graph import ReadGraph
 from torchdrop.finding.row_layout import (
-    RowLayout,
     RowLayouts,
     differing_dims,
-    entries_are_adjacent,
-    layout_if_broadcast,
-    row_layout,
 )
-from torchdrop.finding.split import ResidualSum, Split, called_modules, outside_inputs
+from torchdrop.finding.split import ResidualSum, Split, called_modules
 from torchdrop.tracing.block_graph import BlockGraph
-from torchdrop.tracing.modes import modes_of
 from torchdrop.tracing.nodes import Summands, is_shape_node, summands
-from torchdrop.tracing.operations import callee, layers_with, operation_of
+from torchdrop.tracing.operations import layers_with, operation_of
 from torchdrop.tracing.traced_functions import no_shortcut, passed_through
 
 __all__ = [
@@ -50,20 +45,6 @@ class _Sides(NamedTuple):
     inside: set[fx.Node]
     shortcut: str
     why_not: str
-
-
-class _Decision(NamedTuple):
-    """What is done with a branch, and why.
-
-    The attributes are those of :class:`ResidualSum`, and ``drops_more``: whether a drop path of the
-    model covers more than the branch.
-    """
-
-    split: Split
-    action: str
-    reason: str
-    leak: fx.Node | None
-    drops_more: bool
 
 
 # Why the sums of what successive blocks return are not taken.
@@ -95,7 +76,7 @@ def read_residual_sums(
     ).entries
 
 
-class ResidualSums:
+class ResidualSums(ReadGraph):
     """The residual additions of one graph.
 
     Args:
@@ -110,10 +91,6 @@ class ResidualSums:
     Attributes:
         entries: The residual additions in order.
         blends: Other operations that combine two values of the input, none of which is a shortcut.
-        nodes: The nodes of the graph in order.
-        order: The position of each node in ``nodes``.
-        ancestors: For each node, the nodes that it is computed from and itself, as bits of an
-            integer.
         contradicted: Whether layers name another batch dimension than the example inputs do.
     """
 
@@ -127,24 +104,10 @@ class ResidualSums:
         known_layouts: Sequence[RowLayouts] = (),
         assume: bool = False,
     ) -> None:
-        self.known_layouts = known_layouts
-        self.assume = assume
-        self.block = block
-        self.owner = block.module
-        self.nodes: list[fx.Node] = list(block.graph.nodes)
-        self.children = children
-        self.shapes = shapes
-        self.arguments = arguments
+        super().__init__(block, children, shapes, arguments, known_layouts, assume)
         self.batch_dim = batch_dim
         self.contradicted = False
-        self.order = {node: i for i, node in enumerate(self.nodes)}
-        # Ancestors as bit sets, so that a forward with thousands of nodes stays cheap.
-        self.ancestors: dict[fx.Node, int] = {}
-        for i, node in enumerate(self.nodes):
-            mine = 1 << i
-            for source in node.all_input_nodes:
-                mine |= self.ancestors[source]
-            self.ancestors[node] = mine
+        self._action = BranchAction(self)
         # The same, but of an earlier residual addition only what its shortcut is computed from.
         self._ancestors_on_stream: dict[fx.Node, int] = {}
         # The first argument, and what is the sum of it and of something else.
@@ -154,29 +117,36 @@ class ResidualSums:
         self.blends: list[fx.Node] = []
         # Sums that total the outputs of successive blocks.
         self._totals: set[fx.Node] = set()
-        self._find_entries(set())
+        # Sums that are no residuals, so that others are.
+        self._not_taken: set[fx.Node] = set()
+        while not self._find_entries():
+            pass
 
-    def _find_entries(self, not_taken: set[fx.Node]) -> None:
-        """Find all residual additions but ``not_taken``."""
+    def _find_entries(self) -> bool:
+        """Find all residual additions.
+
+        Returns:
+            False if one of them made clear that an earlier one is none, which is noted for the next
+            attempt.
+        """
         self.entries, self.blends = [], []
         self._sums_of_first = set()
         for i, node in enumerate(self.nodes):
             added = summands(node)
-            operands = None if node in not_taken else added
+            operands = None if node in self._not_taken else added
             entry = None if operands is None else self._entry(node, operands)
             if entry is None and self._blends(node, operands):
                 self.blends.append(node)
             if entry is not None and (before := self._earlier_total(entry.split)) is not None:
                 if before.why_not != _TOTAL:
                     self._totals |= {before.split.add, node}
-                    self._find_entries(not_taken)
-                    return
+                    return False
                 entry.why_not = _TOTAL
             if operands is not None and entry is None:
                 other = self._shortcut_beside_the_stream(node, operands)
                 if other is not None:
-                    self._find_entries({*not_taken, other})
-                    return
+                    self._not_taken.add(other)
+                    return False
             sources = node.all_input_nodes
             if node.target is passed_through:  # it holds the arguments of a child, for its hooks
                 sources = sources[:1]
@@ -193,6 +163,7 @@ class ResidualSums:
             for source in () if is_shape_node(node) else sources:
                 on_stream |= self._ancestors_on_stream[source]
             self._ancestors_on_stream[node] = on_stream
+        return True
 
     @property
     def handed_on(self) -> ResidualSum | None:
@@ -200,28 +171,6 @@ class ResidualSums:
         if self.block.handed is None:
             return None
         return next((e for e in self.entries if e.split.skip.target is no_shortcut), None)
-
-    def nodes_in(self, bits: int) -> set[fx.Node]:
-        """Return the nodes whose bits are set in ``bits``, without those that read only shapes."""
-        found = set()
-        while bits:
-            low = bits & -bits
-            node = self.nodes[low.bit_length() - 1]
-            if not is_shape_node(node):
-                found.add(node)
-            bits ^= low
-        return found
-
-    def has_parameters(self, nodes: Iterable[fx.Node]) -> bool:
-        """Whether any of ``nodes`` is a parameter or buffer, or calls a module with parameters."""
-        for node in nodes:
-            if node.op == "call_module":
-                module = self.owner.get_submodule(str(node.target))
-                if next(module.parameters(), None) is not None:
-                    return True
-            elif node.op == "get_attr":
-                return True
-        return False
 
     def _blends(self, node: fx.Node, operands: Summands | None) -> bool:
         """Whether ``node`` combines two values of the input by layers that are not linear."""
@@ -247,11 +196,32 @@ class ResidualSums:
         for entry in self.entries:
             if not shortcut >> self.order[entry.split.add] & 1:
                 continue
+            if not self._is_beside_its_branch(entry.split):
+                continue
             # A norm or projection that two parallel branches share is no block before this one.
             shared = entry.split.inside & self.nodes_in(self.ancestors[split.branch])
             if self.has_parameters(shared) and not self.children.linear_nodes(shared, self.owner):
                 return entry
         return None
+
+    def _is_beside_its_branch(self, split: Split) -> bool:
+        """Whether the branch of a sum does not come from its shortcut, as in a total of outputs.
+
+        In ``x1 + x2`` of two blocks ``x2 = block(x1)`` it does, but there both sides are outputs of
+        modules of one class.
+        """
+        if not self.ancestors[split.branch] >> self.order[split.skip] & 1:
+            return True
+        kinds = [self._class_of_output(node) for node in (split.skip, split.branch)]
+        return kinds[0] is not None and kinds[0] is kinds[1]
+
+    def _class_of_output(self, node: fx.Node) -> type[nn.Module] | None:
+        """Return the class of the module whose output, or an item of it, ``node`` is."""
+        if _is_item(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return (
+            type(self.owner.get_submodule(str(node.target))) if node.op == "call_module" else None
+        )
 
     def _shortcut_beside_the_stream(self, add: fx.Node, operands: Summands) -> fx.Node | None:
         """Return an addition that has to be no residual, so that ``add`` is one.
@@ -305,7 +275,7 @@ class ResidualSums:
             dim=dim,
             batch_first_votes=votes,
         )
-        decision = self._decision(split)
+        decision = self._action.decide(split)
         if split.skip_gain < 0.0:
             why_not = "its shortcut is subtracted"
         if decision.drops_more:
@@ -410,85 +380,6 @@ class ResidualSums:
             return any(type(a) in (int, float) and a == 0 for a in node.args)
         return operation_of(node).copies
 
-    def _decision(self, split: Split) -> _Decision:
-        """Decide whether rows of the branch can be skipped; if not, say why."""
-        writes = self._writes_inside(split)
-        if writes:
-            more = replace(split, inside=split.inside | writes)
-            _, used_outside = self._inside_and_shared(more)
-            # A write into something that is used outside the branch has to happen for every row.
-            if not any(self.children.written(node, self.owner) in used_outside for node in writes):
-                split = more
-        inside, used_outside = self._inside_and_shared(split)
-        drops_more = any(map(self._is_drop_path, used_outside))
-        leak, reason = None, ""
-        if used_outside:
-            computed = {n for n in used_outside if n.target is not operator.getitem}
-            last = max(computed or used_outside, key=self.order.__getitem__)
-            leak = last if last.op == "call_module" else None
-            reason = f"{self._described(last)} is used outside the branch, too"
-            if split.branch in used_outside or not self.has_parameters(inside):
-                return _Decision(split, "mask", reason, leak, drops_more)
-            split = replace(split, inside=frozenset(inside), partly=True)
-            reason += ": computed for every row"
-        refusal = self._why_not_deferred(split)
-        row_layouts = None
-        if not refusal:
-            row_layouts, refusal = self._row_layouts(split)
-        if refusal:
-            return _Decision(split, "mask", refusal, leak, drops_more)
-        split = replace(split, row_layouts=row_layouts, assumed=self._has_assumed_layout(split))
-        return _Decision(split, "skip", reason, leak, drops_more)
-
-    def _described(self, node: fx.Node) -> str:
-        """Return a name for the value of ``node`` in words of the user's code."""
-        if node.op == "call_module":
-            return f"{type(self.owner).__name__}.{node.target}"
-        if node.op in ("placeholder", "get_attr"):
-            return str(node.target)
-        return f"the result of {callee(node)}"
-
-    def _writes_inside(self, split: Split) -> set[fx.Node]:
-        """Return the nodes that write into tensors which the branch makes, and what only they need.
-
-        ``m = torch.zeros(n); m[0] = 1.0``: the result of the assignment is used by no node, so that
-        it is not among those from which the branch is computed.
-        """
-        found: set[fx.Node] = set()
-        memo: dict[fx.Node, bool] = {}
-        inside_bits = sum(1 << self.order[node] for node in split.inside)
-        start = min((self.order[node] for node in split.inside), default=0)
-        for node in reversed(self.nodes[start : self.order[split.add]]):
-            readers = self._readers(node)
-            if node in split.inside or node.op == "get_attr" or readers - found - split.inside:
-                continue
-            writes = self.children.written(node, self.owner) in split.inside
-            # what is computed from the shortcut alone stays outside
-            follows = self.ancestors[node] & inside_bits or not depends_on_input(node, memo)
-            if writes or (readers and readers <= found and follows):
-                found.add(node)
-        return found
-
-    def _inside_and_shared(self, split: Split) -> tuple[set[fx.Node], set[fx.Node]]:
-        """Return the nodes that only the branch uses, and those that are used outside it, too."""
-        inside = set(split.inside)
-        used_outside: set[fx.Node] = set()
-        for node in sorted(inside, key=self.order.__getitem__, reverse=True):
-            allowed = inside | {split.add} if node is split.branch else inside
-            if node in used_outside or self._readers(node) - allowed:
-                needed = self.nodes_in(self.ancestors[node]) & inside
-                used_outside |= needed
-                inside -= needed
-        for node in sorted(inside, key=self.order.__getitem__):
-            # rows cannot be selected from a tuple, only from its items
-            if node.target is operator.getitem and node.args[0] in used_outside:
-                used_outside.add(node)
-                inside.remove(node)
-        return inside, used_outside
-
-    def _is_drop_path(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and is_mask(self.owner.get_submodule(str(node.target)))
-
     @cached_property
     def elements(self) -> dict[ResidualSum, str | None]:
         """For each addition, the element of a container of layers that holds its branch.
@@ -525,130 +416,6 @@ class ResidualSums:
             if (before or after) and any(p.dim() > 1 for p in module.parameters()):
                 return True
         return False
-
-    @staticmethod
-    def _readers(node: fx.Node) -> set[fx.Node]:
-        """Return the nodes that use ``node`` or its shape.
-
-        Nodes that only compare it with a known value, or only hand it to the hooks of a child, do
-        not count.
-        """
-        found: set[fx.Node] = set()
-        pending = list(node.users)
-        while pending:
-            user = pending.pop()
-            if is_shape_node(user):
-                pending.extend(user.users)
-            elif "expected" not in user.meta and not (
-                user.target is passed_through and user.args[0] is not node
-            ):
-                found.add(user)
-        return found
-
-    def _why_not_deferred(self, split: Split) -> str:
-        """Say why the branch cannot be computed later, when it is added; empty if it can."""
-        modes = [modes_of(node, self.block.modes) for node in (*split.inside, split.add)]
-        if len({found.inference for found in modes if found is not None}) > 1:
-            return "a part of it runs in inference mode, and another part does not"
-        for node in split.inside:
-            target = self.children.written(node, self.owner)
-            if target is not None and target not in split.inside:
-                return f"{callee(node)} writes into its input, which the shortcut uses"
-        inputs = {
-            self.children.storage(i, self.owner) for i in [*self.outside_inputs(split), split.skip]
-        }
-        start = min(self.order[n] for n in split.inside)
-        for node in self.nodes[start : self.order[split.add]]:
-            if node in split.inside:
-                continue
-            target = self.children.written(node, self.owner)
-            if target is not None and target in inputs:
-                return f"{callee(node)} writes into an input of the branch while it is computed"
-        return ""
-
-    def _row_layouts(self, split: Split) -> tuple[RowLayouts | None, str]:
-        """Return how each input of the branch carries the batch; or why that is not known.
-
-        ``(None, "")`` if the skip is the only input: nothing has to be known then.
-        """
-        inputs = self.outside_inputs(split)
-        dim = split.dim or 0
-        if inputs == [split.skip]:
-            return None, ""
-        sources = self._sources(inputs)
-        shapes = self.shapes()
-        if shapes is None:
-            memo: dict[fx.Node, bool] = {}
-            for row_layouts in self.known_layouts:
-                if set(row_layouts) == {node.name for node in inputs}:
-                    return row_layouts, ""
-            if len(sources) <= 1:
-                vary = {node.name: depends_on_input(node, memo) for node in inputs}
-                return {n: RowLayout(dim, 1) if v else None for n, v in vary.items()}, ""
-            if self.assume:
-                return {
-                    node.name: self._assumed_layout(node, split.skip, dim) for node in inputs
-                }, ""
-            return None, (
-                f"it takes several tensors ({', '.join(sorted(sources))}), and which of them "
-                "carry the batch is not known; give example_inputs, with which the model can be "
-                "called for batches of two sizes"
-            )
-        few, many = (s.shapes[split.skip] for s in shapes)
-        if differing_dims(few, many) != [dim]:
-            return None, f"dimension {dim} of its shortcut is not the batch"
-        batches = few[dim], many[dim]
-        measured: RowLayouts = {}
-        for node in inputs:
-            one, two = (s.shapes.get(node, ()) for s in shapes)
-            layout = row_layout(one, two, batches)
-            if layout is None:
-                return (
-                    None,
-                    f"how its input ({self._described(node)}) carries the batch is not clear",
-                )
-            one_value, two_value = (s.values.get(node) for s in shapes)
-            if layout.entries > 1 and not entries_are_adjacent(one_value, two_value, layout.dim):
-                return None, (
-                    f"its input ({self._described(node)}) holds several rows for each sample, "
-                    f"and their order is not known"
-                )
-            measured[node.name] = layout if layout.entries else layout_if_broadcast(one, dim)
-        return measured, ""
-
-    def _sources(self, inputs: Iterable[fx.Node]) -> set[str]:
-        """Return the names of the arguments that ``inputs`` are computed from."""
-        return {
-            self.nodes[i].name
-            for node in inputs
-            for i in range(len(self.nodes))
-            if self.ancestors[node] >> i & 1 and self.nodes[i].op == "placeholder"
-        }
-
-    def _layouts_of_argument(self, node: fx.Node) -> RowLayouts | None:
-        """Return the known layouts with the argument ``node``; None if there are none."""
-        known = (layouts for layouts in self.known_layouts if node.name in layouts)
-        return next(known, None) if node.op == "placeholder" else None
-
-    def _assumed_layout(self, node: fx.Node, skip: fx.Node, dim: int) -> RowLayout | None:
-        """Return how an input of a branch is assumed to carry the batch."""
-        if node is skip:
-            return RowLayout(dim, 1)
-        measured = self._layouts_of_argument(node)
-        return RowLayout(dim, 0) if measured is None else measured[node.name]
-
-    def _has_assumed_layout(self, split: Split) -> bool:
-        """Whether the layout of an input of the branch is assumed, because it was not measured."""
-        inputs = self.outside_inputs(split)
-        if not self.assume or inputs == [split.skip] or len(self._sources(inputs)) <= 1:
-            return False
-        if any(set(layouts) == {node.name for node in inputs} for layouts in self.known_layouts):
-            return False
-        return any(n is not split.skip and self._layouts_of_argument(n) is None for n in inputs)
-
-    def outside_inputs(self, split: Split) -> list[fx.Node]:
-        """Return the inputs of a branch; see :func:`outside_inputs`."""
-        return outside_inputs(split, self.nodes)
 
 
 def _is_container(node: fx.Node) -> bool:

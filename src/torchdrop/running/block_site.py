@@ -285,7 +285,7 @@ class BlockSite(SlotOccupant):
         names = list(self.__signature__.parameters) if args else []
         found: list[Any] | None = None
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            is_named = _NAMED_CACHE.search(name) and not isinstance(value, _NO_CACHE)
+            is_named = _NAMED_CACHE.fullmatch(name) and not isinstance(value, _NO_CACHE)
             if is_named or is_cache(value):
                 found = found or []
                 if value is not None and (is_cache(value) or _holds_something(value)):
@@ -472,7 +472,10 @@ def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
 # What is never a cache, although its parameter may be named cache_position or use_cache.
 _NO_CACHE = (Tensor, bool, int, float, str)
 
-_NAMED_CACHE = re.compile(r"past|cache")
+# Whole names: a rope_cache is a table of constants.
+_NAMED_CACHE = re.compile(
+    r"(layer_)?past(_key_values?|_kv)?|((past_)?kv_|key_value_)?caches?|cache_params|inference_params"
+)
 
 
 def _holds_something(value: Any) -> bool:

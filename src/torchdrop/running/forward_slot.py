@@ -19,6 +19,7 @@ from torch import nn
 
 from torchdrop.finding.existing_drops import layerdrop_of
 from torchdrop.internals import (
+    in_backward_pass,
     replicate_for_data_parallel,
     set_replicate_method,
     unset_replicate_method,
@@ -102,11 +103,18 @@ class MaskBypass(SlotOccupant):
     def __init__(self, module: nn.Module, rest: MaskRest) -> None:
         super().__init__(module)
         self.rest = rest
+        # Whether the layer was inactive in its last call outside of a backward pass. A checkpoint
+        # inside a branch repeats that call in the backward pass, in which no site runs.
+        self.rested = False
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return ``x`` while a site runs, else what the layer itself returns."""
         # A compiler does not know threads. It compiles the forward, so a site is running.
-        if torch.compiler.is_compiling() or self.rest.depth:
+        if torch.compiler.is_compiling():
+            return x
+        if self.rest.depth or not in_backward_pass():
+            self.rested = self.rest.depth > 0
+        if self.rested:
             return x
         return type(self.module).forward(self.module, x, *args, **kwargs)
 

@@ -7,13 +7,14 @@ and then on fewer rows. The output for a row must not change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdrop.internals import is_python_autograd_node
+from torchdrop.internals import is_python_autograd_node, replace_checkpoints
 from torchdrop.tracing.random_states import RandomStates
 
 __all__ = ["TrialCall", "difference", "find_dependence"]
@@ -219,7 +220,9 @@ def _gradients(
             leaves[i] = value.detach().clone().requires_grad_()
             values[i] = leaves[i].clone()
     before.restore()
-    out = trial.run(values)
+    # A reentrant checkpoint raises an error where gradients of chosen tensors are asked for.
+    with replace_checkpoints(lambda options, args: nullcontext()):
+        out = trial.run(values)
     weights = torch.zeros_like(out)
     places = stays.to(device)
     weights.index_copy_(trial.dim, places, out.detach().index_select(trial.dim, places))

@@ -26,9 +26,10 @@ from torchdrop.running.nested_statements import CheckpointWriter, ModeWriter, ne
 from torchdrop.running.program import Program, Source
 from torchdrop.tracing.block_graph import BlockGraph
 from torchdrop.tracing.checkpoint import Checkpoint, checkpoints_of
+from torchdrop.tracing.handed_on_sums import branch_handed_on
 from torchdrop.tracing.modes import Modes, modes_of, select_modes
 from torchdrop.tracing.nodes import is_shape_node
-from torchdrop.tracing.traced_functions import pad_like, passed_through
+from torchdrop.tracing.traced_functions import no_shortcut, pad_like, passed_through
 
 __all__ = ["rewrite"]
 
@@ -164,6 +165,12 @@ class _Rewriter:
             # that of the kept rows.
             if node in skipped or node in env or is_shape_node(node) or node.op == "get_attr":
                 continue
+            if node.target is no_shortcut:  # copied where a sum needs it
+                continue
+            handed = branch_handed_on(node)
+            if handed is not None and node not in sums:  # it is not dropped: nothing is added to it
+                env[node] = env[handed]
+                continue
             within = () if node.op in ("placeholder", "output") else checkpoints_of(node)
             if checkpoints.would_switch(within):
                 modes.end()
@@ -268,7 +275,8 @@ def _new_graph() -> fx.Graph:
 def _copied(node: fx.Node, graph: fx.Graph, env: _Environment) -> fx.Node:
     """Return the copy of ``node``; make it now if it is a shape or an attribute."""
     if node not in env:
-        if not is_shape_node(node) and node.op != "get_attr":
+        made = is_shape_node(node) or node.op == "get_attr" or node.target is no_shortcut
+        if not made:
             raise RuntimeError(f"{node.name} is needed before it is computed")
         env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
     return env[node]

@@ -23,6 +23,8 @@ __all__ = [
     "Handed",
     "add_handed_on",
     "adds_inputs",
+    "branch_handed_on",
+    "copied_from",
     "handed_on",
     "returns_sum_of_inputs",
 ]
@@ -56,7 +58,7 @@ def handed_on(graph: fx.Graph, reads_sum: Callable[[], bool]) -> Handed | None:
         roots = list(_roots(stream))
         if not roots:
             continue
-        source = list(_through_copies(stream))[-1]  # the stream may be cast before it is returned
+        source = copied_from(stream)[-1]  # the stream may be cast before it is returned
         for other, branch in enumerate(items):
             if not isinstance(branch, fx.Node) or source not in ancestors(branch):
                 continue
@@ -79,12 +81,21 @@ def add_handed_on(graph: fx.Graph, found: Handed) -> None:
     output.args = (tuple(items),)
 
 
+def branch_handed_on(node: fx.Node) -> fx.Node | None:
+    """Return the branch, if ``node`` is the sum of a branch that is handed on and no shortcut."""
+    if node.target is not operator.add or len(node.args) != 2:
+        return None
+    shortcut, branch = node.args
+    found = isinstance(shortcut, fx.Node) and shortcut.target is no_shortcut
+    return branch if found and isinstance(branch, fx.Node) else None
+
+
 def adds_inputs(node: fx.Node) -> bool:
     """Whether ``node`` is the sum of two arguments of the forward."""
     added = summands(node)
     if added is None:
         return False
-    given = [set(_through_copies(n)) for n in added[:2]]
+    given = [copied_from(n) for n in added[:2]]
     return all(any(n.op == "placeholder" for n in found) for found in given)
 
 
@@ -106,21 +117,22 @@ def _output_items(graph: fx.Graph) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, tuple | list) else ()
 
 
-def _through_copies(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield ``node``, and the nodes whose values it only copies or casts."""
-    while True:
-        yield node
-        entry = operation_of(node)
-        if not (entry.copies or (entry.view and entry.keeps_layout)) or not node.all_input_nodes:
-            return
+def copied_from(node: fx.Node) -> list[fx.Node]:
+    """Return ``node``, and the nodes whose values it only copies or casts, the nearest first."""
+    found = [node]
+    entry = operation_of(node)
+    while (entry.copies or (entry.view and entry.keeps_layout)) and node.all_input_nodes:
         node = node.all_input_nodes[0]
+        entry = operation_of(node)
+        found.append(node)
+    return found
 
 
 def _roots(stream: fx.Node) -> Iterator[fx.Node]:
     """Yield the arguments, and the sums of arguments, to which ``stream`` adds branches."""
     pending, seen = [stream], set[fx.Node]()
     while pending:
-        node = list(_through_copies(pending.pop()))[-1]
+        node = copied_from(pending.pop())[-1]
         if node in seen:
             continue
         seen.add(node)
@@ -131,5 +143,5 @@ def _roots(stream: fx.Node) -> Iterator[fx.Node]:
 
 
 def _calls_modules_between(stream: fx.Node, branch: fx.Node) -> bool:
-    before = ancestors(stream)
-    return any(n.op == "call_module" for n in ancestors(branch) if n not in before)
+    between = {branch, *ancestors(branch)} - ancestors(stream)
+    return any(node.op == "call_module" for node in between)
