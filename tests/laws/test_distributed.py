@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from torchdrop.error_pages import see
+
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch is built without torch.distributed"
 )
@@ -198,12 +200,13 @@ def test_a_run_saved_in_mid_epoch_goes_on_bit_for_bit(ranks: Reports, mode: str)
 def test_wrapped_models_are_refused_with_the_order_to_use(ranks: Reports) -> None:
     ddp = "is wrapped in DistributedDataParallel; add stochastic depth to the model first and wrap"
     sharded = "is already sharded by fully_shard; add stochastic depth first and shard afterwards"
+    page = see("already-attached")
     for rank in ranks:
         said = rank["wrapped"]
         assert said["ddp"].startswith(f"the model {ddp}")
         assert said["inside"].startswith(f"its part '0' {ddp}")
-        assert said["fsdp"] == f"the model {sharded}"
-        assert said["one shard"] == f"its part 'blocks.1' {sharded}"
+        assert said["fsdp"] == f"the model {sharded}{page}"
+        assert said["one shard"] == f"its part 'blocks.1' {sharded}{page}"
 
 
 def test_an_uneven_epoch_under_join(ranks: Reports) -> None:

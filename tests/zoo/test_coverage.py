@@ -53,7 +53,6 @@ def test_timm(name: str) -> None:
     _through_all(model, x, blocks, branches)
 
 
-@pytest.mark.filterwarnings("ignore:in training the model creates a key/value cache")
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name: str) -> None:
     family = FAMILIES[name]

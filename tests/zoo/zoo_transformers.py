@@ -107,6 +107,10 @@ class Family:
         for name in vars(config):
             if "drop" in name and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)
+        # With a cache and without gradients, as in many checks, nothing would be dropped.
+        for part in (config, *vars(config).values()):
+            if hasattr(part, "use_cache"):
+                part.use_cache = False
         model = getattr(transformers, self.model)(config)
         return model, self.inputs(batch)
 
