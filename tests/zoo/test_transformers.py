@@ -66,9 +66,6 @@ def mamba() -> nn.Module:
     return transformers.MambaForCausalLM(config)
 
 
-MODELS = [llama, gpt2, mamba]
-
-
 def generated(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
@@ -77,8 +74,7 @@ def generated(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore:.*fast path is not")
-@pytest.mark.parametrize("example", [True, False])
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize(("make", "example"), [(llama, True), (gpt2, False), (mamba, False)])
 def test_the_tokens_are_those_of_the_model_without_stochastic_depth(
     make: Any, example: bool
 ) -> None:
