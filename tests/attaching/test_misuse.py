@@ -77,6 +77,14 @@ def test_two_models_in_one_have_a_plan_each() -> None:
     assert len(torchdrop.get_plan(parts["b"]).blocks) == 2
 
 
+def test_a_message_ends_with_the_address_of_its_page() -> None:
+    model = stack()
+    torchdrop.add_stochastic_depth(model, 0.5)
+    address = r"\. See https://torchdrop\.readthedocs\.io/errors/already-attached/$"
+    with pytest.raises(ValueError, match=address):
+        torchdrop.add_stochastic_depth(model, 0.5)
+
+
 # --- nested tensors -----------------------------------------------------------------------------
 
 
