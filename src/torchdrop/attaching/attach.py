@@ -182,13 +182,11 @@ def add_stochastic_depth(
         for site in sites:
             put_in_slot(site.module, site)
             warn_if_forward_is_not_called(site)
-        settings.mask_rest = MaskRest() if masks else None
+        rest = MaskRest()
         for path in masks:
             mask = model.get_submodule(path)
-            if is_mask(mask) and settings.mask_rest is not None:
-                put_in_slot(mask, MaskBypass(mask, settings.mask_rest))
-            else:
-                put_in_slot(mask, LayerDropBypass(mask))
+            put_in_slot(mask, MaskBypass(mask, rest) if is_mask(mask) else LayerDropBypass(mask))
+        settings.mask_rest = rest if masks else None
         if example_inputs is not None:
             measure_shares(model, sites, example_inputs)
             if verify:

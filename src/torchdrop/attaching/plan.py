@@ -39,18 +39,27 @@ class Plan:
 
     def _is_attached(self) -> bool:
         """Whether all blocks of this plan still have its stochastic depth."""
-        attached = {id(site) for site in sites_of(self._model)}
-        return all(id(site) in attached for site in self._sites)
+        return self._are_all_in(sites_of(self._model))
 
-    def _check_attached(self) -> None:
-        """Raise ValueError unless all blocks still have the stochastic depth of this plan."""
-        if not self._is_attached():
+    def _are_all_in(self, attached: Sequence[BlockSite]) -> bool:
+        known = {id(site) for site in attached}
+        return all(id(site) in known for site in self._sites)
+
+    def _check_attached(self) -> list[BlockSite]:
+        """Return all sites in the model.
+
+        Raises:
+            ValueError: Some blocks no longer have the stochastic depth of this plan.
+        """
+        attached = sites_of(self._model)
+        if not self._are_all_in(attached):
             raise ValueError(
                 "this plan no longer has an effect, because its stochastic depth was removed from "
                 "some or all blocks, or blocks of the model were replaced; "
                 "torchdrop.get_plan(model) returns the plan of what is attached now"
                 + see("already-attached")
             )
+        return attached
 
     @property
     def blocks(self) -> list[Residual]:
@@ -104,8 +113,9 @@ class Plan:
                 copy of a block was added beside it.
                 All rates then stay as they were.
         """
-        self._check_attached()
-        refuse_doubled_blocks(self._model, self._sites, siblings=True)
+        attached = self._check_attached()
+        if len(attached) > len(self._sites):  # not in every step of a training loop
+            refuse_doubled_blocks(self._model, self._sites, siblings=True)
         settings = self._sites[0].settings
         set_rates(self._sites, resolve_rates(p, self._branches, settings.blocks, settings.schedule))
 

@@ -165,7 +165,7 @@ def _span(first: str, last: str) -> str:
 
 
 def _follows(one: str, other: str, first: str) -> bool:
-    """Whether ``other`` is the name after ``one`` in a run of names that begins with ``first``."""
+    """Whether ``other`` follows ``one`` in the names from ``first`` on, as layers.3 layers.2."""
     place = _place_of_number(one, other)
     if place is None or place != _place_of_number(first, other):
         return False
@@ -184,7 +184,7 @@ def _place_of_number(one: str, other: str) -> int | None:
 
 
 def _split(name: str) -> list[str]:
-    """Return the parts of ``name``: numbers, and what is between them."""
+    """Split ``name`` into its numbers and the text between them."""
     return re.split(r"(\d+)", name)
 
 

@@ -18,7 +18,7 @@ from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["leave_out_branches_that_nobody_adds"]
 
-# Returns the graph of a module in which the arguments of these names are tensors.
+# A function that reads a module; the arguments with these names are tensors in its graph.
 _ReadWith = Callable[[nn.Module, Sequence[str]], BlockGraph]
 
 

@@ -47,7 +47,7 @@ class _Sides(NamedTuple):
     why_not: str
 
 
-# Why the sums of what successive blocks return are not taken.
+# The reason for leaving out a running total of the outputs of blocks.
 _TOTAL = "it totals the outputs of successive blocks"
 
 
@@ -167,7 +167,7 @@ class ResidualSums(ReadGraph):
 
     @property
     def handed_on(self) -> ResidualSum | None:
-        """The branch that the block hands on to the next one, which adds it; None without one."""
+        """The branch that the block returns and the next block adds; None if there is none."""
         if self.block.handed is None:
             return None
         return next((e for e in self.entries if e.split.skip.target is no_shortcut), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from operator import attrgetter
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-class BlockSite(SlotOccupant):
+class BlockSite(SlotOccupant, ABC):
     """The object in the ``forward`` slot of a block, which drops rows of its branches."""
 
     def __init__(
@@ -78,7 +79,7 @@ class BlockSite(SlotOccupant):
         self._observers: list[Observer] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, whose own masking layers rest in training."""
+        """Run the block. In training its own masking layers are inactive meanwhile."""
         rest = self.settings.mask_rest
         if rest is None or not self.module.training or torch.compiler.is_compiling():
             return self.call(args, kwargs)
@@ -88,9 +89,9 @@ class BlockSite(SlotOccupant):
         finally:
             rest.depth -= 1
 
+    @abstractmethod
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block with the arguments of a call."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         # A pause, a measurement or an observation is ended for the original only.

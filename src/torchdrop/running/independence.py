@@ -86,7 +86,7 @@ def find_dependence(trial: TrialCall) -> str:
             wanted = out.index_select(dim, rows.to(out.device))
             if other.shape != wanted.shape:
                 return f"for {len(rows)} of {trial.batch} rows its shape is {tuple(other.shape)}"
-            # fewer random numbers for fewer rows are others for each row
+            # a smaller batch draws fewer random numbers, so each row gets different ones
             others = random and RandomStates([out.device]).differ_from(after)
             off = 0.0 if others else difference(wanted, other)
             if off > _MOVED.get(out.dtype, _MOVED_ELSE):

@@ -100,8 +100,8 @@ def kind_of_call(
         size = shape[dim] if len(shape) > dim else None
         if batch is None:
             batch = size
-        # Whether the tensor has the rows of the batch, and whether these are few samples, matters;
-        # the size itself does not. A sort of two rows, say, may happen to change nothing.
+        # What counts is whether the tensor has the rows of the batch and whether it holds few
+        # samples, not its exact size. A sort of two rows, for example, may change nothing.
         samples = None if size is None else min(size // rows_per_sample, _MANY_SAMPLES)
         parts.append((t.dtype, t.device, len(shape), samples, size == 1, size == batch))
     return tuple(parts)

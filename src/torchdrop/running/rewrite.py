@@ -163,9 +163,7 @@ class _Rewriter:
         for node in region:
             # Shapes and attributes are copied where they are needed: inside a branch, the shape is
             # that of the kept rows.
-            if node in skipped or node in env or is_shape_node(node) or node.op == "get_attr":
-                continue
-            if node.target is no_shortcut:  # copied where a sum needs it
+            if node in skipped or node in env or _is_made_where_needed(node):
                 continue
             handed = branch_handed_on(node)
             if handed is not None and node not in sums:  # it is not dropped: nothing is added to it
@@ -176,7 +174,7 @@ class _Rewriter:
                 modes.end()
                 checkpoints.switch(within)
                 # copies from outside this checkpoint are not used inside, and the other way round
-                for copied in [n for n in env if is_shape_node(n) or n.op == "get_attr"]:
+                for copied in [n for n in env if _is_made_where_needed(n)]:
                     if copied not in given:
                         del env[copied]
             modes.switch(modes_of(node, self.modes))
@@ -272,11 +270,15 @@ def _new_graph() -> fx.Graph:
     return graph
 
 
+def _is_made_where_needed(node: fx.Node) -> bool:
+    """Whether ``node`` is copied to each place that needs it: shapes, attributes, zeros."""
+    return is_shape_node(node) or node.op == "get_attr" or node.target is no_shortcut
+
+
 def _copied(node: fx.Node, graph: fx.Graph, env: _Environment) -> fx.Node:
-    """Return the copy of ``node``; make it now if it is a shape or an attribute."""
+    """Return the copy of ``node``; make it now if it is made where it is needed."""
     if node not in env:
-        made = is_shape_node(node) or node.op == "get_attr" or node.target is no_shortcut
-        if not made:
+        if not _is_made_where_needed(node):
             raise RuntimeError(f"{node.name} is needed before it is computed")
         env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
     return env[node]

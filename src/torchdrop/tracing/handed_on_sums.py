@@ -82,7 +82,7 @@ def add_handed_on(graph: fx.Graph, found: Handed) -> None:
 
 
 def branch_handed_on(node: fx.Node) -> fx.Node | None:
-    """Return the branch, if ``node`` is the sum of a branch that is handed on and no shortcut."""
+    """Return the branch that ``node`` adds to ``no_shortcut``; None for any other node."""
     if node.target is not operator.add or len(node.args) != 2:
         return None
     shortcut, branch = node.args
