@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,7 +47,7 @@ class Returned(Block):
 
 
 class Net(nn.Module):
-    def __init__(self, blocks: int = 4, kind: type[nn.Module] = Block) -> None:
+    def __init__(self, blocks: int = 4, kind: Callable[[], nn.Module] = Block) -> None:
         super().__init__()
         self.layers = nn.ModuleList(kind() for _ in range(blocks))
 
@@ -126,9 +129,50 @@ def test_what_is_masked_or_not_proved_comes_first() -> None:
 def test_a_branch_that_is_computed_in_part_is_not_called_skipped() -> None:
     plan = torchdrop.add_stochastic_depth(Net(4, Reused), 0.4, example_inputs=torch.randn(2, W))
     assert " partly [1] " in lines(plan)[2]
-    assert "Reused.f is used outside the branch, too: computed for every row" in repr(plan)
+    reason = (
+        "Reused.f is used outside the branch, too: computed for every row, 50% of the parameters"
+    )
+    assert reason in " ".join(repr(plan).split())
     assert {b.action for r in plan.blocks for b in r.branches} == {"skip"}
     assert all(b.partly for r in plan.blocks for b in r.branches)
+
+
+class WithWeights(nn.Module):
+    """Returns weights beside its output, or None in place of them."""
+
+    def __init__(self, returns_weights: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+        self.returns_weights = returns_weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.fc(x).tanh()
+        return y, (y if self.returns_weights else None)
+
+
+class Attends(nn.Module):
+    def __init__(self, returns_weights: bool) -> None:
+        super().__init__()
+        self.attend = WithWeights(returns_weights)
+        self.out = nn.Linear(W, W, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, weights = self.attend(x)
+        return x + self.out(y), weights
+
+
+@pytest.mark.parametrize("returns_weights", [False, True])
+def test_the_plan_says_that_an_example_may_make_a_branch_whole(returns_weights: bool) -> None:
+    model = Net(3, partial(Attends, returns_weights))
+    text = repr(torchdrop.add_stochastic_depth(model, 0.4))
+    assert " partly [1] " in text
+    share = (W + 1) / (2 * W + 1)
+    told = f"computed for every row, {share:.0%} of the parameters of the branch; give example_"
+    assert told in " ".join(text.split())
+    torchdrop.remove_stochastic_depth(model)
+    text = repr(torchdrop.add_stochastic_depth(model, 0.4, example_inputs=torch.randn(2, W)))
+    assert (" partly " in text) == returns_weights
+    assert "; give example_inputs" not in " ".join(text.split())
 
 
 def test_a_branch_that_is_returned_is_masked_and_reached() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -137,12 +139,98 @@ def test_a_wrapper_of_something_else_is_not_taken_for_one() -> None:
     assert not torchdrop.has_stochastic_depth(model)
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_a_forward_that_was_replaced_before_is_refused(wrap: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("wrap", [wrap_in_closure, wrap_in_partial])
+def test_a_wrapper_that_came_before_is_refused(wrap: Callable[[Any], None]) -> None:
     model = stack()
     wrap(model[0])
     with pytest.raises(ValueError, match="already replaced on the instance"):
         torchdrop.add_stochastic_depth(model, 0.5)
+
+
+def fused_forward(self: Any, x: Tensor) -> Tensor:
+    """Another computation than that of the class: what a patch with other kernels binds."""
+    hidden = nn.functional.linear(x, self.fc1.weight, self.fc1.bias).sigmoid()
+    return x + self.fc2(hidden)
+
+
+def patch(module: Any) -> None:
+    module.forward = types.MethodType(fused_forward, module)
+
+
+def patched_stack() -> nn.Sequential:
+    model = stack()
+    for block in model:
+        patch(block)
+    return model
+
+
+def by_hand(model: nn.Sequential, x: Tensor, plan: torchdrop.Plan) -> Tensor:
+    for block, rows in zip(model, plan.last_kept().values(), strict=True):
+        weight = torch.zeros(len(x), 1)
+        weight[torch.as_tensor(rows)] = 2.0
+        x = x + weight * (fused_forward(block, x) - x)
+    return x
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_a_bound_forward_that_came_before_is_the_one_that_is_dropped(with_example: bool) -> None:
+    model, x = patched_stack(), torch.randn(B, W)
+    example = x if with_example else None
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=example)
+    for _ in range(2):  # the first call is tested, too
+        out = model(x)
+        torch.testing.assert_close(out, by_hand(model, x, plan))
+        dense = x
+        for block in model:
+            dense = Block.forward(block, dense)
+    assert {b.action for r in plan.blocks for b in r.branches} == {"skip"}
+    assert all(b.proved for r in plan.blocks for b in r.branches)
+    model.eval()
+    torch.testing.assert_close(model(x), fused_forward(model[1], fused_forward(model[0], x)))
+    assert not torch.allclose(model(x), dense)  # the twin: the forward of the class differs
+
+
+def test_a_bound_forward_is_there_again_after_removal() -> None:
+    model = patched_stack()
+    before = [block.forward for block in model]
+    torchdrop.add_stochastic_depth(model, 0.5)
+    torchdrop.remove_stochastic_depth(model)
+    assert [block.forward for block in model] == before
+    assert all("forward" in vars(block) for block in model)
+
+
+@pytest.mark.parametrize("hook_goes_first", [True, False])
+def test_a_device_hook_around_a_bound_forward(hook_goes_first: bool) -> None:
+    model, calls, x = patched_stack(), list[str](), torch.randn(B, W)
+    add_device_hook(model[0], calls)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    torch.testing.assert_close(model(x), by_hand(model, x, plan))
+    assert calls == ["before", "after"]
+    if hook_goes_first:
+        remove_device_hook(model[0])
+    torchdrop.remove_stochastic_depth(model)
+    if not hook_goes_first:
+        remove_device_hook(model[0])
+    torch.testing.assert_close(model[0](x), fused_forward(model[0], x))
+
+
+def test_copies_and_pickles_keep_a_bound_forward() -> None:
+    model, x = patched_stack(), torch.randn(B, W)
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        plan = torchdrop.get_plan(twin)
+        torch.testing.assert_close(twin(x), by_hand(twin, x, plan))
+        torchdrop.remove_stochastic_depth(twin)
+        torch.testing.assert_close(twin[0](x), fused_forward(twin[0], x))
+        assert twin[0].forward.__self__ is twin[0]
+
+
+def test_a_bound_forward_that_nobody_can_read_leaves_the_block_out() -> None:
+    model = nn.Sequential(*stack(), *stack())
+    wrap_in_method(model[0])  # it takes *args
+    found = torchdrop.find_residuals(model)
+    assert [r.name for r in found] == ["1", "2", "3"]
+    assert [name for name, _ in found.not_taken] == ["0"]
 
 
 def test_a_replaced_forward_of_a_layer_inside_a_branch_is_called() -> None:

@@ -26,7 +26,7 @@ ALLOWED = {
         "_pad": "the name under which torch.fx records F.pad in the graph of a user's model",
         "_assert": "the name under which torch.fx records torch._assert of a user's model",
     },
-    "running/forward_slot.py": {"_old_forward": "where Accelerate keeps the forward it calls"},
+    "tracing/own_forward.py": {"_old_forward": "where Accelerate keeps the forward it calls"},
     "app/table.py": {"_over_dense": "the end of the names of columns"},
 }
 

@@ -24,7 +24,7 @@ from torchdrop.running.branch_state import (
     BranchState,
     Settings,
 )
-from torchdrop.running.forward_slot import calls_old_forward
+from torchdrop.running.forward_slot import runs_own_forward
 from torchdrop.running.program import Program
 from torchdrop.running.rewrite import rewrite
 from torchdrop.running.split_site import SplitSite
@@ -96,7 +96,7 @@ class _Preparation:
     def site(self, owner: str, members: Sequence[tuple[Residual, Branch]]) -> BlockSite:
         """Return the site of the module ``owner``, whose forward adds the branches ``members``."""
         module = self.model.get_submodule(owner)
-        if "forward" in module.__dict__ and not calls_old_forward(module):
+        if not runs_own_forward(module):
             raise ValueError(
                 f"the forward of {owner!r} is already replaced on the instance (by "
                 f"{module.__dict__['forward']!r}); add stochastic depth before that is done"

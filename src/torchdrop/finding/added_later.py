@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Collection, Sequence
 
@@ -13,6 +12,7 @@ from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.handed_on_sums import copied_from
 from torchdrop.tracing.nodes import is_shape_node, summands
+from torchdrop.tracing.own_forward import signature_of_forward
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import UntraceableError
 
@@ -93,9 +93,7 @@ def _adds_both(
 ) -> bool:
     """Whether a child adds the branch and the stream that it gets, and uses only their sum."""
     try:
-        bound = inspect.signature(type(child).forward.__get__(child)).bind(
-            *call.args, **call.kwargs
-        )
+        bound = signature_of_forward(child).bind(*call.args, **call.kwargs)
         names = [name for name, value in bound.arguments.items() if value is branch]
         others = [
             name

@@ -20,6 +20,7 @@ from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR, flatten_arguments
 from torchdrop.tracing.handed_on_sums import returns_sum_of_inputs
 from torchdrop.tracing.nodes import is_shape_node, summands
+from torchdrop.tracing.own_forward import own_forward, signature_of_forward
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
 
 __all__ = ["CONTAINERS", "BlockReader"]
@@ -33,7 +34,7 @@ def candidates(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         # a block calls children, and its branch has parameters
         if next(module.children(), None) is None or next(module.parameters(), None) is None:
             continue
-        if type(module).forward in {p.forward for p in CONTAINERS}:
+        if own_forward(module) in {p.forward for p in CONTAINERS}:
             continue
         # The layers of torch are not blocks, not even those with children (attention) or with an
         # observer as a child. The encoder and decoder layers of torch are.
@@ -141,7 +142,7 @@ class BlockReader:
                 finder = finders.get(self._names[child])
                 if finder is None or not finder.entries:
                     continue
-                parameters = inspect.signature(type(child).forward.__get__(child)).parameters
+                parameters = signature_of_forward(child).parameters
                 given = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
                 more = {
                     name: A_TENSOR
@@ -285,10 +286,10 @@ class BlockReader:
             return len(flatten_arguments(call)[1])
         kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
         try:
-            parameters = inspect.signature(type(module).forward).parameters.values()
+            parameters = signature_of_forward(module).parameters.values()
         except (TypeError, ValueError):  # it cannot be read either
             return 0
-        return sum(p.default is p.empty and p.kind not in kinds for p in parameters) - 1
+        return sum(p.default is p.empty and p.kind not in kinds for p in parameters)
 
     def _adds_inputs(self, module: nn.Module) -> bool:
         """Whether ``module`` adds a branch of one input to another input, and returns the sum.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import fx
+from torch.nn.parameter import is_lazy
 
 from torchdrop.finding.existing_drops import is_mask
 from torchdrop.finding.linearity import depends_on_input
@@ -27,6 +29,10 @@ from torchdrop.tracing.operations import callee
 from torchdrop.tracing.traced_functions import passed_through
 
 __all__ = ["BranchAction", "Decision"]
+
+_EXAMPLE_MAY_SHOW = (
+    "; give example_inputs: if what is used there is None, this part is skipped, too"
+)
 
 
 class Decision(NamedTuple):
@@ -72,8 +78,13 @@ class BranchAction:
             reason = f"{self._described(last)} is used outside the branch, too"
             if split.branch in used_outside or not self._graph.has_parameters(inside):
                 return Decision(split, "mask", reason, leak, drops_more)
-            split = replace(split, inside=frozenset(inside), partly=True)
             reason += ": computed for every row"
+            part, whole = (self._count_parameters(nodes) for nodes in (used_outside, split.inside))
+            if whole:
+                reason += f", {part / whole:.0%} of the parameters of the branch"
+            if leak is not None and self._returns_items_outside(leak, split.inside):
+                reason += _EXAMPLE_MAY_SHOW
+            split = replace(split, inside=frozenset(inside), partly=True)
         refusal = self._why_not_deferred(split)
         row_layouts = None
         if not refusal:
@@ -82,6 +93,27 @@ class BranchAction:
             return Decision(split, "mask", refusal, leak, drops_more)
         split = replace(split, row_layouts=row_layouts, assumed=self._has_assumed_layout(split))
         return Decision(split, "skip", reason, leak, drops_more)
+
+    def _count_parameters(self, nodes: Iterable[fx.Node]) -> int:
+        """Count the parameters that ``nodes`` read, or that the modules in them have."""
+        owner = self._graph.owner
+        paths = {str(node.target) for node in nodes if node.op == "call_module"}
+        modules = {owner.get_submodule(path) for path in paths}
+        tensors = {p for module in modules for p in module.parameters()}
+        sources = (source for node in nodes for source in (node, *node.all_input_nodes))
+        tensors |= {attrgetter(str(s.target))(owner) for s in sources if s.op == "get_attr"}
+        return sum(tensor.numel() for tensor in tensors if not is_lazy(tensor))
+
+    def _returns_items_outside(self, call: fx.Node, inside: Collection[fx.Node]) -> bool:
+        """Whether all that is used of ``call`` outside the branch is items of a tuple.
+
+        Without an example it is not known whether these are tensors: an attention returns None in
+        place of weights that nobody asked for.
+        """
+        outside = [user for user in self._readers(call) if user not in inside]
+        return self._graph.shapes() is None and all(
+            user.target is operator.getitem for user in outside
+        )
 
     def _described(self, node: fx.Node) -> str:
         """Return a name for the value of ``node`` in words of the user's code."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import warnings
 from collections import Counter
@@ -20,6 +19,7 @@ from torchdrop.rows.sampling import refuse_nested
 from torchdrop.tracing.block_graph import BlockGraph, PlainValue
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.modes import use_modes
+from torchdrop.tracing.own_forward import signature_of_forward
 from torchdrop.tracing.unchanged import attention_fast_path_off, unchanged
 from torchdrop.tracing.watched_attributes import same
 
@@ -141,11 +141,11 @@ def _argument_recorder(found: Recording, names: Mapping[nn.Module, str]) -> Call
         if found.times[module] > 1 or next(module.children(), None) is None:
             return
         try:
-            bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+            bound = signature_of_forward(module).bind(*args, **kwargs)
         except (TypeError, ValueError):
             return
         bound.apply_defaults()
-        found.calls[names[module]] = dict(list(bound.arguments.items())[1:])
+        found.calls[names[module]] = dict(bound.arguments)
 
     return called
 

@@ -20,6 +20,7 @@ from torchdrop.layers.drop_path import drop_path
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.operation import MASK_RATE_ATTRIBUTES, RATE_NAMES
 from torchdrop.tracing.operations import masks_branches, operation_of
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.padded_sums import ancestors
 
 __all__ = ["find_drop_operation", "is_mask", "layer_rate", "layerdrop_of", "mask_rate"]
@@ -71,7 +72,7 @@ def layerdrop_of(module: nn.Module) -> tuple[Any, float] | None:
             continue
         # A config has the attribute in all modules that share it; only one of them skips layers.
         try:
-            source = inspect.getsource(type(module).forward)
+            source = inspect.getsource(own_forward(module))
         except (OSError, TypeError):
             continue
         if f"{name}.layerdrop" in source:

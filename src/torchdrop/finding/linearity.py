@@ -18,6 +18,7 @@ from torchdrop.tracing.operations import (
     operation_of,
     writes_first_argument,
 )
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["ModuleProperties", "depends_on_input", "is_nonlinear_function"]
@@ -187,7 +188,7 @@ class ModuleProperties:
 
 def _has_forward_of(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether ``module`` is one of ``kinds`` and has not overridden the forward."""
-    mine = type(module).forward
+    mine = own_forward(module)
     return isinstance(module, kinds) and any(
         mine is base.__dict__.get("forward") for base in _forwards(kinds)
     )

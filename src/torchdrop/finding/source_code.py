@@ -10,6 +10,7 @@ from torch import nn
 
 from torchdrop.finding.linearity import ModuleProperties, is_nonlinear_function
 from torchdrop.tracing.operations import names_of_additions
+from torchdrop.tracing.own_forward import signature_of_forward
 
 __all__ = ["is_operation", "may_loop_over_branches", "source_has_addition"]
 
@@ -75,7 +76,7 @@ def may_loop_over_branches(module: nn.Module) -> bool:
 def _takes_one_argument(module: nn.Module) -> bool:
     """Whether ``module`` can be called with one argument, as an activation can."""
     try:
-        inspect.signature(type(module).forward).bind(module, None)
+        signature_of_forward(module).bind(None)
     except TypeError:
         return False
     return True

@@ -25,6 +25,7 @@ from torchdrop.finding.split import ResidualSum, Split, called_modules
 from torchdrop.finding.stacks import count_calls, reasons_not_taken
 from torchdrop.finding.whole_blocks import find_whole_blocks
 from torchdrop.tracing.nodes import summands
+from torchdrop.tracing.own_forward import own_forward
 
 __all__ = ["Blend", "Survey", "survey"]
 
@@ -113,7 +114,7 @@ def survey(
 
 
 def _blend(name: str, owner: nn.Module) -> Blend:
-    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    code = getattr(inspect.unwrap(own_forward(owner)), "__code__", None)
     where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else "no source"
     return Blend(name, type(owner).__name__, where)
 

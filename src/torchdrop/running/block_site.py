@@ -203,10 +203,6 @@ class BlockSite(SlotOccupant, ABC):
         self.active = snapshot["active"]
         self.verdicts = snapshot["verdicts"]
 
-    def run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block's own forward."""
-        return type(self.module).forward(self.module, *args, **kwargs)
-
     # Attributes that libraries expect of a forward -------------------------------------------
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import MethodType
@@ -24,22 +25,20 @@ from torchdrop.internals import (
     set_replicate_method,
     unset_replicate_method,
 )
+from torchdrop.tracing.own_forward import HOOKED, own_forward, replaced_forward
 
 __all__ = [
     "LayerDropBypass",
     "MaskBypass",
     "MaskRest",
     "SlotOccupant",
-    "calls_old_forward",
     "clear_slot",
     "is_wrapped",
     "occupant_of",
     "put_in_slot",
+    "runs_own_forward",
 ]
 
-
-# The attribute in which device hooks keep the forward that they have replaced.
-_HOOKED = "_old_forward"
 
 # How many wrappers around an occupant are looked through.
 _WRAPPERS = 5
@@ -48,13 +47,21 @@ _WRAPPERS = 5
 class SlotOccupant:
     """An object in the ``forward`` slot of a module. It is called instead of the forward."""
 
+    #: The function that was bound to the module in place of the forward of its class; None if none.
+    replaced: Callable[..., Any] | None = None
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     @property
     def __signature__(self) -> inspect.Signature:
         # Libraries read it, for instance to select the columns of a data set for a model.
-        return inspect.signature(type(self.module).forward.__get__(self.module))
+        forward = self.replaced or type(self.module).forward
+        return inspect.signature(MethodType(forward, self.module))
+
+    def run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own forward."""
+        return (self.replaced or type(self.module).forward)(self.module, *args, **kwargs)
 
     def for_copy(self, module: nn.Module) -> Self:
         """Return an occupant for ``module``, a replica of its module, that shares all state."""
@@ -116,7 +123,7 @@ class MaskBypass(SlotOccupant):
             self.rested = self.rest.depth > 0
         if self.rested:
             return x
-        return type(self.module).forward(self.module, x, *args, **kwargs)
+        return self.run_own((x, *args), kwargs)
 
 
 class LayerDropBypass(SlotOccupant):
@@ -130,11 +137,11 @@ class LayerDropBypass(SlotOccupant):
         module = self.module
         found = layerdrop_of(module)
         if found is None:
-            return type(module).forward(module, *args, **kwargs)
+            return self.run_own(args, kwargs)
         holder, rate = found
         holder.layerdrop = 0.0
         try:
-            return type(module).forward(module, *args, **kwargs)
+            return self.run_own(args, kwargs)
         finally:
             holder.layerdrop = rate
 
@@ -143,38 +150,50 @@ def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
     """Put ``occupant`` into the ``forward`` slot of ``module``.
 
     If a device hook has replaced the forward before, the hook calls ``occupant`` instead of it.
+    ``occupant`` keeps a function that was bound to the module in place of the forward of its class.
     """
+    occupant.replaced = replaced_forward(module)
     # not with setattr, because the class of the module may define __setattr__
-    object.__setattr__(module, _HOOKED if calls_old_forward(module) else "forward", occupant)
+    object.__setattr__(module, HOOKED if calls_old_forward(module) else "forward", occupant)
     set_replicate_method(module, _Replicate(module))
 
 
 def clear_slot(module: nn.Module) -> None:
     """Undo :func:`put_in_slot`, even if it was interrupted between its two assignments."""
     unset_replicate_method(module)
-    if isinstance(module.__dict__.get("forward"), SlotOccupant):
-        del module.__dict__["forward"]  # last, because occupant_of reads it
+    replaced = replaced_forward(module)
+    if not isinstance(module.__dict__.get("forward"), SlotOccupant):
+        object.__setattr__(module, HOOKED, MethodType(own_forward(module), module))
+    elif replaced is not None:
+        object.__setattr__(module, "forward", MethodType(replaced, module))
     else:
-        object.__setattr__(module, _HOOKED, type(module).forward.__get__(module))
+        del module.__dict__["forward"]  # last, because occupant_of reads it
 
 
 def calls_old_forward(module: nn.Module) -> bool:
-    """Whether a device hook has replaced the forward of ``module`` and calls the class's own.
+    """Whether a device hook has replaced the forward of ``module`` and calls the module's own.
 
     Hooks such as those of Accelerate keep the forward that they call in an attribute.
     """
-    old = module.__dict__.get(_HOOKED)
+    old = module.__dict__.get(HOOKED)
     return (
         "forward" in module.__dict__
         and not isinstance(module.__dict__["forward"], SlotOccupant)
         and isinstance(old, MethodType)
-        and old.__func__ is type(module).forward
+        and old.__self__ is module
     )
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether it is known what runs when ``module`` is called: see :func:`own_forward`."""
+    found = module.__dict__.get("forward")
+    bound = isinstance(found, MethodType) and found.__self__ is module
+    return found is None or bound or calls_old_forward(module)
 
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether something that torchdrop cannot undo has wrapped the occupant of ``module``."""
-    own = (module.__dict__.get(name) for name in ("forward", _HOOKED))
+    own = (module.__dict__.get(name) for name in ("forward", HOOKED))
     return not any(isinstance(found, SlotOccupant) for found in own)
 
 
@@ -186,7 +205,7 @@ def occupant_of(module: nn.Module) -> SlotOccupant | None:
     found = module.__dict__.get("forward")
     if found is None or isinstance(found, SlotOccupant):
         return found
-    hooked = module.__dict__.get(_HOOKED)
+    hooked = module.__dict__.get(HOOKED)
     return hooked if isinstance(hooked, SlotOccupant) else _wrapped_in(found, module, _WRAPPERS)
 
 

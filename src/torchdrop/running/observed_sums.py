@@ -81,7 +81,7 @@ class ObservedSums(SlotOccupant):
             program, reporter, tensors = self._find(args, kwargs)
         except UntraceableError as error:
             self.on_unreadable(error)
-            return type(module).forward(module, *args, **kwargs)
+            return self.run_own(args, kwargs)
         return program.forward.function(module, reporter, *tensors)
 
     def _find(

@@ -39,6 +39,7 @@ from torchdrop.running.program import MismatchError
 from torchdrop.running.unseen import unseen
 from torchdrop.running.zero_parameters import zero_parameters_replaced
 from torchdrop.tracing.call_arguments import flatten_arguments
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.random_states import RandomStates
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def prove_split(
     """
     module = site.module
     devices = {t.device for t in flatten_arguments(arguments)[1].values()}
-    own = type(module).forward
+    own = own_forward(module)
     verdict = Verdict()
     with _isolated(site, devices):
         before = RandomStates(devices)
@@ -364,7 +365,7 @@ def _differs_from_itself(
     site: BlockSite, devices: set[torch.device], arguments: dict[str, Any]
 ) -> bool:
     """Whether the block's own forward returns different values in two equal calls."""
-    own = type(site.module).forward
+    own = own_forward(site.module)
     outs = []
     for _ in range(2):
         with _isolated(site, devices):

@@ -114,7 +114,7 @@ class SplitSite(BlockSite):
                 return self._run(self.train, True, args, kwargs)
             if self.evaluate:
                 return self._run(self.evaluate, False, args, kwargs)
-        return type(module).forward(module, *args, **kwargs)
+        return self.run_own(args, kwargs)
 
     def computes_sums(self) -> bool:
         """Whether a call now would run a generated forward, which reports its sums."""

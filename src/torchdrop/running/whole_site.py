@@ -67,7 +67,7 @@ class WholeSite(BlockSite):
         if self.meter is not None:
             return self._metered(self.meter, args, kwargs)
         if not self.active or not (training or scaled):
-            return type(module).forward(module, *args, **kwargs)
+            return self.run_own(args, kwargs)
         if self.only_fills_cache(args, kwargs, training):
             return self.run_own(args, kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
@@ -109,7 +109,7 @@ class WholeSite(BlockSite):
     ) -> Any:
         """Run the block's own forward, and add its FLOPs to the share of the branch."""
         branch, before = self.branches[0], meter()
-        out = type(self.module).forward(self.module, *args, **kwargs)
+        out = self.run_own(args, kwargs)
         branch.share = (branch.share or 0.0) + meter() - before
         return out
 
@@ -220,7 +220,7 @@ class WholeSite(BlockSite):
 
     def run_block(self, bound: inspect.BoundArguments) -> Any:
         """Run the block's own forward."""
-        return type(self.module).forward(self.module, *bound.args, **bound.kwargs)
+        return self.run_own(bound.args, bound.kwargs)
 
     def sum_in(self, out: Any) -> Tensor:
         """Return the sum from the output of the block."""

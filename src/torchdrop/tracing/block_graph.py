@@ -29,6 +29,7 @@ from torchdrop.tracing.handed_on_sums import Handed, add_handed_on, handed_on
 from torchdrop.tracing.left_behind import remove_stored_proxies
 from torchdrop.tracing.modes import MODE_KINDS, Modes
 from torchdrop.tracing.nodes import is_shape_node
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.padded_sums import merge_partial_sums
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.random_states import RandomStates
@@ -185,7 +186,7 @@ def trace_block(
         inlined=[str(node.args[1]) for node in graph.nodes if node.target is passed_through],
         items=_known_items(graph, module, items or {}),
         modes=tracer.modes_outside,
-        watched_globals=WatchedGlobals(tracer.calls.functions, type(module).forward) or None,
+        watched_globals=WatchedGlobals(tracer.calls.functions, own_forward(module)) or None,
         asks=tuple(kind for kind in MODE_KINDS if kind in tracer.calls.modes),
         handed=handed,
     )

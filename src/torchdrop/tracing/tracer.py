@@ -51,6 +51,7 @@ from torchdrop.tracing.operations import (
     operation_of,
     writes_first_argument,
 )
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.shape_facts import NeedsDataError, ShapeFacts, meta_double
 from torchdrop.tracing.traced_functions import passed_through
 from torchdrop.tracing.untraceable import DataDependentError, UntraceableError
@@ -284,7 +285,7 @@ class ForwardTracer(fx.Tracer):
         double = self.watch.double_of_module(m, training, f"{path}.")
         self._inlined_path, outer_path = path, self._inlined_path
         try:
-            value = super().call_module(m, partial(type(m).forward, double), args, kwargs)
+            value = super().call_module(m, partial(own_forward(m), double), args, kwargs)
         except DataDependentError as error:
             if not gets_function:
                 raise
@@ -392,6 +393,8 @@ class ForwardTracer(fx.Tracer):
         # again: they may have changed since the tracer was made
         self.modes_outside = current_modes()
         self._function_modes, self._dispatch_modes = function_modes(), count_dispatch_modes()
+        # fx passes the forward of the class, which may have been replaced on the instance
+        root_fn = own_forward(self.root)
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         for parameter in parameters:
             name = parameter.name
