@@ -18,3 +18,9 @@ def _seeded() -> None:
 def way_to_fork(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors fork by torch's operations, large ones by a function of our own."""
     monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", request.param)
+
+
+@pytest.fixture
+def large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor counts as large, and is added to by an autograd function of our own."""
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)

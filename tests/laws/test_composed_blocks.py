@@ -20,7 +20,7 @@ from composed_law import InvalidError, hold
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 import torchdrop
-from torchdrop.running import split_site
+from torchdrop.running import residual_sum
 from torchdrop.running.split_site import SplitSite
 
 PLAIN = Spec((BranchSpec((("LayerNorm", ""), ("mlp", "")), "x + h"),))
@@ -118,12 +118,12 @@ def test_a_site_that_skips_rows_of_a_branch_that_mixes_them_is_wrong(
 
 
 def test_a_gain_that_is_off_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_rows = split_site.add_rows
+    add_rows = residual_sum.add_rows
 
     def off(skip: Any, out: Any, kept: Any, gain: float, *args: Any, **kwargs: Any) -> Any:
         return add_rows(skip, out, kept, gain * (1 + 1e-7), *args, **kwargs)
 
-    monkeypatch.setattr(split_site, "add_rows", off)
+    monkeypatch.setattr(residual_sum, "add_rows", off)
     assert hold(PLAIN, True).kind == "wrong"
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import torchdrop
 from torchdrop.cost import saved_bytes
 from torchdrop.rows import sampling
-from torchdrop.running import split_site
+from torchdrop.running import residual_sum
 
 models = pytest.importorskip("torchvision.models")
 
@@ -30,6 +30,7 @@ def bytes_kept(model: nn.Module, x: Tensor, p: float, **options: Any) -> tuple[f
     return kept, least + (1 - p) * (1 - least) + 0.03
 
 
+@pytest.mark.usefixtures("large_tensors")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_bytes_kept_by_a_resnet(memory_format: torch.memory_format) -> None:
     model = models.resnet18().to(memory_format=memory_format)
@@ -38,6 +39,7 @@ def test_bytes_kept_by_a_resnet(memory_format: torch.memory_format) -> None:
     assert kept <= bar
 
 
+@pytest.mark.usefixtures("large_tensors")
 def test_bytes_kept_by_a_vision_transformer() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=64)
@@ -45,8 +47,9 @@ def test_bytes_kept_by_a_vision_transformer() -> None:
     assert kept <= bar
 
 
+@pytest.mark.usefixtures("large_tensors")
 def test_the_test_of_bytes_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_site, "saved_by_producer", lambda x: False)
+    monkeypatch.setattr(residual_sum, "saved_by_producer", lambda x: False)
     kept, bar = bytes_kept(models.resnet18(), torch.randn(16, 3, 64, 64), 0.5)
     assert kept > bar
 

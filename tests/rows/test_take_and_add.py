@@ -164,6 +164,7 @@ def test_skip_and_rows_keep_channels_last_forward_and_backward() -> None:
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("large_tensors")
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_sum_reuses_the_memory_of_a_skip_that_nothing_else_reads(name: str) -> None:
     leaf = torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -196,6 +197,7 @@ def test_a_sum_reuses_the_memory_of_a_skip_that_nothing_else_reads(name: str) ->
     )
 
 
+@pytest.mark.usefixtures("large_tensors")
 def test_reusing_a_skip_that_was_saved_for_backward_is_an_error() -> None:
     skip = torch.randn(4, 3, requires_grad=True) * 1.0
     other = skip.square()
@@ -363,6 +365,7 @@ def test_gradients_of_a_sum_one_by_one_and_many_at_a_time(layout: str, dtype: to
         torch.testing.assert_close(many[place], wanted)
 
 
+@pytest.mark.usefixtures("large_tensors")
 def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
     rows = torch.arange(16)
@@ -371,6 +374,22 @@ def test_adding_rows_keeps_nothing_of_the_branch_for_backward() -> None:
     )  # the indices are not saved as a tensor
     # The twin: PyTorch's own operation saves the branch to know its shape.
     assert saved_bytes(lambda: skip.index_add(0, rows, branch, alpha=2.0)) > branch.numel() * 4
+
+
+def test_adding_rows_to_a_small_tensor_keeps_the_branch_and_no_more() -> None:
+    skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    rows = torch.arange(16)
+    kept = saved_bytes(lambda: add_rows(skip, branch, rows, 2.0))
+    assert kept <= branch.numel() * 4 + rows.numel() * 8
+
+
+@pytest.mark.parametrize("numel", ["below", "from"])
+def test_the_line_between_small_and_large(numel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = 64 * 32 + (numel == "below")
+    monkeypatch.setattr(torchdrop.rows.take_and_add, "MIN_ELEMENTS_FOR_OWN_FUNCTION", line)
+    skip, branch = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    out = add_rows(skip, branch, torch.arange(16), 2.0)
+    assert (type(out.grad_fn).__name__ == "IndexAddBackward0") == (numel == "below")
 
 
 def test_the_order_of_a_sum_decides_its_memory_format() -> None:

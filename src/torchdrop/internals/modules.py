@@ -27,6 +27,7 @@ __all__ = [
     "ConvBase",
     "DropoutBase",
     "buffers_of",
+    "classes_in_tree",
     "clear_forward_hooks",
     "forward_hooks_of",
     "forward_pre_hooks_of",
@@ -80,6 +81,19 @@ def parameters_of_tree(module: nn.Module) -> list[Tensor]:
     for child in module._modules.values():
         if child is not None:
             found += parameters_of_tree(child)
+    return found
+
+
+def classes_in_tree(module: nn.Module) -> list[type]:
+    """Return the classes of ``module``, its descendants, and their parameters.
+
+    They tell whether a model was sharded, or its BatchNorms converted, since the last call. Uses
+    ``nn.Module._parameters`` and ``nn.Module._modules``, as :func:`parameters_of_tree` does.
+    """
+    found: list[type] = [type(module), *map(type, module._parameters.values())]
+    for child in module._modules.values():
+        if child is not None:
+            found += classes_in_tree(child)
     return found
 
 

@@ -20,10 +20,12 @@ from torchdrop.rows.shared_numbers import shared_numbers
 
 __all__ = [
     "ROW_SAMPLERS",
+    "draw_batch",
     "draw_row_order",
     "host_generator",
     "keep_batch",
     "keep_rows",
+    "order_of_rows",
     "refuse_graph_capture",
     "refuse_nested",
 ]
@@ -53,22 +55,24 @@ def host_generator(*, same_on_all_ranks: bool = False) -> torch.Generator | None
     )
 
 
-# Each of the three samplers returns all rows of the batch, the kept ones first, and how many rows
-# are kept. The batch may be empty.
+# Each of the three samplers returns what order_of_rows returns. The batch may be empty.
+_Rows = tuple[Tensor | None, int]
 
 
-def _exact(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _exact(batch: int, p: float, generator: torch.Generator | None) -> _Rows:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
+    if kept in (0, batch):
+        return None, kept
     return torch.randperm(batch, generator=generator, device=_HOST), kept
 
 
-def _independent(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _independent(batch: int, p: float, generator: torch.Generator | None) -> _Rows:
     dropped = torch.rand(batch, generator=generator, device="cpu") < p
     # Sorted as integers, kept rows (0) come before dropped ones (1).
     return dropped.to(torch.uint8).argsort(stable=True), batch - int(dropped.sum())
 
 
-def _window(batch: int, p: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
+def _window(batch: int, p: float, generator: torch.Generator | None) -> _Rows:
     kept = _rounded_at_random(batch * (1.0 - p), generator)
     # max: an upper bound of 0, as of an empty batch, is an error in randint.
     start = int(torch.randint(max(batch, 1), (), generator=generator, device="cpu"))
@@ -92,7 +96,7 @@ def _uniform(generator: torch.Generator | None = None) -> float:
     return drawn.item()
 
 
-ROW_SAMPLERS: dict[str, Callable[[int, float, Any], tuple[Tensor, int]]] = {
+ROW_SAMPLERS: dict[str, Callable[[int, float, Any], _Rows]] = {
     "exact": _exact,
     "independent": _independent,
     "window": _window,
@@ -120,7 +124,19 @@ def draw_row_order(batch: int, p: float, sampling: str = "exact") -> tuple[Tenso
         The indices of all rows, on the host, the kept ones first; and how many rows are kept.
     """
     _refuse_different_draws_in_vmap()
-    return ROW_SAMPLERS[sampling](batch, p, host_generator())
+    rows, kept = order_of_rows(batch, p, sampling, host_generator())
+    return torch.arange(batch, device="cpu") if rows is None else rows, kept
+
+
+def order_of_rows(
+    batch: int, p: float, sampling: str, generator: torch.Generator | None = None
+) -> tuple[Tensor | None, int]:
+    """Draw as :func:`draw_row_order` does, from ``generator``, or from torch's global one.
+
+    Returns:
+        The rows; None if all rows are kept, or none, so that their order does not matter.
+    """
+    return ROW_SAMPLERS[sampling](batch, p, generator)
 
 
 def _refuse_different_draws_in_vmap() -> None:
@@ -170,4 +186,9 @@ def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
     # A shared number is an integer of 53 bits, so this is uniform in [0, 1).
     if sync_ranks is not False and shared_numbers.shared():
         return shared_numbers.draw() / 2**53 >= p
+    return draw_batch(p)
+
+
+def draw_batch(p: float) -> bool:
+    """Draw from torch's global generator whether the whole batch is kept."""
     return _uniform() >= p

@@ -131,8 +131,10 @@ def add_rows(
     if branch.dtype != skip.dtype:
         dtype = skip.dtype if inplace else torch.promote_types(skip.dtype, branch.dtype)
         skip, branch = skip.to(dtype), branch.to(dtype)
-    if inplace or functorch_transforms_active():
-        return _add(skip, branch, rows, gain, dim, _memory_order(skip), inplace=inplace)
+    order = _memory_order(skip)
+    small = order is None and skip.numel() < MIN_ELEMENTS_FOR_OWN_FUNCTION
+    if small or inplace or functorch_transforms_active():
+        return _add(skip, branch, rows, gain, dim, order, inplace=inplace)
     out: Tensor = _AddRows.apply(skip, branch, (rows, gain, dim), reuses_skip)
     return out
 

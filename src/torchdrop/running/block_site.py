@@ -6,10 +6,8 @@ the branches of a block one by one, :class:`WholeSite` drops a block as a whole.
 
 from __future__ import annotations
 
-import re
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -22,20 +20,25 @@ from torchdrop.error_pages import see
 from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import (
     any_autocast_enabled,
-    in_reentrant_checkpoint,
     modifications_of,
     parameters_of_tree,
 )
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
-from torchdrop.rows.sampling import keep_batch, refuse_graph_capture, refuse_nested
+from torchdrop.rows.sampling import (
+    draw_batch,
+    draw_row_order,
+    keep_batch,
+    order_of_rows,
+    refuse_graph_capture,
+    refuse_nested,
+)
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.lone_row import sizes_of_row
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
 from torchdrop.running.proof import Verdict
-from torchdrop.tracing.call_arguments import is_cache
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.unchanged import unchanged
 
@@ -220,75 +223,6 @@ class BlockSite(SlotOccupant, ABC):
 
     # The steps of a call --------------------------------------------------------------------
 
-    def only_fills_cache(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-    ) -> bool:
-        """Whether a call in training only generates: it has a key/value cache and no gradients.
-
-        Nothing is dropped then, and the block gets the cache. With gradients, an empty cache is
-        replaced by None.
-
-        Raises:
-            ValueError: A call with gradients has a cache that is not empty, or a call in evaluation
-                has a cache although ``scale="eval"``.
-        """
-        settings = self.settings
-        caches = self._caches(args, kwargs)
-        if caches is None:  # as a feed-forward layer, which gets no cache: as in the layer before
-            return training and settings.generates and not _needs_gradients(args)
-        settings.generates = (
-            bool(caches) and training and not _needs_gradients((*args, *kwargs.values()))
-        )
-        if settings.generates:
-            if not settings.warned_of_generation and not self.only_proves:
-                settings.warned_of_generation = True
-                warnings.warn(
-                    "in training mode the model is called with a key/value cache and without "
-                    "gradients, as by generate(); nothing is dropped in such calls. To say so in "
-                    "the code, generate inside `with torchdrop.paused(model):`" + see("caches"),
-                    stacklevel=2,
-                )
-            return True
-        for cache in filter(is_cache, caches):
-            indices = (getattr(m, "layer_idx", None) for m in self.module.modules())
-            index = next((i for i in indices if isinstance(i, int)), 0)
-            name = self.branches[0].facts.block
-            if not training:
-                raise ValueError(
-                    f"{name} is called with a key/value cache, but with scale='eval' its branches "
-                    f"are computed one by one in evaluation; pass use_cache=False, or use "
-                    f"scale='train'" + see("caches")
-                )
-            if _has_entries(cache, index):
-                raise ValueError(
-                    f"{name} is called in training with a key/value cache that is not empty, and "
-                    f"the rows of its entries cannot be selected; pass use_cache=False"
-                    + see("caches")
-                )
-            if not self.settings.warned_of_cache and not self.only_proves:
-                self.settings.warned_of_cache = True
-                warnings.warn(
-                    "in training the model creates a key/value cache; blocks with stochastic depth "
-                    "get None instead of it. Pass use_cache=False" + see("caches"),
-                    stacklevel=2,
-                )
-        return False
-
-    def _caches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """Return the arguments that are key/value caches, by their class or their names.
-
-        None if the call has no argument for one.
-        """
-        names = list(self.__signature__.parameters) if args else []
-        found: list[Any] | None = None
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            is_named = _NAMED_CACHE.fullmatch(name) and not isinstance(value, _NO_CACHE)
-            if is_named or is_cache(value):
-                found = found or []
-                if value is not None and (is_cache(value) or _holds_something(value)):
-                    found.append(value)
-        return found
-
     def runs_on_all_ranks(self, branch: BranchState) -> bool:
         """Whether every rank has to run ``branch`` in every step, since other ranks wait for it."""
         if not dist.is_available() or not dist.is_initialized():
@@ -324,26 +258,35 @@ class BlockSite(SlotOccupant, ABC):
             True if every row is kept, False if none is, else all rows, on the host, the kept ones
             first; and the number of kept rows.
         """
-        facts, settings, p = branch.facts, self.settings, branch.rate.p
         refuse_nested(x)
-        if facts.dim >= x.dim():
-            raise _no_batch_dim(facts, x)
+        if branch.facts.dim >= x.dim():
+            raise _no_batch_dim(branch.facts, x)
         refuse_graph_capture(x)
-        batch = x.shape[facts.dim]
+        return self.decide(branch, x.shape[branch.facts.dim])
+
+    def decide(self, branch: BranchState, batch: int, *, alone: bool = False) -> tuple[Any, int]:
+        """Draw the kept rows of a batch, and count them; the result is that of :meth:`_draw`.
+
+        Args:
+            branch: The branch.
+            batch: The number of rows.
+            alone: Whether it is known that there are no other ranks, and no transform is active.
+        """
+        settings, p = self.settings, branch.rate.p
         rows: Any
         if p == 0.0:
             rows, kept = True, batch
         elif settings.mode == "batch":
-            rows = keep_batch(p, settings.sync_ranks)
+            rows = draw_batch(p) if alone else keep_batch(p, settings.sync_ranks)
             kept = batch if rows else 0
         else:
-            rows, kept = branch.rate.order_rows(batch)
+            rows, kept = branch.rate.order_rows(batch, order_of_rows if alone else draw_row_order)
             rows = rows if 0 < kept < batch else kept > 0
         branch.counts.add(batch, rows, kept)
         return rows, kept
 
     @staticmethod
-    def _rows_to_compute(branch: BranchState, rows: Tensor, skip: Tensor) -> Tensor:
+    def rows_to_compute(branch: BranchState, rows: Tensor, skip: Tensor) -> Tensor:
         """Return ``rows``, and a second row if BatchNorm may not be able to normalise a single one.
 
         The output of the second row is discarded.
@@ -407,7 +350,7 @@ class BlockSite(SlotOccupant, ABC):
         apart = value.reshape(*value.shape[:dim], batch, entries, *value.shape[dim + 1 :])
         return taking(apart, dim=dim).flatten(dim, dim + 1)
 
-    def _dropped(
+    def dropped(
         self, facts: BranchFacts, skip: Tensor, inputs: tuple[Any, ...], dtype: torch.dtype
     ) -> Tensor:
         """Return the sum without its branch, which is the skip; give the branch zero gradients.
@@ -431,7 +374,7 @@ class BlockSite(SlotOccupant, ABC):
             unused.extend(t for t in inputs if isinstance(t, Tensor) and t is not skip)
         return unused
 
-    def _dtype_of(
+    def dtype_of(
         self, branch: BranchState, skip: Tensor, inputs: Iterable[Any], run: Callable[[], Any]
     ) -> torch.dtype:
         """Return the dtype of the skip plus the branch, which ``run`` computes.
@@ -464,39 +407,6 @@ def _no_batch_dim(facts: BranchFacts, x: Tensor) -> Exception:
         f"{facts.name} has the shape {tuple(x.shape)}; remove stochastic depth and add it with "
         f"another batch_dim, or without one" + see("batch-dimension")
     )
-
-
-# What is never a cache, although its parameter may be named cache_position or use_cache.
-_NO_CACHE = (Tensor, bool, int, float, str)
-
-# Whole names: a rope_cache is a table of constants.
-_NAMED_CACHE = re.compile(
-    r"(layer_)?past(_key_values?|_kv)?|((past_)?kv_|key_value_)?caches?|cache_params|inference_params"
-)
-
-
-def _holds_something(value: Any) -> bool:
-    """Whether a cache of an unknown class is not an empty container."""
-    return not isinstance(value, Sized) or len(value) > 0
-
-
-def _needs_gradients(values: Iterable[Any]) -> bool:
-    """Whether gradients are computed, or will be when a checkpoint runs the block again."""
-    return (
-        torch.is_grad_enabled()
-        or any(isinstance(value, Tensor) and value.requires_grad for value in values)
-        or in_reentrant_checkpoint()
-    )
-
-
-def _has_entries(cache: Any, layer: int) -> bool:
-    """Whether a key/value cache has entries for the layer number ``layer``."""
-    try:
-        return bool(cache.get_seq_length(layer) > 0)
-    except Exception:  # the cache of a state-space model does not count tokens
-        layers = getattr(cache, "layers", ())
-        states = getattr(layers[layer], "has_previous_state", {}) if layer < len(layers) else {}
-        return any(states.values())
 
 
 def drop_spare_row(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:

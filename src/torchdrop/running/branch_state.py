@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,8 +181,14 @@ class BranchRate:
             self.p, self.fixed_decision = p, _fixed_decision(p)
             set_keep_share(self.number, p, value_known=self.convolves)
 
-    def order_rows(self, batch: int) -> tuple[Tensor, int]:
+    def order_rows(
+        self, batch: int, draw: Callable[[int, float, str], tuple[Any, int]] = draw_row_order
+    ) -> tuple[Any, int]:
         """Draw rows; return all rows of a batch, the kept ones first, and how many are kept.
+
+        Args:
+            batch: The number of rows.
+            draw: Draws samples, as :func:`draw_row_order` or :func:`order_of_rows` does.
 
         Raises:
             ValueError: Each sample has several rows, and the batch does not hold whole samples.
@@ -189,18 +196,20 @@ class BranchRate:
         facts = self._facts
         group = facts.rows_per_sample
         if group == 1:
-            return draw_row_order(batch, self.p, facts.sampling)
+            return draw(batch, self.p, facts.sampling)
         samples, rest = divmod(batch, group)
         if rest and not facts.samples_given:
             # not the number of rows per sample that was measured, so each row is drawn alone
-            return draw_row_order(batch, self.p, facts.sampling)
+            return draw(batch, self.p, facts.sampling)
         if rest:
             raise ValueError(
                 f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
                 f"called with {batch} rows, not a multiple of {group}; remove stochastic depth "
                 f"and add it with another rows_per_sample, or without one" + see("batch-dimension")
             )
-        order, kept = draw_row_order(samples, self.p, facts.sampling)
+        order, kept = draw(samples, self.p, facts.sampling)
+        if order is None:
+            return None, kept * group
         rows = (order[:, None] * group + torch.arange(group, device="cpu")).flatten()
         return rows, kept * group
 

@@ -18,7 +18,6 @@ from torchdrop.finding.row_layout import RowLayout
 from torchdrop.tracing.call_arguments import flatten_arguments
 from torchdrop.tracing.kept_tensors import Constant
 from torchdrop.tracing.modes import active_modes, active_modes_in_graph
-from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.watched_attributes import same
 from torchdrop.tracing.watched_globals import WatchedGlobals
 
@@ -159,7 +158,7 @@ class Program:
     def check_attributes(self, module: nn.Module) -> None:
         """Raise :class:`MismatchError` if an attribute of the block, or a global, has changed."""
         if self.watched_globals is not None:
-            difference = self.watched_globals.changed(own_forward(module))
+            difference = self.watched_globals.changed(module)
             if difference is not None:
                 raise MismatchError(*difference)
         if (

@@ -15,20 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop.error_pages import see
-from torchdrop.finding.row_layout import RowLayout
 from torchdrop.internals import (
     disable_dispatch_modes,
     forward_hooks_of,
     forward_pre_hooks_of,
+    functorch_transforms_active,
     has_backward_hooks,
-    saved_by_producer,
 )
 from torchdrop.rows.in_graph import mark_uncompiled
-from torchdrop.rows.saved_rows import regather_in_backward
-from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
+from torchdrop.rows.take_and_add import add_whole
 from torchdrop.running.block_site import (
     BlockSite,
-    drop_spare_row,
     modifications,
     precision_of,
     sites_of,
@@ -40,6 +37,7 @@ from torchdrop.running.branch_state import (
     BranchState,
     Settings,
 )
+from torchdrop.running.generation import only_fills_cache
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.proof import (
     SplitProof,
@@ -51,7 +49,15 @@ from torchdrop.running.proof import (
     why_impossible,
 )
 from torchdrop.running.read_again import read_again
+from torchdrop.running.residual_sum import (
+    check_separable,
+    check_shapes,
+    sum_on_all_rows,
+    sum_on_rows,
+    sum_without_branch,
+)
 from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
+from torchdrop.running.usual_call import UsualCall, usual_call
 from torchdrop.running.whole_site import WholeSite, run_whole
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.traced_functions import pad_like
@@ -101,6 +107,8 @@ class SplitSite(BlockSite):
         self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
+        # What was checked in the last call in training; the next one is compared with it.
+        self._usual: UsualCall | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The tensors of the first program, if they are the leading parameters in order, so that a
         # call with only positional tensors need not be bound; else None.
@@ -111,6 +119,12 @@ class SplitSite(BlockSite):
         module = self.module
         if self.active:
             if module.training or self.meter is not None:
+                # A compiler would compile anew for each new object.
+                usual = None if torch.compiler.is_compiling() else self._usual
+                if usual is not None:
+                    tensors = usual.tensors_of(self, args, kwargs)
+                    if tensors is not None:
+                        return usual.run(self, tensors)
                 return self._run(self.train, True, args, kwargs)
             if self.evaluate:
                 return self._run(self.evaluate, False, args, kwargs)
@@ -129,7 +143,26 @@ class SplitSite(BlockSite):
         """Go back to the state in which :meth:`snapshot` was called."""
         super().restore(snapshot)
         self.train[:], self.evaluate[:] = snapshot["programs"]
+        self._usual = None
         self.whole = snapshot["whole"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_usual": None}
+
+    def forget_proofs(self, number: int) -> None:
+        """Remove the verdicts on program ``number``, which another program replaces."""
+        super().forget_proofs(number)
+        self._usual = None
+
+    def is_watched(self) -> bool:
+        """Whether calls are tested, measured or observed now, or the next one may only generate."""
+        return bool(
+            self.meter is not None
+            or self.proof is not None
+            or self.only_proves
+            or self._observers
+            or self.settings.generates
+        )
 
     # Find the program of a call -------------------------------------------------------------
 
@@ -147,7 +180,7 @@ class SplitSite(BlockSite):
             checks
             and self.meter is None
             and not compiling
-            and self.only_fills_cache(args, kwargs, training)
+            and only_fills_cache(self, args, kwargs, training)
         ):
             return self.run_own(args, kwargs)
         mismatch: MismatchError | None = None
@@ -196,6 +229,7 @@ class SplitSite(BlockSite):
         If the test refuted it, drop the block as a whole, or raise if that is not possible. If the
         site only proves, return what the block's own forward returns.
         """
+        self._usual = None
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number  # negative in evaluation
@@ -211,7 +245,10 @@ class SplitSite(BlockSite):
                 if verdict.whole is None or not training:
                     raise _unlike_own_forward(self.branches[0].facts, verdict)
                 return run_whole(self, verdict, args, kwargs)
-        return program.forward.function(self.module, self, *tensors)
+        out = program.forward.function(self.module, self, *tensors)
+        if training and not self.is_watched() and not functorch_transforms_active():
+            self._usual = usual_call(self, program, tensors, args, kwargs)
+        return out
 
     # Prove a call ---------------------------------------------------------------------------
 
@@ -304,15 +341,15 @@ class SplitSite(BlockSite):
         else:
             rows, kept = self._draw(branch, skip)
             if rows is False:
-                total = self._dropped(facts, skip, inputs, self._dtype_with(k, skip, inputs))
+                total = sum_without_branch(self, k, skip, inputs)
             else:
                 # read before the branch runs: code in the branch may set another rate
                 gain = branch.rate.gain_in_training()
                 if rows is True:
-                    total = self._on_all_rows(k, skip, inputs, gain)
+                    total = sum_on_all_rows(self, k, skip, inputs, gain)
                 else:
                     rows = rows[:kept]
-                    total = self._on_rows(k, skip, inputs, rows, gain)
+                    total = sum_on_rows(self, k, skip, inputs, rows, gain)
                 branch.dtypes[precision_of(skip)] = total.dtype
         if self._observers:
             self._report(k % len(self.branches), skip, total, rows)
@@ -334,14 +371,14 @@ class SplitSite(BlockSite):
             total = self._evaluated(branch, skip, lambda: out)
         else:
             if out.shape != skip.shape:
-                _check_shapes(facts, skip, out)
+                check_shapes(facts, skip, out)
             # The answer does not matter here: the call notes the reason for the plan, and raises if
             # a child is sharded.
             self.runs_on_all_ranks(branch)
             rows, kept = self._draw(branch, skip)
             if rows is False:
                 dtype = torch.promote_types(skip.dtype, out.dtype)
-                total = self._dropped(facts, skip, (out,), dtype)
+                total = self.dropped(facts, skip, (out,), dtype)
             else:
                 if rows is not True:
                     rows, dropped = rows[:kept], rows[kept:]
@@ -395,64 +432,11 @@ class SplitSite(BlockSite):
         before, version = meter(), modifications(skip)
         out = self.compute(self.train, k, inputs)
         if self.settings.verify:  # a proof will mask a branch that writes into its input
-            _check_shapes(branch.facts, skip, out)
+            check_shapes(branch.facts, skip, out)
         else:
-            _check_separable(branch.facts, skip, version, out)
+            check_separable(branch.facts, skip, version, out)
         branch.share = (branch.share or 0.0) + meter() - before
         return add_whole(skip, out, branch.facts.gain, branch_first=branch.facts.branch_first)
-
-    def _on_all_rows(self, k: int, skip: Tensor, inputs: Sequence[Any], gain: float) -> Tensor:
-        """Return ``skip`` plus ``gain`` times branch ``k`` on all rows."""
-        branch = self.branch(k)
-        facts, first_time = branch.facts, not branch.dtypes
-        version = modifications(skip) if first_time else None
-        out = self.compute(self.train, k, inputs)
-        if first_time:
-            _check_separable(facts, skip, version, out)
-        first, written = facts.branch_first, facts.writes_skip
-        return add_whole(skip, out, gain, inplace=written, branch_first=first)
-
-    def _on_rows(
-        self, k: int, skip: Tensor, inputs: Sequence[Any], rows: Tensor, gain: float
-    ) -> Tensor:
-        """Return ``skip`` plus ``gain`` times branch ``k`` on ``rows``, some of the batch."""
-        facts = self.branch(k).facts
-        dim = facts.dim
-        batch = skip.shape[dim]
-        computed = self._rows_to_compute(self.branch(k), rows, skip)
-        on_device = to_device_of(computed, skip)
-        program = self.train[k // len(self.branches)]
-        known = program.row_layouts[k]
-        taking = partial(take, rows=on_device)
-        skip_for_sum, rows_of_skip = skip, None
-        given: list[Any] = []
-        regathered: list[tuple[Tensor, Tensor]] = []
-        for value, layout in zip(inputs, known or [RowLayout(dim, 1)] * len(inputs), strict=True):
-            if value is skip and layout == (dim, 1) and not facts.writes_skip:
-                # one operation gives both, so that their gradients are added directly
-                skip_for_sum, some = skip_and_rows(skip, on_device, dim)
-            else:
-                some = self.cut(facts, value, taking, layout, batch, known is not None)
-            given.append(some)
-            if value is skip:
-                rows_of_skip = some
-            if layout == (dim, 1) and some is not value and saved_by_producer(value):
-                regathered.append((some, value))
-        version = modifications(rows_of_skip)
-        if regathered:
-            with regather_in_backward(regathered, on_device, dim):
-                out = self.compute(self.train, k, given)
-        else:
-            out = self.compute(self.train, k, given)
-        if modifications(rows_of_skip) != version:
-            raise _writes_into_its_input(facts)
-        if computed is not rows:
-            out, on_device = drop_spare_row(out, computed, rows, dim)
-        reuses_skip = k in program.reuses_skip and rows_of_skip is not skip
-        written = facts.writes_skip
-        return add_rows(
-            skip_for_sum, out, on_device, gain, dim, inplace=written, reuses_skip=reuses_skip
-        )
 
     @staticmethod
     def _choose_mask(branch: BranchState, skip: Tensor) -> bool:
@@ -473,32 +457,6 @@ class SplitSite(BlockSite):
             return skip if facts.writes_skip else skip.clone()
         return add_whole(skip, run(), facts.gain * (1.0 - p), inplace=facts.writes_skip)
 
-    def _dtype_with(self, k: int, skip: Tensor, inputs: Sequence[Any]) -> torch.dtype:
-        """Return the dtype of the sum, which must not depend on whether the branch is dropped."""
-        run = partial(self.compute, self.train, k, inputs)
-        return self._dtype_of(self.branch(k), skip, inputs, run)
-
-
-def _check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: Tensor) -> None:
-    """Raise if a branch, which was run on all rows, could not be dropped without other effects.
-
-    Args:
-        facts: The branch.
-        skip: The other term of the sum.
-        version: The version of ``skip`` before the branch was run.
-        out: The output of the branch.
-    """
-    if modifications(skip) != version:
-        raise _writes_into_its_input(facts)
-    _check_shapes(facts, skip, out)
-
-
-def _writes_into_its_input(facts: BranchFacts) -> Exception:
-    return RuntimeError(
-        f"the branch {facts.name} writes into its input, which the shortcut also uses; "
-        f"use compute='mask', or leave the block out with select=" + see("cannot-be-skipped")
-    )
-
 
 def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:
     return RuntimeError(
@@ -506,19 +464,6 @@ def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:
         f"computes: {verdict.why_unusable}; leave the block out with select=, or wrap the whole "
         f"block in torchdrop.StochasticDepth" + see("another-function")
     )
-
-
-def _check_shapes(facts: BranchFacts, skip: Tensor, out: Tensor) -> None:
-    """Raise if the sum does not have the shape of the skip, which is the sum if all is dropped."""
-    try:
-        out.expand(skip.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"the branch {facts.name} of shape {tuple(out.shape)} broadcasts its skip, of shape "
-            f"{tuple(skip.shape)}, to a larger shape, so that the output of the block would have "
-            f"another shape when the branch is dropped; leave the block out with select=, or "
-            f"expand the skip before the sum" + see("cannot-be-skipped")
-        ) from None
 
 
 mark_uncompiled(
@@ -531,7 +476,10 @@ mark_uncompiled(
             "internals.tensors",
             "rows.collectives",
             "running.program",
+            "running.generation",
             "running.read_again",
+            "running.residual_sum",
+            "running.usual_call",
             "rows.saved_rows",
             "rows.take_and_add",
             "rows.sampling",

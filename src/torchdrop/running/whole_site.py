@@ -26,6 +26,7 @@ from torchdrop.running.block_site import (
     to_device_of,
 )
 from torchdrop.running.branch_state import BranchState, Settings
+from torchdrop.running.generation import only_fills_cache
 from torchdrop.running.proof import (
     Verdict,
     kind_of_call,
@@ -68,7 +69,7 @@ class WholeSite(BlockSite):
             return self._metered(self.meter, args, kwargs)
         if not self.active or not (training or scaled):
             return self.run_own(args, kwargs)
-        if self.only_fills_cache(args, kwargs, training):
+        if only_fills_cache(self, args, kwargs, training):
             return self.run_own(args, kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -155,8 +156,8 @@ class WholeSite(BlockSite):
     ) -> Tensor:
         """Return ``x`` alone, in the dtype that the sum would have."""
         branch = self.branches[0]
-        dtype = self._dtype_of(branch, x, given, lambda: self.sum_in(self.run_block(bound)))
-        return self._dropped(branch.facts, x, given, dtype)
+        dtype = self.dtype_of(branch, x, given, lambda: self.sum_in(self.run_block(bound)))
+        return self.dropped(branch.facts, x, given, dtype)
 
     def _run_on_all(self, bound: inspect.BoundArguments, x: Tensor) -> Any:
         """Return the output of the block for all rows, without changing its input."""
@@ -196,7 +197,7 @@ class WholeSite(BlockSite):
     ) -> tuple[Any, Tensor]:
         """Return the output of the block for ``rows``, and the sum for all rows."""
         facts = self.branches[0].facts
-        computed = self._rows_to_compute(self.branches[0], rows, x)
+        computed = self.rows_to_compute(self.branches[0], rows, x)
         on_device = to_device_of(computed, x)
         taking = partial(take, rows=on_device)
         some: dict[str, Tensor] = {}

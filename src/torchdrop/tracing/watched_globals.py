@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.watched_attributes import same
 
 __all__ = ["WatchedGlobals"]
@@ -78,11 +79,11 @@ class WatchedGlobals:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def changed(self, forward: Any) -> tuple[str, str] | None:
+    def changed(self, block: nn.Module) -> tuple[str, str] | None:
         """Return the old and the new value of a variable that has changed; None if none has.
 
         Args:
-            forward: The forward that was traced; a copy of the block may have another one.
+            block: The block whose forward was traced, or a copy of it with another forward.
         """
         for read, names, known in self._readers:
             try:
@@ -93,7 +94,7 @@ class WatchedGlobals:
                 if a is not b and not same(a, b):
                     return f"{name} = {a!r}", f"{name} = {b!r}"
         for name, place, value in self._cells:
-            now = forward.__closure__[place].cell_contents
+            now = _cell(block, place)
             if now is not value and not same(value, now):
                 return f"{name} = {value!r}", f"{name} = {now!r}"
         return None
@@ -128,6 +129,11 @@ def _cells_of(forward: Any) -> list[tuple[str, int, Any]]:
         if _is_plain(value):
             found.append((name, place, _copied(value)))
     return found
+
+
+def _cell(block: nn.Module, place: int) -> Any:
+    closure: Any = own_forward(block).__closure__
+    return closure[place].cell_contents
 
 
 def _plain_values_read(code: CodeType, scope: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,0 +1,261 @@
+"""Calls like the last one: the same results with fewer checks, and no check is left out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+import torchdrop
+from torchdrop.running import usual_call
+from torchdrop.running.block_site import sites_of
+from torchdrop.running.split_site import SplitSite
+
+W, B = 8, 12
+SCALE = 1.0
+
+
+class Block(nn.Module):
+    """Two branches; reads an attribute, a global variable, a constant and a tuple of tensors."""
+
+    def __init__(self, width: int = W) -> None:
+        super().__init__()
+        self.attend, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
+        self.sign = 1
+
+    def forward(
+        self, x: Tensor, bias: tuple[Tensor, Tensor] | None = None, *, scale: float = 1.0
+    ) -> Tensor:
+        shift = 0.0 if bias is None else bias[0] * bias[1]
+        x = x + self.attend(x).tanh() * self.sign * SCALE * scale
+        return x + self.mlp(x + shift).tanh()
+
+
+class Net(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *args, **kwargs)
+        return x
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the blocks whose calls were checked in full, in order."""
+    found: list[str] = []
+    run = SplitSite._run
+
+    def counted(self: SplitSite, *args: Any) -> Any:
+        found.append(self.branches[0].facts.block)
+        return run(self, *args)
+
+    monkeypatch.setattr(SplitSite, "_run", counted)
+    return found
+
+
+def step(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    model.zero_grad()
+    out = model(x, *args, **kwargs)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def steps(model: nn.Module, plan: torchdrop.Plan, dtype: torch.dtype) -> list[list[Tensor]]:
+    """What a training run computes in which calls, rates, shapes and modes change."""
+    torch.manual_seed(3)
+    x = torch.randn(B, W, dtype=dtype)
+    found = [step(model, x) for _ in range(4)]
+    found += [step(model, x, scale=2.0) for _ in range(3)]
+    found += [step(model, x[:5]) for _ in range(3)]
+    plan.set_p(0.9)
+    found += [step(model, x[:5]) for _ in range(3)]
+    plan.set_p([0.0, 1.0, 0.5])
+    bias = torch.randn(B, W, dtype=dtype), torch.randn(B, W, dtype=dtype)
+    found += [step(model, x, bias) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found += [step(model, x) for _ in range(3)]
+    return [*found, [torch.rand(3)]]  # the generator is in the same state, too
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("sampling", ["exact", "independent", "window"])
+@pytest.mark.usefixtures("way_to_fork")
+def test_a_usual_call_gives_the_same_bits(
+    mode: str, sampling: str, monkeypatch: pytest.MonkeyPatch, checked: list[str]
+) -> None:
+    model = Net().double()
+    twin = copy.deepcopy(model)
+    options: dict[str, Any] = {"mode": mode, "sampling": sampling}
+    plan = torchdrop.add_stochastic_depth(model, 0.5, **options)
+    found = steps(model, plan, torch.float64)
+    with_usual_calls = len(checked)
+    checked.clear()
+    from torchdrop.running import split_site
+
+    monkeypatch.setattr(split_site, "usual_call", lambda *args: None)
+    expected = steps(twin, torchdrop.add_stochastic_depth(twin, 0.5, **options), torch.float64)
+    assert len(checked) > 2 * with_usual_calls > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert len(mine) == len(theirs)
+        assert all(map(torch.equal, mine, theirs))
+
+
+def trained(**options: Any) -> tuple[Net, torchdrop.Plan, Tensor]:
+    """A model whose next call is a usual one."""
+    model, x = Net(), torch.randn(B, W)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", **options)
+    for _ in range(2):
+        step(model, x)
+    return model, plan, x
+
+
+class Named(Tensor):
+    """A tensor of another class."""
+
+
+def _with_attribute(model: Net, x: Tensor) -> None:
+    for block in model.blocks:
+        block.sign = -1
+    model(x)
+
+
+def _with_global(model: Net, x: Tensor) -> None:
+    globals()["SCALE"] = 3.0
+    try:
+        model(x)
+    finally:
+        globals()["SCALE"] = 1.0
+
+
+def _with_autocast(model: Net, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+
+
+def _observed(model: Net, x: Tensor) -> None:
+    handles = [site.observe(lambda event: None) for site in sites_of(model)]
+    model(x)
+    for handle in handles:
+        handle.remove()
+
+
+def _transformed(model: Net, x: Tensor) -> None:
+    torch.func.grad(lambda y: model(y).sum())(x)
+
+
+OTHER_CALLS: dict[str, Callable[[Net, Tensor], Any]] = {
+    "fewer rows": lambda model, x: model(x[:5]),
+    "another dtype": lambda model, x: model.double()(x.double()),
+    "a keyword": lambda model, x: model(x, scale=2.0),
+    "a tuple": lambda model, x: model(x, (x, x)),
+    "another class": lambda model, x: model(x.as_subclass(Named)),
+    "an attribute": _with_attribute,
+    "a global variable": _with_global,
+    "autocast": _with_autocast,
+    "observed": _observed,
+    "transformed": _transformed,
+}
+
+
+def test_the_same_call_again_is_a_usual_one(checked: list[str]) -> None:
+    model, _, x = trained()
+    checked.clear()
+    for _ in range(3):
+        step(model, x)
+        step(model, torch.randn(B, W))
+    assert checked == []
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_another_call_is_checked(name: str, checked: list[str]) -> None:
+    model, _, x = trained()
+    checked.clear()
+    OTHER_CALLS[name](model, x)
+    assert checked == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize("name", ["a keyword", "an attribute", "a global variable"])
+def test_the_test_of_other_calls_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, x = trained()
+    monkeypatch.setattr(
+        usual_call.UsualCall, "tensors_of", lambda self, site, args, kwargs: list(args)
+    )
+    runs: list[Any] = []
+    monkeypatch.setattr(SplitSite, "_run", lambda *args: runs.append(args))
+    OTHER_CALLS[name](model, x)
+    assert runs == []
+
+
+def test_nothing_is_dropped_in_evaluation_or_in_a_pause_after_usual_calls() -> None:
+    model, plan, x = trained()
+    dense = copy.deepcopy(model)
+    torchdrop.remove_stochastic_depth(dense)
+    with torchdrop.paused(model):
+        assert torch.equal(model(x), dense(x))
+    assert torch.equal(model.eval()(x), dense.eval()(x))
+    model.train()
+    dense.train()
+    plan.set_p([0.0] * 3)
+    assert torch.equal(model(x), dense(x))
+
+
+def test_copies_and_pickles_start_with_a_checked_call(checked: list[str]) -> None:
+    model, _, x = trained()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        checked.clear()
+        step(twin, x)
+        assert len(checked) == 3
+        step(twin, x)
+        assert len(checked) == 3
+
+
+def test_a_branch_that_is_masked_later_is_masked_in_usual_calls() -> None:
+    model, plan, x = trained()
+    for site in sites_of(model):
+        for branch in site.branches:
+            branch.mask("for a test")
+    rows: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    step(model, x)
+    assert rows == [B] * 3
+    assert [len(kept) for kept in plan.last_kept().values()] == [B // 2] * 6
+
+
+def test_one_tensor_as_two_arguments_is_never_usual(checked: list[str]) -> None:
+    model, _, x = trained()
+    checked.clear()
+    for _ in range(3):
+        step(model, x, (x, x))
+    assert len(checked) == 9
+
+
+class OtherLinear(nn.Linear):
+    """As a sharded layer, or a converted BatchNorm, has another class than before."""
+
+
+def test_in_a_process_group_the_classes_of_the_layers_are_looked_at(checked: list[str]) -> None:
+    model, _, x = trained()
+    checked.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        step(model, x)
+        assert len(checked) == 3  # there was no group before
+        step(model, x)
+        assert len(checked) == 3
+        model.blocks[1].mlp = OtherLinear(W, W)
+        step(model, x)
+        assert checked[3:] == ["blocks.1"]
+    finally:
+        dist.destroy_process_group()
+    step(model, x)
+    assert len(checked) == 7
