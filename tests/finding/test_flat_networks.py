@@ -128,6 +128,36 @@ def test_a_block_with_two_branches_is_one_block(kind: type[nn.Module]) -> None:
     assert [len(r.branches) for r in plan.blocks] == [2]
 
 
+class Shared(nn.Module):
+    """As ALBERT: one layer, with a projection of its own between its two branches, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = SharedLayer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layer(x)
+        return x
+
+
+class SharedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(W, W), nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x).tanh()
+        x = x + self.b(x).tanh()
+        return self.out(x)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_layer_that_is_called_repeatedly_is_one_block(example: bool) -> None:
+    found = torchdrop.find_residuals(Shared(), torch.randn(4, W) if example else None)
+    assert [(r.name, len(r.branches)) for r in found] == [("layer", 2)]
+
+
 class CallsOneLayerOften(nn.Module):
     def __init__(self) -> None:
         super().__init__()

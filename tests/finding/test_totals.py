@@ -92,9 +92,30 @@ class BiasAndTotal(Total):
         return x, total
 
 
+class SumOfHeads(Total):
+    """As in EfficientViM: each stage has a head, which is linear, and the network adds them."""
+
+    def __init__(self, kind: type[nn.Module], depth: int) -> None:
+        super().__init__(kind, depth)
+        self.stem = nn.Linear(W, W)
+        self.heads = nn.ModuleList(nn.Linear(W, 3) for _ in range(depth))
+        self.weights = nn.Parameter(torch.rand(depth))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, outs = self.stem(x), []
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            x = block(x)
+            outs.append(head(x))
+        total = outs[0] * self.weights[0]
+        for i in range(1, len(outs)):
+            total = total + outs[i] * self.weights[i]
+        return x, total
+
+
 NETS = [
     (Total, MeanBeside, "skip"), (Total, LossBeside, "skip"), (Total, SkipBeside, "mask"),
     (TotalOfMeans, Plain, "skip"), (SumOfLayers, Plain, "skip"), (BiasAndTotal, BothIn, "skip"),
+    (SumOfHeads, Plain, "skip"),
 ]  # fmt: skip
 
 

@@ -199,7 +199,9 @@ class ResidualSums(ReadGraph):
             if not self._is_beside_its_branch(entry.split):
                 continue
             # A norm or projection that two parallel branches share is no block before this one.
-            shared = entry.split.inside & self.nodes_in(self.ancestors[split.branch])
+            # Also what is used outside of its branch, too, and is not inside the split any more.
+            branch = self.ancestors[entry.split.branch] & ~self.ancestors[entry.split.skip]
+            shared = self.nodes_in(branch & self.ancestors[split.branch])
             if self.has_parameters(shared) and not self.children.linear_nodes(shared, self.owner):
                 return entry
         return None

@@ -95,7 +95,9 @@ def survey(
     found: list[Residual] = []
     owners = {name for name, finder in finders.items() if finder.entries}
     for name, finder in finders.items():
-        flat = kinds[type(finder.owner)] == 1 and finder.has_stem_or_head
+        # A module that is called repeatedly, as the layer of ALBERT, is a block, not a network.
+        once = kinds[type(finder.owner)] == 1 and uses[finder.owner] < 2
+        flat = once and finder.has_stem_or_head
         parts = _parts_of_branches(name, finder, owners) if flat else {}
         found += _residuals_of(name, finder, why_not, parts)
     if example is not None:
