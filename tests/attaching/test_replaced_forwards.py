@@ -214,6 +214,35 @@ def test_a_device_hook_around_a_bound_forward(hook_goes_first: bool) -> None:
     torch.testing.assert_close(model[0](x), fused_forward(model[0], x))
 
 
+def hooked_forward(self: Any, *args: Any) -> Any:
+    self.calls.append("before")
+    return self._old_forward(*args)
+
+
+def test_a_device_hook_may_be_a_bound_method() -> None:
+    model, x = stack(), torch.randn(B, W)
+    block: Any = model[0]
+    block.calls = []
+    block._old_forward = block.forward
+    block.forward = types.MethodType(hooked_forward, block)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform", example_inputs=x)
+    block.calls.clear()
+    assert rows_kept(plan, model) == [3, 3]
+    assert block.calls == ["before"]
+    torchdrop.remove_stochastic_depth(model)
+    assert torch.equal(model[0](x), Block.forward(model[0], x))
+
+
+def test_a_backup_of_the_forward_is_no_device_hook() -> None:
+    model, x = patched_stack(), torch.randn(B, W)
+    for block in model:
+        block._old_forward = types.MethodType(Block.forward, block)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    torch.testing.assert_close(model(x), by_hand(model, x, plan))
+    torchdrop.remove_stochastic_depth(model)
+    torch.testing.assert_close(model[0](x), fused_forward(model[0], x))
+
+
 def test_copies_and_pickles_keep_a_bound_forward() -> None:
     model, x = patched_stack(), torch.randn(B, W)
     torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")

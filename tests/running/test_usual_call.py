@@ -259,3 +259,163 @@ def test_in_a_process_group_the_classes_of_the_layers_are_looked_at(checked: lis
         dist.destroy_process_group()
     step(model, x)
     assert len(checked) == 7
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.fc(x) - self.fc(x).mean(0)).tanh()
+
+
+def test_a_call_that_could_not_be_tested_is_not_remembered() -> None:
+    model = nn.Sequential(Mixing(), Mixing())
+    plan = torchdrop.add_stochastic_depth(model, 0.5)
+    x = torch.randn(B, W)
+    with torch.inference_mode():  # no test is possible
+        model(x)
+        model(x)
+    with pytest.warns(UserWarning, match="its rows depend on each other"):
+        model(x)
+    assert {b.action for r in plan.blocks for b in r.branches} == {"mask"}
+
+
+class Attention(nn.Module):
+    """Returns weights on request; the request is no argument of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+        self.asked = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.fc(x).tanh()
+        return out, (out * 2 if self.asked else None)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = Attention(), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, weights = self.attention(x)
+        return x + self.out(out), weights
+
+
+def test_a_child_that_returns_something_else_in_a_usual_call() -> None:
+    x = torch.randn(B, W)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([AttentionBlock(), AttentionBlock()])
+
+        def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            found = []
+            for block in self.blocks:
+                x, weights = block(x)
+                found.append(weights)
+            return x, found
+
+    stack = Stack()
+    torchdrop.add_stochastic_depth(stack, 0.5, example_inputs=x)
+    for _ in range(3):
+        _, weights = stack(x)
+        assert weights == [None, None]
+    for block in stack.blocks:
+        block.attention.asked = True
+    for _ in range(3):
+        _, weights = stack(x)
+        assert all(w is not None and len(w) == B for w in weights)
+
+
+def test_an_empty_tuple_is_an_argument_like_others() -> None:
+    model = nn.ModuleList(WithStates() for _ in range(2))
+    torchdrop.add_stochastic_depth(model, 0.5, select=lambda r: True)
+    for _ in range(3):
+        assert model[0](torch.randn(B, W), ()).shape == (B, W)
+
+
+class WithStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor, states: tuple[Tensor, ...] = ()) -> Tensor:
+        return x + self.fc(x).tanh() * (1.0 + len(states))
+
+
+class WithCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor, layer_past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return x + self.fc(x).tanh()
+
+
+def test_a_call_with_a_cache_is_checked_each_time(checked: list[str]) -> None:
+    model = nn.ModuleList(WithCache() for _ in range(2))
+    plan = torchdrop.add_stochastic_depth(model, [1.0, 1.0])
+    x, past = torch.randn(B, W), (torch.randn(B, W), torch.randn(B, W))
+    for _ in range(3):
+        assert torch.equal(model[0](x, past), x)
+    assert len(checked) == 3
+    with torch.no_grad(), pytest.warns(UserWarning, match="without gradients"):
+        assert not torch.equal(model[0](x, past), x)  # it generates, and nothing is dropped
+    assert plan.blocks[0].p == 1.0
+
+
+class InWeightDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x.to(self.fc.weight.dtype)).tanh()
+
+
+def test_the_dtype_of_a_sum_follows_the_weights() -> None:
+    model = nn.ModuleList(InWeightDtype() for _ in range(2))
+    torchdrop.add_stochastic_depth(model, 0.5, mode="batch", schedule="uniform")
+    x = torch.randn(B, W)
+    for _ in range(10):
+        assert model[0](x).dtype is torch.float32
+    model.double()
+    kept = [model[0](x).dtype for _ in range(10)]
+    assert kept[-5:] == [torch.float64] * 5
+
+
+class WithOptions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor, options: dict[str, float] = {"s": 1.0}) -> Tensor:  # noqa: B006
+        return x + self.fc(x).tanh() * options["s"]
+
+
+def test_a_default_that_may_change_is_looked_at(checked: list[str]) -> None:
+    model = nn.ModuleList(WithOptions() for _ in range(2))
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    for _ in range(3):
+        model[0](torch.randn(B, W))
+    assert len(checked) == 3
+
+
+def test_an_observer_that_is_added_during_a_call_is_called() -> None:
+    model, _, x = trained()
+    events: list[Any] = []
+    sites = sites_of(model)
+
+    def observe(*_: Any) -> None:
+        if not events:
+            sites[0].observe(events.append)
+
+    model.blocks[0].attend.register_forward_hook(observe)
+    for _ in range(3):
+        model(x)
+    assert len(events) >= 3

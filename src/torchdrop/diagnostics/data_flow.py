@@ -20,6 +20,7 @@ from torchdrop.tracing.block_graph import BlockGraph, trace_block
 from torchdrop.tracing.call_arguments import A_TENSOR
 from torchdrop.tracing.nodes import is_shape_node
 from torchdrop.tracing.operations import callee, layers_with, operation_of
+from torchdrop.tracing.own_forward import signature_of_forward
 from torchdrop.tracing.untraceable import UntraceableError
 
 __all__ = ["AN_INPUT", "DataFlow", "Dropout"]
@@ -248,8 +249,8 @@ class DataFlow:
         self, module: nn.Module, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[BlockGraph, dict[str, _Value]]:
         """Return the graph of a module for this call, and the values of its arguments by name."""
-        # The forward of the class, because stochastic depth replaces that of the instance.
-        signature = inspect.signature(type(module).forward.__get__(module))
+        # Not that of module.forward, which stochastic depth may have replaced.
+        signature = signature_of_forward(module)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from torchdrop.diagnostics.data_flow import AN_INPUT, DataFlow, Dropout
 from torchdrop.diagnostics.order_report import OrderFinding, OrderReport
 from torchdrop.finding.example_calls import record
 from torchdrop.internals import BatchNormBase
+from torchdrop.tracing.own_forward import signature_of_forward
 
 __all__ = ["OrderFinding", "OrderReport", "check_order"]
 
@@ -78,7 +78,7 @@ def _required_arguments(model: nn.Module) -> tuple[list[Any], dict[str, Any]]:
     """Return a tensor for each parameter of the forward of ``model`` that has no default."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for parameter in inspect.signature(type(model).forward.__get__(model)).parameters.values():
+    for parameter in signature_of_forward(model).parameters.values():
         if parameter.default is parameter.empty:
             if parameter.kind is parameter.KEYWORD_ONLY:
                 kwargs[parameter.name] = AN_INPUT

@@ -25,7 +25,7 @@ from torchdrop.internals import (
     set_replicate_method,
     unset_replicate_method,
 )
-from torchdrop.tracing.own_forward import HOOKED, own_forward, replaced_forward
+from torchdrop.tracing.own_forward import HOOKED, is_hooked, own_forward, replaced_forward
 
 __all__ = [
     "LayerDropBypass",
@@ -154,7 +154,7 @@ def put_in_slot(module: nn.Module, occupant: SlotOccupant) -> None:
     """
     occupant.replaced = replaced_forward(module)
     # not with setattr, because the class of the module may define __setattr__
-    object.__setattr__(module, HOOKED if calls_old_forward(module) else "forward", occupant)
+    object.__setattr__(module, HOOKED if is_hooked(module) else "forward", occupant)
     set_replicate_method(module, _Replicate(module))
 
 
@@ -170,25 +170,11 @@ def clear_slot(module: nn.Module) -> None:
         del module.__dict__["forward"]  # last, because occupant_of reads it
 
 
-def calls_old_forward(module: nn.Module) -> bool:
-    """Whether a device hook has replaced the forward of ``module`` and calls the module's own.
-
-    Hooks such as those of Accelerate keep the forward that they call in an attribute.
-    """
-    old = module.__dict__.get(HOOKED)
-    return (
-        "forward" in module.__dict__
-        and not isinstance(module.__dict__["forward"], SlotOccupant)
-        and isinstance(old, MethodType)
-        and old.__self__ is module
-    )
-
-
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether it is known what runs when ``module`` is called: see :func:`own_forward`."""
     found = module.__dict__.get("forward")
     bound = isinstance(found, MethodType) and found.__self__ is module
-    return found is None or bound or calls_old_forward(module)
+    return found is None or bound or is_hooked(module)
 
 
 def is_wrapped(module: nn.Module) -> bool:

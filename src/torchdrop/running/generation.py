@@ -21,7 +21,7 @@ from torchdrop.tracing.call_arguments import is_cache
 if TYPE_CHECKING:
     from torchdrop.running.block_site import BlockSite
 
-__all__ = ["only_fills_cache"]
+__all__ = ["caches_of", "only_fills_cache"]
 
 
 def only_fills_cache(
@@ -37,7 +37,7 @@ def only_fills_cache(
             has a cache although ``scale="eval"``.
     """
     settings = site.settings
-    caches = _caches(site, args, kwargs)
+    caches = caches_of(site, args, kwargs)
     if caches is None:  # as a feed-forward layer, which gets no cache: as in the layer before
         return training and settings.generates and not _needs_gradients(args)
     settings.generates = (
@@ -78,7 +78,7 @@ def only_fills_cache(
     return False
 
 
-def _caches(site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+def caches_of(site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
     """Return the arguments that are key/value caches, by their class or their names.
 
     None if the call has no argument for one.

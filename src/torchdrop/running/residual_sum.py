@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torchdrop.internals import saved_by_producer
 from torchdrop.rows.saved_rows import regather_in_backward
 from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
 from torchdrop.running.block_site import drop_spare_row, modifications, to_device_of
-from torchdrop.running.branch_state import BranchFacts
+from torchdrop.running.branch_state import MIN_ELEMENTS_TO_SKIP, BranchFacts, BranchState
 
 if TYPE_CHECKING:
     from torchdrop.running.split_site import SplitSite
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "check_separable",
     "check_shapes",
+    "choose_mask",
+    "sum_in_evaluation",
     "sum_on_all_rows",
     "sum_on_rows",
     "sum_without_branch",
@@ -119,6 +121,25 @@ def sum_without_branch(site: SplitSite, k: int, skip: Tensor, inputs: tuple[Any,
     branch = site.branch(k)
     dtype = site.dtype_of(branch, skip, inputs, partial(site.compute, site.train, k, inputs))
     return site.dropped(branch.facts, skip, inputs, dtype)
+
+
+def choose_mask(branch: BranchState, skip: Tensor) -> bool:
+    """Decide whether a branch without weight matrices is faster on all rows than on the kept.
+
+    Set its action in the plan to match.
+    """
+    p = branch.rate.p
+    small = p < 1.0 and 0.0 < p * skip.numel() < MIN_ELEMENTS_TO_SKIP
+    branch.action = "mask" if small else "skip"
+    return small
+
+
+def sum_in_evaluation(branch: BranchState, skip: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Return the sum in evaluation with scale="eval": the branch times ``1 - p``."""
+    facts, p = branch.facts, branch.rate.p
+    if p == 1.0:
+        return skip if facts.writes_skip else skip.clone()
+    return add_whole(skip, run(), facts.gain * (1.0 - p), inplace=facts.writes_skip)
 
 
 def check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: Tensor) -> None:

@@ -6,10 +6,10 @@ residual sum instead of computing the branch; otherwise it runs the block's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from torchdrop.running.block_site import (
     to_device_of,
 )
 from torchdrop.running.branch_state import (
-    MIN_ELEMENTS_TO_SKIP,
     BranchFacts,
     BranchState,
     Settings,
@@ -52,6 +51,8 @@ from torchdrop.running.read_again import read_again
 from torchdrop.running.residual_sum import (
     check_separable,
     check_shapes,
+    choose_mask,
+    sum_in_evaluation,
     sum_on_all_rows,
     sum_on_rows,
     sum_without_branch,
@@ -82,6 +83,9 @@ class SplitSite(BlockSite):
         methods: The methods, other than forward, in which the block adds branches.
     """
 
+    # What was checked in the last call in training; the next one is compared with it.
+    _usual: UsualCall | None = None
+
     def __init__(
         self,
         module: nn.Module,
@@ -107,8 +111,6 @@ class SplitSite(BlockSite):
         self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
-        # What was checked in the last call in training; the next one is compared with it.
-        self._usual: UsualCall | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The tensors of the first program, if they are the leading parameters in order, so that a
         # call with only positional tensors need not be bound; else None.
@@ -124,7 +126,10 @@ class SplitSite(BlockSite):
                 if usual is not None:
                     tensors = usual.tensors_of(self, args, kwargs)
                     if tensors is not None:
-                        return usual.run(self, tensors)
+                        try:
+                            return usual.run(self, tensors)
+                        except MismatchError as found:
+                            return self._run_unlike(self.train, True, args, kwargs, found)
                 return self._run(self.train, True, args, kwargs)
             if self.evaluate:
                 return self._run(self.evaluate, False, args, kwargs)
@@ -153,6 +158,12 @@ class SplitSite(BlockSite):
         """Remove the verdicts on program ``number``, which another program replaces."""
         super().forget_proofs(number)
         self._usual = None
+
+    def for_copy(self, module: nn.Module) -> Self:
+        """Return a site for ``module``, a replica of the block, that shares all state."""
+        twin = super().for_copy(module)
+        twin._usual = None  # it would keep the replica
+        return twin
 
     def is_watched(self) -> bool:
         """Whether calls are tested, measured or observed now, or the next one may only generate."""
@@ -210,10 +221,29 @@ class SplitSite(BlockSite):
             return program.forward.function(self.module, self, *tensors)
         try:
             return self._run_program(programs, program, training, args, kwargs, tensors)
-        except MismatchError as found:  # a child returned something else than when it was read
-            program = read_again(self, programs, training, args, kwargs, found, use_items=False)
-            tensors = program.bind(self.__signature__, args, kwargs)
-            return self._run_program(programs, program, training, args, kwargs, tensors)
+        except MismatchError as found:
+            return self._run_unlike(programs, training, args, kwargs, found)
+
+    def _run_unlike(
+        self,
+        programs: list[Program],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        found: MismatchError,
+    ) -> Any:
+        """Run the block in a call in which a child returned something else than when it was read.
+
+        Args:
+            programs: The programs for training or for evaluation.
+            training: Whether these are the programs for training.
+            args: The positional arguments of the call.
+            kwargs: Its keyword arguments.
+            found: What differs.
+        """
+        program = read_again(self, programs, training, args, kwargs, found, use_items=False)
+        tensors = program.bind(self.__signature__, args, kwargs)
+        return self._run_program(programs, program, training, args, kwargs, tensors)
 
     def _run_program(
         self,
@@ -229,7 +259,7 @@ class SplitSite(BlockSite):
         If the test refuted it, drop the block as a whole, or raise if that is not possible. If the
         site only proves, return what the block's own forward returns.
         """
-        self._usual = None
+        self._usual = kind = None
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number  # negative in evaluation
@@ -246,7 +276,8 @@ class SplitSite(BlockSite):
                     raise _unlike_own_forward(self.branches[0].facts, verdict)
                 return run_whole(self, verdict, args, kwargs)
         out = program.forward.function(self.module, self, *tensors)
-        if training and not self.is_watched() and not functorch_transforms_active():
+        proved = kind is None or kind in self.verdicts
+        if training and proved and not (self.is_watched() or functorch_transforms_active()):
             self._usual = usual_call(self, program, tensors, args, kwargs)
         return out
 
@@ -331,11 +362,11 @@ class SplitSite(BlockSite):
         rows: Any = True
         if self.evaluate and not self.module.training:
             run = partial(self.compute, self.evaluate, k, inputs)
-            total = self._evaluated(branch, skip, run)
+            total = sum_in_evaluation(branch, skip, run)
         elif (
             branch.depends
             or self.runs_on_all_ranks(branch)
-            or (facts.elementwise and self._choose_mask(branch, skip))
+            or (facts.elementwise and choose_mask(branch, skip))
         ):
             return self.mask(k, skip, self.compute(self.train, k, inputs))
         else:
@@ -368,7 +399,7 @@ class SplitSite(BlockSite):
             return add_whole(skip, out, facts.gain, inplace=inplace, branch_first=first)
         rows: Any = True
         if self.evaluate and not self.module.training:
-            total = self._evaluated(branch, skip, lambda: out)
+            total = sum_in_evaluation(branch, skip, lambda: out)
         else:
             if out.shape != skip.shape:
                 check_shapes(facts, skip, out)
@@ -437,25 +468,6 @@ class SplitSite(BlockSite):
             check_separable(branch.facts, skip, version, out)
         branch.share = (branch.share or 0.0) + meter() - before
         return add_whole(skip, out, branch.facts.gain, branch_first=branch.facts.branch_first)
-
-    @staticmethod
-    def _choose_mask(branch: BranchState, skip: Tensor) -> bool:
-        """Decide whether a branch without weight matrices is faster on all rows than on the kept.
-
-        Set its action in the plan to match.
-        """
-        p = branch.rate.p
-        small = p < 1.0 and 0.0 < p * skip.numel() < MIN_ELEMENTS_TO_SKIP
-        branch.action = "mask" if small else "skip"
-        return small
-
-    @staticmethod
-    def _evaluated(branch: BranchState, skip: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Return the sum in evaluation with scale="eval": the branch times ``1 - p``."""
-        facts, p = branch.facts, branch.rate.p
-        if p == 1.0:
-            return skip if facts.writes_skip else skip.clone()
-        return add_whole(skip, run(), facts.gain * (1.0 - p), inplace=facts.writes_skip)
 
 
 def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:

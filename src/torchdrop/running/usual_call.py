@@ -9,6 +9,7 @@ with it. If nothing differs, :class:`UsualSums` computes the residual sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torchdrop.internals import any_autocast_enabled, classes_in_tree, functorch
 from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.take_and_add import add_whole
 from torchdrop.running.block_site import precision_of
+from torchdrop.running.generation import caches_of
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.residual_sum import sum_on_rows, sum_without_branch
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["UsualCall", "UsualSums", "usual_call"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
+
+# The form of an argument that is a tensor.
+_A_TENSOR = object()
 
 
 def usual_call(
@@ -46,13 +51,19 @@ def usual_call(
         args: The positional arguments of the call.
         kwargs: Its keyword arguments.
     """
+    parameters = list(site.__signature__.parameters.values())[len(args) :]
+    defaults = (p.default for p in parameters if p.name not in kwargs)
+    if not all(type(value) in _CONSTANTS or value is Parameter.empty for value in defaults):
+        return None  # a default that may be changed, such as a dict
+    if caches_of(site, args, kwargs):
+        return None  # whether such a call only generates depends on more than is compared
     found: list[Any] = []
     forms: list[Any] = []
     for value in (*args, *kwargs.values()):
         items = value if type(value) is tuple else (value,)
         if all(type(item) is Tensor for item in items):
             found += items
-            forms.append(len(items) if items is value else 0)
+            forms.append(len(items) if items is value else _A_TENSOR)
         elif type(value) in _CONSTANTS:
             forms.append(_Constant(value))
         else:
@@ -77,8 +88,8 @@ class UsualCall:
     Args:
         program: The program that ran.
         names: The names of the keyword arguments.
-        forms: For each argument 0 if it is a tensor, the length if it is a tuple of tensors, or
-            its value.
+        forms: What each argument is: ``_A_TENSOR``, the length of a tuple of tensors, or a
+            :class:`_Constant`.
         tensors: The tensors in the arguments.
         order: Which of them the program takes.
         block: The block.
@@ -126,7 +137,7 @@ class UsualCall:
             return None
         found: list[Any] = []
         for value, form in zip((*args, *kwargs.values()), self._forms, strict=True):
-            if form == 0:
+            if form is _A_TENSOR:
                 found.append(value)
             elif type(form) is int:
                 if type(value) is not tuple or len(value) != form:
@@ -198,6 +209,7 @@ class UsualSums:
             or not branch.dtypes  # the first sum is checked
             or skip.is_cuda  # perhaps while a graph is captured
             or len(shape) <= facts.dim
+            or site.is_watched()  # since the call began
         ):
             return site.join(k, skip, *inputs)
         rows, kept = site.decide(branch, shape[facts.dim], alone=self._alone)
@@ -211,6 +223,5 @@ class UsualSums:
             first, written = facts.branch_first, facts.writes_skip
             total = add_whole(skip, out, gain, inplace=written, branch_first=first)
         precision = precision_of(skip) if self._autocast else (skip.dtype, None)
-        if precision not in branch.dtypes:
-            branch.dtypes[precision] = total.dtype
+        branch.dtypes[precision] = total.dtype
         return total
