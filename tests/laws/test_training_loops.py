@@ -401,7 +401,12 @@ def test_an_error_inside_a_branch_leaves_everything_ready_for_the_next_step(
 
     handle = model[2].b.register_forward_pre_hook(stop)
     rates = [r.p for r in plan.blocks]
-    states = [{**vars(block.forward)} for block in model]
+
+    def states_of_sites() -> list[dict[str, Any]]:
+        # what was checked in a call that went through is remembered
+        return [{k: v for k, v in vars(b.forward).items() if k != "_usual"} for b in model]
+
+    states = states_of_sites()
     stopped = 0
     for seed in range(6):
         torch.manual_seed(seed)
@@ -414,7 +419,7 @@ def test_an_error_inside_a_branch_leaves_everything_ready_for_the_next_step(
     handle.remove()
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     assert [r.p for r in plan.blocks] == rates
-    assert [{**vars(block.forward)} for block in model] == states
+    assert states_of_sites() == states
     for _ in range(4):
         model.zero_grad(), plain.zero_grad()
         out = model(x)

@@ -259,7 +259,7 @@ class SplitSite(BlockSite):
         If the test refuted it, drop the block as a whole, or raise if that is not possible. If the
         site only proves, return what the block's own forward returns.
         """
-        self._usual = kind = None
+        kind = None
         if self.settings.verify and self.meter is None:
             number, facts = programs.index(program), self.branches[0].facts
             number = number if training else -1 - number  # negative in evaluation
