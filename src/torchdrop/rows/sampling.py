@@ -131,7 +131,13 @@ def draw_row_order(batch: int, p: float, sampling: str = "exact") -> tuple[Tenso
 def order_of_rows(
     batch: int, p: float, sampling: str, generator: torch.Generator | None = None
 ) -> tuple[Tensor | None, int]:
-    """Draw as :func:`draw_row_order` does, from ``generator``, or from torch's global one.
+    """Draw which rows of a batch are kept, by a given generator.
+
+    Args:
+        batch: The number of rows.
+        p: The probability that a row is dropped.
+        sampling: The rule, see :func:`keep_rows`.
+        generator: The generator; None: torch's global generator.
 
     Returns:
         The rows; None if all rows are kept, or none, so that their order does not matter.
@@ -190,5 +196,5 @@ def keep_batch(p: float, sync_ranks: bool | None = False) -> bool:
 
 
 def draw_batch(p: float) -> bool:
-    """Draw from torch's global generator whether the whole batch is kept."""
+    """Draw whether the whole batch is kept, from torch's global generator."""
     return _uniform() >= p

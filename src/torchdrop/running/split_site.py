@@ -83,7 +83,7 @@ class SplitSite(BlockSite):
         methods: The methods, other than forward, in which the block adds branches.
     """
 
-    # What was checked in the last call in training; the next one is compared with it.
+    # The last call in training that passed all checks. The next call is compared with it.
     _usual: UsualCall | None = None
 
     def __init__(
@@ -232,7 +232,7 @@ class SplitSite(BlockSite):
         kwargs: dict[str, Any],
         found: MismatchError,
     ) -> Any:
-        """Run the block in a call in which a child returned something else than when it was read.
+        """Read the block again after a child returned other values than expected, and run it.
 
         Args:
             programs: The programs for training or for evaluation.

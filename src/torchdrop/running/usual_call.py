@@ -31,7 +31,7 @@ __all__ = ["UsualCall", "UsualSums", "usual_call"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
-# The form of an argument that is a tensor.
+# Stands in the list of forms for an argument that is a tensor.
 _A_TENSOR = object()
 
 
@@ -69,21 +69,23 @@ def usual_call(
         else:
             return None
     places = {id(tensor): i for i, tensor in enumerate(found)}
-    if len(places) != len(found) or [id(t) for t in tensors if id(t) not in places]:
+    if len(places) != len(found) or not all(id(t) in places for t in tensors):
         return None  # one tensor is two arguments, or one is made of the arguments
     order = [places[id(tensor)] for tensor in tensors]
     return UsualCall(program, tuple(kwargs), forms, found, order, site.module)
 
 
 class _Constant:
-    """An argument that is not a tensor."""
+    """The form of an argument that is not a tensor: its value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class UsualCall:
-    """What was checked in a call; see :func:`usual_call`.
+    """The properties of a call that passed all checks, with which later calls are compared.
+
+    :func:`usual_call` makes it.
 
     Args:
         program: The program that ran.
@@ -125,7 +127,7 @@ class UsualCall:
     def tensors_of(
         self, site: SplitSite, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any] | None:
-        """Return what the program is called with; None if the call is another one."""
+        """Return the arguments of the program; None if this call differs from that before."""
         if (
             site.is_watched()
             or functorch_transforms_active()
@@ -174,7 +176,10 @@ def _autocast() -> tuple[bool, bool] | None:
 
 
 def _ranks(block: nn.Module) -> tuple[Any, ...] | None:
-    """Return what decides which branches every rank has to run; None without a process group."""
+    """Return the number of ranks and the classes in ``block``; None without a process group.
+
+    They decide which branches every rank has to run.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return dist.get_world_size(), classes_in_tree(block)

@@ -11,12 +11,12 @@ from torch import nn
 
 __all__ = ["HOOKED", "is_hooked", "own_forward", "replaced_forward", "signature_of_forward"]
 
-# The attribute in which device hooks, such as those of Accelerate, keep the forward that they call.
+# Device hooks, such as those of Accelerate, store the original forward in this attribute.
 HOOKED = "_old_forward"
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the function that computes ``module``; its first parameter is the module."""
+    """Return the forward of ``module`` as a function that takes the module first."""
     return replaced_forward(module) or type(module).forward
 
 
@@ -36,7 +36,7 @@ def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a device hook has replaced the forward of ``module`` and calls the one before.
+    """Whether a device hook replaces the forward of ``module`` and calls the original one.
 
     Hooks such as those of Accelerate keep the forward that they call in an attribute. If a bound
     function has replaced the forward and does not name the attribute, it holds a backup.
