@@ -112,7 +112,8 @@ def _try_all(waiting: list[tuple[str, Spec]], pipe: multiprocessing.connection.C
 
 def run(waiting: list[tuple[str, Spec]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key and the row of each model; a new process goes on where one has died."""
-    context = multiprocessing.get_context("fork")
+    # Not "fork": autograd does not work in the child of a process that has used it in threads.
+    context = multiprocessing.get_context("spawn")
     while waiting:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_try_all, args=(waiting, sender))
@@ -262,7 +263,11 @@ def main() -> None:
                     over = True
                     break
             found.close()
-            number += sum("constructs" in rows.get(key, {}) for key in keys)
+            valid = sum("constructs" in rows.get(key, {}) for key in keys)
+            if not valid and not over and not options.only:
+                why = next((row["invalid"] for row in rows.values() if "invalid" in row), "")
+                raise RuntimeError(f"none of {len(keys)} models runs without torchdrop: {why}")
+            number += valid
             print(f"{number} models, {time.monotonic() - start:.0f} s", flush=True)
     result = summary(rows.values())
     result["mistakes"] = [row["mistake"] for row in rows.values() if "mistake" in row]

@@ -262,6 +262,18 @@ def test_composed_models_are_counted_and_become_tables(monkeypatch, tmp_path, ca
     assert "| construct | models |" in page
 
 
+def test_it_does_not_go_on_for_ever_if_no_model_runs(monkeypatch, tmp_path):
+    def invalid(waiting):
+        for key, _ in waiting:
+            yield key, {"invalid": "a reason"}
+
+    monkeypatch.setattr(reliability, "run", invalid)
+    command = ["reliability.py", "--blocks", "4", "--results", str(tmp_path / "lines.jsonl")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(RuntimeError, match="none of 4 models runs without torchdrop: a reason"):
+        reliability.main()
+
+
 def test_a_wrong_model_is_counted_as_wrong():
     """The twin: each way in which a model may end has its place in the table."""
     ends = [{"kind": "right", "actions": actions} for actions in (["skip"], ["mask", "skip"])]

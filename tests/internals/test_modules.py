@@ -185,6 +185,24 @@ def _() -> None:
 
 
 @probe(
+    "classes_in_tree",
+    api="nn.Module._parameters and nn.Module._modules",
+    purpose="notice in each call that a model was sharded, or its BatchNorms converted",
+)
+def _() -> None:
+    class Other(nn.Parameter):
+        pass
+
+    block = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), None)
+    before = internals.classes_in_tree(block)
+    assert before.count(nn.Parameter) == 4
+    assert {nn.Sequential, nn.Linear, nn.BatchNorm1d} < set(before)
+    assert internals.classes_in_tree(block) == before
+    block[0].weight = Other(block[0].weight.data)
+    assert internals.classes_in_tree(block) != before
+
+
+@probe(
     "hooks_suspended",
     api="nn.Module._forward_hooks and its siblings, torch.nn.modules.module._global_forward_hooks",
     purpose="test a block unseen by the hooks of the user",

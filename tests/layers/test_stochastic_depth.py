@@ -304,7 +304,8 @@ def test_batch_dim(decide):
     layer = StochasticDepth(Residual(), 0.5, mode="row", scale="none", batch_dim=1)
     y = layer(x)
     assert torch.equal(y[:, [0, 2]], x[:, [0, 2]])
-    assert torch.equal(y[:, 1:2], layer.module(x[:, 1:2]))
+    # close, not equal: some processors round a product of a slice otherwise than that of its copy
+    torch.testing.assert_close(y[:, 1:2], layer.module(x[:, 1:2]))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -16,7 +16,7 @@ from zoo_transformers import FAMILIES
 import torchdrop
 import zoo
 from torchdrop.rows import take_and_add
-from torchdrop.running import forward_slot, split_site
+from torchdrop.running import forward_slot, residual_sum, split_site, usual_call
 from torchdrop.running.split_site import SplitSite
 
 BATCH = 5
@@ -129,12 +129,14 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(SplitSite, "join", lambda self, *a: (join(self, *a), join(self, *a))[1])
     elif name == "FLOPs":
 
-        def compute_all(self: SplitSite, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
-            return self.mask(k, skip, self.compute(self.train, k, inputs))
+        def compute_all(site: SplitSite, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
+            return site.mask(k, skip, site.compute(site.train, k, inputs))
 
-        monkeypatch.setattr(SplitSite, "_on_rows", compute_all)
+        for module in (split_site, usual_call):
+            monkeypatch.setattr(module, "sum_on_rows", compute_all)
     elif name == "all gradients":
-        monkeypatch.setattr(SplitSite, "_dropped", lambda self, branch, skip, *_: skip.clone())
+        for module in (split_site, usual_call):
+            monkeypatch.setattr(module, "sum_without_branch", lambda site, k, skip, *_: skip.clone())
     elif name == "copies":
         monkeypatch.setattr(SplitSite, "__deepcopy__", lambda self, memo: self, raising=False)
     elif name == "masked gradients":
@@ -144,7 +146,7 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ) -> Any:
             return add_rows(skip, out, kept, gain * (1 + 1e-8), *a, **k)
 
-        monkeypatch.setattr(split_site, "add_rows", unscaled)
+        monkeypatch.setattr(residual_sum, "add_rows", unscaled)
     else:
 
         def leave_an_attribute(module: nn.Module) -> None:

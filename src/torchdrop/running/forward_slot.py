@@ -57,7 +57,7 @@ class SlotOccupant:
     def __signature__(self) -> inspect.Signature:
         # Libraries read it, for instance to select the columns of a data set for a model.
         forward = self.replaced or type(self.module).forward
-        return inspect.signature(MethodType(forward, self.module))
+        return inspect.signature(forward.__get__(self.module))  # a compiler reads this form
 
     def run_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward."""
