@@ -19,6 +19,8 @@ Rows:
 * ``keeps all``: row mode with p = 1e-9. It acts, but keeps every row.
 * ``mask``: as ``uniform`` with ``compute="mask"``.
 * ``batch``: batch mode, p up to .2, linear over depth.
+* ``block .5``, ``block .1``: ``unit="block"``, one decision for both branches of a block, at one
+  rate everywhere. The figures are still for each branch.
 * ``evaluation``: the forward of the model in evaluation mode, against the dense model's. The unit
   is still what DropPath adds in training.
 
@@ -61,6 +63,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "keeps all": {"p": 1e-9},
     "mask": {"p": 0.5, "schedule": "uniform", "compute": "mask"},
     "batch": {"p": 0.2, "mode": "batch"},
+    "block .5": {"p": 0.5, "schedule": "uniform", "unit": "block"},
+    "block .1": {"p": 0.1, "schedule": "uniform", "unit": "block"},
     "evaluation": {"p": 0.5},
 }
 VARIANTS = ("float32", "bfloat16", "line 0", "group")
@@ -145,15 +149,14 @@ class Llama(nn.Module):
 NETWORKS = {"vit": ViT, "resnet": ResNet, "llama": Llama}
 
 
-def build(network: str, row: str) -> tuple[nn.Module, int]:
-    """Return a network with what ``row`` says, and its number of branches."""
+def build(network: str, row: str) -> nn.Module:
+    """Return a network with what ``row`` says."""
     torch.manual_seed(0)
     model = NETWORKS[network](0.5 if row == UNIT else 0.0)
     options = ROWS.get(row)
     if options is not None:
-        plan = torchdrop.add_stochastic_depth(model, example_inputs=model.inputs(), **options)
-        return model, sum(len(block.branches) for block in plan.blocks)
-    return model, 0
+        torchdrop.add_stochastic_depth(model, example_inputs=model.inputs(), **options)
+    return model
 
 
 def dispatches(step: Callable[[], None]) -> int:
@@ -175,12 +178,11 @@ def measure(network: str, rows: Iterable[str], variant: str, rounds: int) -> dic
     precise = variant != "bfloat16"
     autocast = nullcontext if precise else lambda: torch.autocast("cpu", torch.bfloat16)
     names = ["dense", UNIT, *(row for row in rows if row != UNIT)]
-    built = {name: build(network, name) for name in names}
-    branches = max(count for _, count in built.values())
+    models = {name: build(network, name) for name in names}
     x = NETWORKS[network].inputs()
-    models = {name: model for name, (model, _) in built.items()}
+    branches = sum(len(r.branches) for r in torchdrop.find_residuals(models["dense"], x))
     if "evaluation" in models:
-        models["dense in evaluation"] = build(network, "dense")[0]
+        models["dense in evaluation"] = build(network, "dense")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
 
     def step(name: str) -> tuple[float, float]:

@@ -34,6 +34,26 @@ def test_the_signature_of_forward_stays() -> None:
     assert_same(model[0](x, 2.0), Named.forward(model[0], x, 2.0))
 
 
+def test_a_compiler_binds_keywords_to_the_signature() -> None:
+    class Named(Block):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return x + self.b(self.act(self.a(x))) * scale
+
+    class Calling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = net(2, block=Named)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x=x)
+            return x
+
+    model = Calling()
+    torchdrop.add_stochastic_depth(model, 0.5)
+    assert torch.compile(model, fullgraph=True, backend="eager")(torch.randn(4, 6)).shape == (4, 6)
+
+
 def test_a_replica_of_data_parallel_runs_its_own_parameters() -> None:
     model = net(2)
     torchdrop.add_stochastic_depth(model, [BARELY, BARELY])

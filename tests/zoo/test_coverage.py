@@ -136,7 +136,9 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             monkeypatch.setattr(module, "sum_on_rows", compute_all)
     elif name == "all gradients":
         for module in (split_site, usual_call):
-            monkeypatch.setattr(module, "sum_without_branch", lambda site, k, skip, *_: skip.clone())
+            monkeypatch.setattr(
+                module, "sum_without_branch", lambda site, k, skip, *_: skip.clone()
+            )
     elif name == "copies":
         monkeypatch.setattr(SplitSite, "__deepcopy__", lambda self, memo: self, raising=False)
     elif name == "masked gradients":

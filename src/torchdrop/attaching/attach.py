@@ -6,11 +6,12 @@ buffers, hooks and state_dict keys stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from torchdrop.attaching.block_units import join_branches
 from torchdrop.attaching.measure_shares import measure_shares
 from torchdrop.attaching.other_entries import warn_if_forward_is_not_called
 from torchdrop.attaching.plan import Plan
@@ -56,6 +57,7 @@ def add_stochastic_depth(
     scale: str = "train",
     select: Callable[[Residual], bool] | None = None,
     compute: str = "auto",
+    unit: str = "branch",
     sync_ranks: bool | None = None,
     zero_grad: bool = True,
     example_inputs: Any = None,
@@ -100,6 +102,14 @@ def add_stochastic_depth(
             the reason where it is not. In row mode, ``"auto"`` also masks branches without weight
             matrices and without BatchNorm on tensors so small that this is faster. The choice does
             not affect which rows are dropped.
+        unit: What a decision is about. ``"branch"``: each branch is dropped by itself.
+            ``"block"``: all branches of a block are dropped together, and a kept row of
+            ``block(x)`` becomes ``x + (block(x) - x) / (1 - p)``, as with
+            :class:`torchdrop.StochasticDepth`. Rows are taken once for each block, which costs
+            less where launching operations takes the time. Blocks with one branch, with a
+            projection, or that apply a norm or an activation to their sums are dropped by branch
+            nevertheless, and the plan says so; a mapping ``p`` that names such a block of several
+            branches has it dropped as a whole, with a warning.
         sync_ranks: Whether all ranks of a process group make the same decisions in batch mode;
             otherwise each step takes as long as on the rank that keeps the most branches. None or
             True: they do, after one broadcast in the first forward pass in training, which every
@@ -155,6 +165,7 @@ def add_stochastic_depth(
         select,
         rows_per_sample,
         verify,
+        unit,
     )
     check_inherited_rates(p, schedule)
     check_attachable(model)
@@ -168,6 +179,9 @@ def add_stochastic_depth(
         refuse_unreadable(model, found, example is not None)
     refuse_doubled(model, chosen)
     check_batch_dims(chosen)
+    if unit == "block":
+        named = p if isinstance(p, Mapping) else ()
+        chosen = join_branches(model, chosen, example, named, inherits=p is None)
     settings.not_taken = reasons_not_taken(model, found, chosen)
     sites = prepare_sites(model, chosen, settings, compute, example)
     branches = [branch for site in sites for branch in site.branches]

@@ -203,6 +203,8 @@ class Plan:
         how = f"{settings.mode} mode"
         if settings.mode == "row":
             how += f", {settings.sampling} sampling"
+        if settings.unit == "block":
+            how += ", one decision a block"
         dims = sorted({branch.facts.dim for branch in self._branches})
         if dims != [0]:
             how += f", batch on dimension {' or '.join(map(str, dims))}"

@@ -9,9 +9,9 @@ from operator import attrgetter
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchdrop.attaching.refusals import refuse_dropped_inside
 from torchdrop.error_pages import see
 from torchdrop.finding.example_calls import Example
-from torchdrop.finding.existing_drops import find_drop_operation
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.finding.split import Split, methods_with_sums
@@ -129,7 +129,7 @@ class _Preparation:
         position = {node: i for i, node in enumerate(block.graph.nodes)}
         entries.sort(key=lambda entry: position[entry[2].add])
         for _, branch, split in entries:
-            _check_not_dropped_inside(owner, block, branch, split)
+            refuse_dropped_inside(owner, block, branch.name, split)
         splits: list[tuple[Split, str]] = []
         states: list[BranchState] = []
         for residual, branch, split in entries:
@@ -216,18 +216,6 @@ class _Preparation:
         if self.settings.rows_per_sample is not None or self.settings.mode == "batch":
             return self.settings.rows_per_sample or 1
         return 1 if self.example is None else self.example.rows_per_sample(branch.source.owner, dim)
-
-
-def _check_not_dropped_inside(owner: str, block: BlockGraph, branch: Branch, split: Split) -> None:
-    """Raise if the forward itself drops samples of the branch at random."""
-    drawn = find_drop_operation(block.graph, split.branch, split.skip)
-    if drawn is not None:
-        raise ValueError(
-            f"the forward of {owner or 'the model'!r} ({type(block.module).__name__}) drops the "
-            f"branch {branch.name} itself ({drawn.name}), and that rate would add to p; set it to "
-            f"0, use a layer like torchdrop.DropPath instead, which torchdrop replaces, or leave "
-            f"the block out with select=" + see("doubled-rates")
-        )
 
 
 def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:

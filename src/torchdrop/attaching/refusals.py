@@ -11,29 +11,35 @@ from torch import nn
 from torchdrop import schedules
 from torchdrop.checks import MODES, check_choice, check_flag
 from torchdrop.error_pages import see
+from torchdrop.finding.existing_drops import find_drop_operation
 from torchdrop.finding.residual import Residual
 from torchdrop.finding.source_code import may_loop_over_branches, source_has_addition
+from torchdrop.finding.split import Split
 from torchdrop.finding.survey import Survey
 from torchdrop.layers.stochastic_depth import StochasticDepth
 from torchdrop.rows.collectives import is_sharded
 from torchdrop.rows.sampling import ROW_SAMPLERS
 from torchdrop.running.branch_state import Settings
 from torchdrop.running.forward_slot import occupant_of
+from torchdrop.tracing.block_graph import BlockGraph
 
 __all__ = [
     "COMPUTES",
     "SCALES",
+    "UNITS",
     "check_attachable",
     "check_batch_dims",
     "check_inherited_rates",
     "check_settings",
     "message_if_nothing_found",
     "refuse_doubled",
+    "refuse_dropped_inside",
     "refuse_unreadable",
 ]
 
 SCALES = ("train", "eval")
 COMPUTES = ("auto", "skip", "mask")
+UNITS = ("branch", "block")
 _DEFAULT_SCHEDULE = "linear"  # as in the signature of add_stochastic_depth
 
 # The advice for a block that cannot be read. It says "the whole block", because a StochasticDepth
@@ -56,6 +62,7 @@ def check_settings(
     select: object,
     rows_per_sample: Any,
     verify: Any,
+    unit: Any,
 ) -> Settings:
     """Check arguments of ``add_stochastic_depth``; return the settings that all branches share.
 
@@ -67,6 +74,7 @@ def check_settings(
     check_choice(sampling, tuple(ROW_SAMPLERS), "sampling")
     check_choice(scale, SCALES, "scale")
     check_choice(compute, COMPUTES, "compute")
+    check_choice(unit, UNITS, "unit")
     if sync_ranks is not None and not isinstance(sync_ranks, bool):
         raise TypeError(f"sync_ranks has to be None, True or False, but got {sync_ranks!r}")
     check_flag(zero_grad, "zero_grad")
@@ -90,6 +98,7 @@ def check_settings(
         zero_grad=zero_grad,
         verify=verify,
         rows_per_sample=rows_per_sample,
+        unit=unit,
     )
 
 
@@ -227,6 +236,25 @@ def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
                     f"which would add to the rate of {branch.name}; set its p to 0, or leave the "
                     f"block out with select=" + see("doubled-rates")
                 )
+
+
+def refuse_dropped_inside(owner: str, block: BlockGraph, name: str, split: Split) -> None:
+    """Raise if a forward drops samples of a branch at random by itself.
+
+    Args:
+        owner: The path of the module that has the forward.
+        block: The forward.
+        name: The name of the branch.
+        split: The sum that adds it.
+    """
+    drawn = find_drop_operation(block.graph, split.branch, split.skip)
+    if drawn is not None:
+        raise ValueError(
+            f"the forward of {owner or 'the model'!r} ({type(block.module).__name__}) drops the "
+            f"branch {name} itself ({drawn.name}), and that rate would add to p; set it to "
+            f"0, use a layer like torchdrop.DropPath instead, which torchdrop replaces, or leave "
+            f"the block out with select=" + see("doubled-rates")
+        )
 
 
 def check_batch_dims(chosen: Sequence[Residual]) -> None:

@@ -20,7 +20,7 @@ from torchdrop.finding.row_layout import (
 from torchdrop.finding.source_code import source_has_addition
 from torchdrop.tracing.call_arguments import flatten_arguments
 
-__all__ = ["find_whole_blocks"]
+__all__ = ["find_whole_blocks", "measure_whole_block"]
 
 
 def find_whole_blocks(
@@ -52,7 +52,7 @@ def find_whole_blocks(
             f"{name}.".startswith(f"{child}.") for child in branches
         )
         candidate = separate and _in_stack(model, name, uses)
-        layer = _whole_block(name, example, batch_dim) if candidate else None
+        layer = measure_whole_block(name, example, batch_dim) if candidate else None
         if layer is None or not source_has_addition(module):
             continue
         branch = Branch(
@@ -77,8 +77,14 @@ def _in_stack(model: nn.Module, name: str, uses: Counter[nn.Module]) -> bool:
     return uses[module] > 1 or (isinstance(container, CONTAINERS) and len(alike) > 1)
 
 
-def _whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlock | None:
-    """Return how a block is dropped as a whole; None if its output does not fit its input."""
+def measure_whole_block(name: str, example: Example, batch_dim: int | None) -> WholeBlock | None:
+    """Return how a block is dropped as a whole; None if its output does not fit its input.
+
+    Args:
+        name: The path of the block.
+        example: What it is called with, for two batch sizes.
+        batch_dim: Which dimension of its input is the batch; None: any.
+    """
     first, larger = example.first, example.larger
     if larger is None or name not in first.returned or name not in larger.returned:
         return None

@@ -177,6 +177,12 @@ class BlockSite(SlotOccupant, ABC):
         finally:
             self.active, self.only_proves = active, False
 
+    def is_watched(self) -> bool:
+        """Whether calls are tested, measured or observed now, or the next one may only generate."""
+        return bool(
+            self.meter is not None or self.only_proves or self._observers or self.settings.generates
+        )
+
     def note_unproved(self, why: str) -> None:
         """Record that a call could not be tested, because of ``why``."""
         for branch in self.branches:

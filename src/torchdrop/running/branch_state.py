@@ -50,6 +50,7 @@ class Settings:
     schedule: str
     sync_ranks: bool | None
     zero_grad: bool
+    unit: str = "branch"
     blocks: int = 0
     verify: bool = True
     rows_per_sample: int | None = None

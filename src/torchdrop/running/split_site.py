@@ -59,7 +59,7 @@ from torchdrop.running.residual_sum import (
 )
 from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
 from torchdrop.running.usual_call import UsualCall, usual_call
-from torchdrop.running.whole_site import WholeSite, run_whole
+from torchdrop.running.whole_site import WholeSite, run_whole, whole_site_of
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.traced_functions import pad_like
 from torchdrop.tracing.unchanged import unchanged
@@ -111,6 +111,8 @@ class SplitSite(BlockSite):
         self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
+        # Why neither is possible.
+        self._refuted: str | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The tensors of the first program, if they are the leading parameters in order, so that a
         # call with only positional tensors need not be bound; else None.
@@ -142,14 +144,14 @@ class SplitSite(BlockSite):
     def snapshot(self) -> dict[str, Any]:
         """Return what a forward pass may change of this site, for :meth:`restore`."""
         programs = list(self.train), list(self.evaluate)
-        return {**super().snapshot(), "programs": programs, "whole": self.whole}
+        return {**super().snapshot(), "programs": programs, "whole": (self.whole, self._refuted)}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to the state in which :meth:`snapshot` was called."""
         super().restore(snapshot)
         self.train[:], self.evaluate[:] = snapshot["programs"]
         self._usual = None
-        self.whole = snapshot["whole"]
+        self.whole, self._refuted = snapshot["whole"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_usual": None}
@@ -167,13 +169,7 @@ class SplitSite(BlockSite):
 
     def is_watched(self) -> bool:
         """Whether calls are tested, measured or observed now, or the next one may only generate."""
-        return bool(
-            self.meter is not None
-            or self.proof is not None
-            or self.only_proves
-            or self._observers
-            or self.settings.generates
-        )
+        return self.proof is not None or super().is_watched()
 
     # Find the program of a call -------------------------------------------------------------
 
@@ -218,6 +214,10 @@ class SplitSite(BlockSite):
         if program.runs_own:
             return self.run_own(args, kwargs)
         if compiling:  # a graph cannot be interrupted inside a try
+            if training and self.whole is not None:
+                return self.whole.call(args, kwargs)
+            if training and self._refuted is not None:
+                raise _unlike_own_forward(self.branches[0].facts, self._refuted)
             return program.forward.function(self.module, self, *tensors)
         try:
             return self._run_program(programs, program, training, args, kwargs, tensors)
@@ -273,7 +273,7 @@ class SplitSite(BlockSite):
                 return self.run_own(args, kwargs) if nested or verdict.out is None else verdict.out
             if verdict.why_unusable:
                 if verdict.whole is None or not training:
-                    raise _unlike_own_forward(self.branches[0].facts, verdict)
+                    raise _unlike_own_forward(self.branches[0].facts, verdict.why_unusable)
                 return run_whole(self, verdict, args, kwargs)
         out = program.forward.function(self.module, self, *tensors)
         proved = kind is None or kind in self.verdicts
@@ -310,6 +310,11 @@ class SplitSite(BlockSite):
         if verdict.why_unusable:
             verdict.whole = whole_block_of(self, args, kwargs, verdict.out)
         self.verdicts[kind] = Verdict(verdict.why_unusable, whole=verdict.whole)
+        if verdict.why_unusable and training:  # a compiled call cannot be tested
+            if verdict.whole is None:
+                self._refuted = verdict.why_unusable
+            else:
+                whole_site_of(self, verdict)
         if not self.only_proves:
             warn_of_masks(self)
         return verdict
@@ -470,10 +475,10 @@ class SplitSite(BlockSite):
         return add_whole(skip, out, branch.facts.gain, branch_first=branch.facts.branch_first)
 
 
-def _unlike_own_forward(facts: BranchFacts, verdict: Verdict) -> Exception:
+def _unlike_own_forward(facts: BranchFacts, why: str) -> Exception:
     return RuntimeError(
         f"the forward that was generated for {facts.block} does not compute what its own forward "
-        f"computes: {verdict.why_unusable}; leave the block out with select=, or wrap the whole "
+        f"computes: {why}; leave the block out with select=, or wrap the whole "
         f"block in torchdrop.StochasticDepth" + see("another-function")
     )
 

@@ -1,7 +1,8 @@
-"""The sums of a split block inside a graph of ``torch.compile``."""
+"""The sums of a block inside a graph of ``torch.compile``."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,14 @@ from torchdrop.rows.in_graph import (
     take_in_graph,
     zero_from,
 )
+from torchdrop.tracing.call_arguments import flatten_arguments
 
 if TYPE_CHECKING:
+    from torchdrop.running.branch_state import BranchState
     from torchdrop.running.split_site import SplitSite
+    from torchdrop.running.whole_site import WholeSite
 
-__all__ = ["join_in_graph", "mask_in_graph"]
+__all__ = ["join_in_graph", "mask_in_graph", "run_whole_in_graph"]
 
 
 def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) -> Tensor:
@@ -42,13 +46,7 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
     bounded = rate.fixed_decision is None and site.settings.sampling != "independent"
     if not bounded or branch.depends or site.runs_on_all_ranks(branch):
         return site.mask(k, skip, site.compute(site.train, k, inputs))
-    group = facts.rows_per_sample
-    if group == 1:
-        size = row_count_in_graph(rate.number, batch, 2)  # one row might be too few for BatchNorm
-    else:
-        samples = row_count_in_graph(rate.number, (batch + group - 1) // group, 1)
-        size = torch.sym_min(batch, samples * group)
-    drawn = draw_in_graph(rate.number, batch, size, skip)
+    drawn = draw_in_graph(rate.number, batch, _computed_rows(branch, batch), skip)
     known = site.train[k // len(site.branches)].row_layouts[k]
     taking = partial(take_in_graph, drawn=drawn)
     layouts = known or [RowLayout(dim, 1)] * len(inputs)
@@ -64,16 +62,66 @@ def join_in_graph(site: SplitSite, k: int, skip: Tensor, inputs: Sequence[Any]) 
 def mask_in_graph(site: SplitSite, k: int, skip: Tensor, out: Tensor) -> Tensor:
     """Return ``skip`` plus ``out``, the output of branch ``k``, masked inside a compiled graph."""
     branch = site.branch(k)
+    facts = branch.facts
+    out = _masked(branch, out, skip)
+    return skip.add_(out) if facts.writes_skip else skip + out
+
+
+def _masked(branch: BranchState, out: Tensor, skip: Tensor) -> Tensor:
+    """Return ``out``, the output of a branch, with zeros in the rows that are dropped."""
     facts, rate = branch.facts, branch.rate
     batch = skip.shape[facts.dim]
     if rate.fixed_decision is None:
         drawn = draw_in_graph(rate.number, batch, batch, skip)
-        out = _weighted(out, drawn.weights.index_select(0, drawn.positions), facts.dim)
-    elif rate.fixed_decision:
-        out = out * facts.gain if facts.gain != 1.0 else out
-    else:
-        out = out * 0.0 if facts.writes_skip else zero_from([out])
-    return skip.add_(out) if facts.writes_skip else skip + out
+        return _weighted(out, drawn.weights.index_select(0, drawn.positions), facts.dim)
+    if rate.fixed_decision:
+        return out * facts.gain if facts.gain != 1.0 else out
+    return out * 0.0 if facts.writes_skip else zero_from([out])
+
+
+def _computed_rows(branch: BranchState, batch: Any) -> Any:
+    """Return how many rows of a batch are computed for a branch."""
+    number, group = branch.rate.number, branch.facts.rows_per_sample
+    if group == 1:
+        return row_count_in_graph(number, batch, 2)  # one row might be too few for BatchNorm
+    samples = row_count_in_graph(number, (batch + group - 1) // group, 1)
+    return torch.sym_min(batch, samples * group)
+
+
+def run_whole_in_graph(
+    site: WholeSite, bound: inspect.BoundArguments, tensors: dict[str, Tensor]
+) -> Any:
+    """Return the output of a block that is dropped as a whole inside a compiled graph.
+
+    Args:
+        site: The site of the block.
+        bound: The arguments of the call.
+        tensors: The tensors in them, by path.
+    """
+    branch, block = site.branches[0], site.block
+    facts, rate, x = branch.facts, branch.rate, tensors[site.block.x]
+    dim, batch = facts.dim, x.shape[facts.dim]
+    if rate.fixed_decision is False:
+        unused = site.unused(facts, x, tuple(tensors.values()))
+        return site.returned(x + zero_from(unused) if unused else x.clone(), block.returns)
+    bounded = rate.fixed_decision is None and site.settings.sampling != "independent"
+    if not bounded or branch.action == "mask" or site.runs_on_all_ranks(branch):
+        out = site.run_block(bound)
+        total = x + _masked(branch, site.sum_in(out) - x, x)
+        return site.returned(total, out)
+    drawn = draw_in_graph(rate.number, batch, _computed_rows(branch, batch), x)
+    taking = partial(take_in_graph, drawn=drawn)
+    some: dict[str, Tensor] = {}
+
+    def cut(path: str, value: Tensor) -> Tensor:
+        some[path] = site.cut(facts, value, taking, block.row_layouts[path], batch)
+        return some[path]
+
+    bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
+    shortcut = some[block.x].clone() if branch.writes_input else some[block.x]
+    out = site.run_block(bound)
+    added = _weighted(site.sum_in(out) - shortcut, drawn.weights, dim)
+    return site.returned(x + scatter_in_graph(added, drawn, dim), out)
 
 
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -1,38 +1,29 @@
-"""The usual call of a block: one like the call before, which needs few checks.
+"""The usual call of a block: one of the form of the call before, which needs few checks.
 
-A site checks much in each call: whether it is observed, compiled, transformed, tested, called with
-a cache, with other constants or under other modes. A training loop calls a block in one way. After
-a call with all checks, :class:`UsualCall` remembers what was checked, and compares the next call
-with it. If nothing differs, :class:`UsualSums` computes the residual sums.
+:class:`UsualCall` runs the generated forward of a split block, with :class:`UsualSums` for its
+residual sums. :class:`UsualWholeCall` runs a block that is dropped as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor
 
-from torchdrop.internals import any_autocast_enabled, classes_in_tree, functorch_transforms_active
 from torchdrop.rows.collectives import has_other_ranks
-from torchdrop.rows.take_and_add import add_whole
-from torchdrop.running.block_site import precision_of
-from torchdrop.running.generation import caches_of
+from torchdrop.rows.sampling import refuse_graph_capture
+from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
+from torchdrop.running.block_site import modifications, precision_of, to_device_of
+from torchdrop.running.call_form import CallForm, form_of
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.residual_sum import sum_on_rows, sum_without_branch
 
 if TYPE_CHECKING:
     from torchdrop.running.split_site import SplitSite
+    from torchdrop.running.whole_site import WholeSite
 
-__all__ = ["UsualCall", "UsualSums", "usual_call"]
-
-_CONSTANTS = (type(None), bool, int, float, str)
-
-# Stands in the list of forms for an argument that is a tensor.
-_A_TENSOR = object()
+__all__ = ["UsualCall", "UsualSums", "UsualWholeCall", "usual_call", "usual_whole_call"]
 
 
 def usual_call(
@@ -51,68 +42,28 @@ def usual_call(
         args: The positional arguments of the call.
         kwargs: Its keyword arguments.
     """
-    parameters = list(site.__signature__.parameters.values())[len(args) :]
-    defaults = (p.default for p in parameters if p.name not in kwargs)
-    if not all(type(value) in _CONSTANTS or value is Parameter.empty for value in defaults):
-        return None  # a default that may be changed, such as a dict
-    if caches_of(site, args, kwargs):
-        return None  # whether such a call only generates depends on more than is compared
-    found: list[Any] = []
-    forms: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        items = value if type(value) is tuple else (value,)
-        if all(type(item) is Tensor for item in items):
-            found += items
-            forms.append(len(items) if items is value else _A_TENSOR)
-        elif type(value) in _CONSTANTS:
-            forms.append(_Constant(value))
-        else:
-            return None
-    places = {id(tensor): i for i, tensor in enumerate(found)}
-    if len(places) != len(found) or not all(id(t) in places for t in tensors):
-        return None  # one tensor is two arguments, or one is made of the arguments
-    order = [places[id(tensor)] for tensor in tensors]
-    return UsualCall(program, tuple(kwargs), forms, found, order, site.module)
-
-
-class _Constant:
-    """The form of an argument that is not a tensor: its value."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    form = form_of(site, args, kwargs)
+    if form is None:
+        return None
+    places = {id(tensor): i for i, tensor in enumerate(form[1])}
+    if not all(id(t) in places for t in tensors):
+        return None  # one is made of the arguments
+    return UsualCall(program, form[0], [places[id(tensor)] for tensor in tensors])
 
 
 class UsualCall:
-    """The properties of a call that passed all checks, with which later calls are compared.
-
-    :func:`usual_call` makes it.
+    """A call that passed all checks, with which later calls are compared.
 
     Args:
         program: The program that ran.
-        names: The names of the keyword arguments.
-        forms: What each argument is: ``_A_TENSOR``, the length of a tuple of tensors, or a
-            :class:`_Constant`.
-        tensors: The tensors in the arguments.
-        order: Which of them the program takes.
-        block: The block.
+        form: The form of the call.
+        order: Which of the tensors in the arguments the program takes.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        names: tuple[str, ...],
-        forms: list[Any],
-        tensors: list[Tensor],
-        order: list[int],
-        block: nn.Module,
-    ) -> None:
+    def __init__(self, program: Program, form: CallForm, order: list[int]) -> None:
         self.program = program
-        self._names = names
-        self._forms = forms
-        self._kinds = [(t.shape, t.dtype, t.device) for t in tensors]
-        self._order = order if order != list(range(len(tensors))) else None
-        self._autocast = _autocast()
-        self._ranks = _ranks(block)
+        self._form = form
+        self._order = order if order != list(range(len(order))) else None
         self._sums: UsualSums | None = None
 
     def run(self, site: SplitSite, tensors: list[Any]) -> Any:
@@ -120,7 +71,7 @@ class UsualCall:
         sums = self._sums
         if sums is None or sums.site is not site:  # a replica of the block has a site of its own
             sums = self._sums = UsualSums(
-                site, self.program, self._autocast is not None, alone=not has_other_ranks()
+                site, self.program, self._form.autocast, alone=not has_other_ranks()
             )
         return self.program.forward.function(site.module, sums, *tensors)
 
@@ -128,34 +79,9 @@ class UsualCall:
         self, site: SplitSite, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any] | None:
         """Return the arguments of the program; None if this call differs from that before."""
-        if (
-            site.is_watched()
-            or functorch_transforms_active()
-            or _autocast() != self._autocast
-            or _ranks(site.module) != self._ranks
-            or tuple(kwargs) != self._names
-            or len(args) + len(kwargs) != len(self._forms)
-        ):
+        found = self._form.tensors_of(site, args, kwargs)
+        if found is None:
             return None
-        found: list[Any] = []
-        for value, form in zip((*args, *kwargs.values()), self._forms, strict=True):
-            if form is _A_TENSOR:
-                found.append(value)
-            elif type(form) is int:
-                if type(value) is not tuple or len(value) != form:
-                    return None
-                found += value
-            elif type(value) is not type(form.value) or value != form.value:
-                return None
-        for value, (shape, dtype, device) in zip(found, self._kinds, strict=True):
-            if (
-                type(value) is not Tensor
-                or value.is_nested
-                or value.shape != shape
-                or value.dtype is not dtype
-                or value.device != device
-            ):
-                return None
         tensors = found if self._order is None else [found[i] for i in self._order]
         program = self.program
         try:
@@ -166,23 +92,6 @@ class UsualCall:
         except MismatchError:
             return None
         return tensors
-
-
-def _autocast() -> tuple[bool, bool] | None:
-    """Return on which of the usual devices autocast is enabled; None if it is on no device."""
-    if not any_autocast_enabled():
-        return None
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-def _ranks(block: nn.Module) -> tuple[Any, ...] | None:
-    """Return the number of ranks and the classes in ``block``; None without a process group.
-
-    They decide which branches every rank has to run.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.get_world_size(), classes_in_tree(block)
 
 
 class UsualSums:
@@ -230,3 +139,108 @@ class UsualSums:
         precision = precision_of(skip) if self._autocast else (skip.dtype, None)
         branch.dtypes[precision] = total.dtype
         return total
+
+
+def usual_whole_call(
+    site: WholeSite, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> UsualWholeCall | None:
+    """Return what is remembered of a call of a block that is dropped as a whole.
+
+    Args:
+        site: The site of the block.
+        tensors: The tensors in the arguments, by path.
+        args: The positional arguments of the call.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        None if nothing is remembered.
+    """
+    branch, facts = site.branches[0], site.branches[0].facts
+    x = tensors[site.block.x]
+    rare = (
+        branch.action == "mask"
+        or branch.writes_input
+        or facts.has_batch_norm  # a single row may need a second one
+        or branch.normalises
+        or not branch.dtypes  # the first sum is checked
+        or site.runs_on_all_ranks(branch)
+    )
+    form = None if rare else form_of(site, args, kwargs)
+    if form is None:
+        return None
+    batch = x.shape[facts.dim]
+    dims: list[int | None] = []
+    paths = {id(tensor): path for path, tensor in tensors.items()}
+    for tensor in form[1]:
+        path = paths.get(id(tensor))
+        if path is None:
+            return None  # it is in a container that is not looked into
+        layout = site.block.row_layouts[path]
+        if layout is None or (tensor.dim() > layout.dim and tensor.shape[layout.dim] == 1 < batch):
+            dims.append(None)
+        elif layout.entries > 1:
+            return None
+        elif tensor.dim() > layout.dim and tensor.shape[layout.dim] == batch:
+            dims.append(layout.dim)
+        elif layout.entries:
+            return None  # the call raises
+        else:
+            dims.append(None)
+    place = next(i for i, tensor in enumerate(form[1]) if tensor is x)
+    return UsualWholeCall(form[0], dims, place)
+
+
+class UsualWholeCall:
+    """A call of a block that is dropped as a whole; later calls are compared with it.
+
+    Args:
+        form: The form of the call.
+        dims: For each tensor in the arguments, the dimension of its rows; None if it has no rows.
+        place: Which of these tensors is the input of the residual.
+    """
+
+    def __init__(self, form: CallForm, dims: list[int | None], place: int) -> None:
+        self._form, self._dims, self._place = form, dims, place
+        self._alone = not has_other_ranks()
+
+    def tensors_of(
+        self, site: WholeSite, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any] | None:
+        """Return the tensors in the arguments; None if this call differs from that before."""
+        usual = site.branches[0].action != "mask" and bool(site.branches[0].dtypes)
+        return self._form.tensors_of(site, args, kwargs) if usual else None
+
+    def run(
+        self, site: WholeSite, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the block on the kept rows of what :meth:`tensors_of` returned."""
+        branch = site.branches[0]
+        dim, x = branch.facts.dim, tensors[self._place]
+        refuse_graph_capture(x)
+        rows, kept = site.decide(branch, x.shape[dim], alone=self._alone)
+        if rows is False:
+            out, total = site.block.returns, site.without_block(x, tuple(tensors), args, kwargs)
+        else:
+            # read before the block runs, because code in the block may set another rate
+            gain = branch.rate.gain_in_training()
+            if rows is True:
+                out = site.run_own(args, kwargs)
+                total = site.blended(x, site.sum_in(out), gain)
+            else:
+                on_device = to_device_of(rows[:kept], x)
+                skip, mine = skip_and_rows(x, on_device, dim)
+                some = [
+                    mine
+                    if i == self._place
+                    else (value if d is None else take(value, on_device, d))
+                    for i, (value, d) in enumerate(zip(tensors, self._dims, strict=True))
+                ]
+                given, named = self._form.with_tensors(some, args, kwargs)
+                version = modifications(mine)
+                out = site.run_own(tuple(given), named)
+                if modifications(mine) != version:
+                    raise site.writes_input()
+                total = add_rows(skip, site.sum_in(out) - mine, on_device, gain, dim)
+            precision = precision_of(x) if self._form.autocast else (x.dtype, None)
+            branch.dtypes[precision] = total.dtype
+        return site.returned(total, out)

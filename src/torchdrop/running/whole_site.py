@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchdrop.error_pages import see
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout
+from torchdrop.internals import functorch_transforms_active
 from torchdrop.rows.in_graph import mark_uncompiled
-from torchdrop.rows.take_and_add import add_rows, take
+from torchdrop.rows.take_and_add import add_rows, skip_and_rows, take
 from torchdrop.running.block_site import (
     BlockSite,
     drop_spare_row,
@@ -34,12 +35,14 @@ from torchdrop.running.proof import (
     warn_of_masks,
     why_impossible,
 )
+from torchdrop.running.sums_in_graph import run_whole_in_graph
+from torchdrop.running.usual_call import UsualWholeCall, usual_whole_call
 from torchdrop.tracing.call_arguments import flatten_arguments
 
 if TYPE_CHECKING:
     from torchdrop.running.split_site import SplitSite
 
-__all__ = ["WholeSite", "run_whole"]
+__all__ = ["WholeSite", "run_whole", "whole_site_of"]
 
 
 class WholeSite(BlockSite):
@@ -52,6 +55,9 @@ class WholeSite(BlockSite):
         block: Which argument and which output of the block are x and the sum.
     """
 
+    # The last call in training that passed all checks. The next call is compared with it.
+    _usual: UsualWholeCall | None = None
+
     def __init__(
         self, module: nn.Module, settings: Settings, branch: BranchState, block: WholeBlock
     ) -> None:
@@ -62,24 +68,42 @@ class WholeSite(BlockSite):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on the kept rows if anything is dropped or scaled, else on all rows."""
-        module = self.module
-        training = module.training
+        training = self.module.training
         scaled = self.settings.scale == "eval" and not training
         if self.meter is not None:
             return self._metered(self.meter, args, kwargs)
         if not self.active or not (training or scaled):
             return self.run_own(args, kwargs)
-        if only_fills_cache(self, args, kwargs, training):
-            return self.run_own(args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # a compiler would compile anew for each new object
+            usual = self._usual
+            if usual is not None and training:
+                found = usual.tensors_of(self, args, kwargs)
+                if found is not None:
+                    return usual.run(self, found, args, kwargs)
+            if only_fills_cache(self, args, kwargs, training):
+                return self.run_own(args, kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         tensors = self._tensors_of(bound)
-        x = tensors[self.block.x]
-        branch = self.branches[0]
-        if self.settings.verify and training and not torch.compiler.is_compiling():
+        if compiling and training and self.settings.mode == "row":
+            return run_whole_in_graph(self, bound, tensors)
+        if self.settings.verify and training and not compiling:
             self._prove(bound, tensors)
         if self.only_proves:
             return self.run_block(bound)
+        total, out = self._sum(bound, tensors, scaled)
+        if training and not (compiling or self.is_watched() or functorch_transforms_active()):
+            proved = not self.settings.verify or self._kind_of(tensors) in self.verdicts
+            known = proved and not self._masks_assumed(tensors)
+            self._usual = usual_whole_call(self, tensors, args, kwargs) if known else None
+        return self.returned(total, out)
+
+    def _sum(
+        self, bound: inspect.BoundArguments, tensors: dict[str, Tensor], scaled: bool
+    ) -> tuple[Tensor, Any]:
+        """Return the sum, and the output of the block on the rows that were computed."""
+        x, branch = tensors[self.block.x], self.branches[0]
         rows: Any
         if scaled:
             rows, gain = branch.rate.p < 1.0, 1.0 - branch.rate.p
@@ -89,21 +113,44 @@ class WholeSite(BlockSite):
             # computed before the block runs, because code in the block may set another rate
             gain = 0.0 if rows is False else branch.rate.gain_in_training()
         masked = branch.action == "mask" or self.runs_on_all_ranks(branch)
-        if self._assumed and not self.settings.verify and self._assumed & tensors.keys():
+        if self._masks_assumed(tensors):
             branch.note(f"in calls with {', '.join(self._assumed)}: masked, use verify=True")
             masked = True
         if rows is False and not masked:
-            out, total = self.block.returns, self._without_block(bound, x, tuple(tensors.values()))
+            given = tuple(tensors.values())
+            out, total = self.block.returns, self.without_block(x, given, bound.args, bound.kwargs)
         else:
             if masked or isinstance(rows, bool):
                 out = self._run_on_all(bound, x)
-                total = self._blended(x, self.sum_in(out), rows, gain)
+                total = self._masked(x, self.sum_in(out), rows, gain)
             else:
                 out, total = self._run_on(rows, bound, x, gain)
             branch.dtypes[precision_of(x)] = total.dtype
         if self._observers:
             self._report(0, x, total, rows)
-        return self._returned(total, out)
+        return total, out
+
+    def _masks_assumed(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether a call is masked, because no test shows how its tensors carry the rows."""
+        return (
+            bool(self._assumed)
+            and not self.settings.verify
+            and bool(self._assumed & tensors.keys())
+        )
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to the state in which :meth:`snapshot` was called."""
+        super().restore(snapshot)
+        self._usual = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_usual": None}
+
+    def for_copy(self, module: nn.Module) -> Self:
+        """Return a site for ``module``, a replica of the block, that shares all state."""
+        twin = super().for_copy(module)
+        twin._usual = None
+        return twin
 
     def _metered(
         self, meter: Callable[[], int], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -116,9 +163,7 @@ class WholeSite(BlockSite):
 
     def _prove(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> None:
         """Test the block on this call, if no call of its kind was tested before."""
-        facts = self.branches[0].facts
-        values = list(tensors.values())
-        kind = kind_of_call(0, values, facts.dim, self.settings.rows_per_sample or 1)
+        values, kind = list(tensors.values()), self._kind_of(tensors)
         if kind in self.verdicts:
             return
         why = why_impossible(self, values)
@@ -129,6 +174,10 @@ class WholeSite(BlockSite):
         self.verdicts[kind] = Verdict()
         if not self.only_proves:
             warn_of_masks(self)
+
+    def _kind_of(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+        dim, group = self.branches[0].facts.dim, self.settings.rows_per_sample or 1
+        return kind_of_call(0, list(tensors.values()), dim, group)
 
     def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """Return the tensors among the arguments.
@@ -151,12 +200,19 @@ class WholeSite(BlockSite):
             self._assumed.add(path)
         return tensors
 
-    def _without_block(
-        self, bound: inspect.BoundArguments, x: Tensor, given: tuple[Tensor, ...]
+    def without_block(
+        self, x: Tensor, given: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Return ``x`` alone, in the dtype that the sum would have."""
+        """Return ``x`` alone, in the dtype that the sum would have.
+
+        Args:
+            x: The input of the residual.
+            given: All tensors in the arguments.
+            args: The positional arguments of the call.
+            kwargs: Its keyword arguments.
+        """
         branch = self.branches[0]
-        dtype = self.dtype_of(branch, x, given, lambda: self.sum_in(self.run_block(bound)))
+        dtype = self.dtype_of(branch, x, given, lambda: self.sum_in(self.run_own(args, kwargs)))
         return self.dropped(branch.facts, x, given, dtype)
 
     def _run_on_all(self, bound: inspect.BoundArguments, x: Tensor) -> Any:
@@ -171,10 +227,10 @@ class WholeSite(BlockSite):
         version = modifications(x)
         out = self.run_block(bound)
         if modifications(x) != version:
-            raise self._writes_input()
+            raise self.writes_input()
         return out
 
-    def _writes_input(self) -> Exception:
+    def writes_input(self) -> Exception:
         """Return the error for a block that writes into its input."""
         return RuntimeError(
             f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input, "
@@ -182,15 +238,31 @@ class WholeSite(BlockSite):
             + see("cannot-be-skipped")
         )
 
-    def _blended(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
-        """Return ``x + gain * (y - x)`` in the kept rows and ``x`` in the others."""
-        if rows is not False and gain != 1.0:
-            y = x + gain * (y - x)
-        if rows is True:
+    @staticmethod
+    def blended(x: Tensor, y: Tensor, gain: float) -> Tensor:
+        """Return ``x + gain * (y - x)``; ``y`` itself if the gain is 1."""
+        if gain == 1.0:
             return y
+        return torch.lerp(x, y, gain) if x.dtype == y.dtype else x + gain * (y - x)
+
+    def _masked(self, x: Tensor, y: Tensor, rows: Any, gain: float) -> Tensor:
+        """Return ``x + gain * (y - x)`` in the kept rows and ``x`` in the others."""
+        self.check_shape(x, y)
+        if rows is True:
+            return self.blended(x, y, gain)
         none = torch.empty(0, dtype=torch.long, device="cpu")
         dim = self.branches[0].facts.dim
+        y = y if rows is False else self.blended(x, y, gain)
         return torch.where(_mask_of(none if rows is False else rows, x, dim), y, x)
+
+    def check_shape(self, x: Tensor, y: Tensor) -> None:
+        """Raise unless the sum of the block has the shape of its input."""
+        if x.shape != y.shape:
+            raise RuntimeError(
+                f"{self.branches[0].facts.name} is dropped as a whole, so its output has to have "
+                f"the shape of its input, but got {tuple(y.shape)} for {tuple(x.shape)}; use "
+                f"unit='branch', or leave the block out with select=" + see("whole-blocks")
+            )
 
     def _run_on(
         self, rows: Tensor, bound: inspect.BoundArguments, x: Tensor, gain: float
@@ -200,24 +272,30 @@ class WholeSite(BlockSite):
         computed = self.rows_to_compute(self.branches[0], rows, x)
         on_device = to_device_of(computed, x)
         taking = partial(take, rows=on_device)
+        writes = self.branches[0].writes_input
+        skip, mine = (x, None) if writes else skip_and_rows(x, on_device, facts.dim)
         some: dict[str, Tensor] = {}
 
         def cut(path: str, value: Tensor) -> Tensor:
-            layout = self.block.row_layouts[path]
-            some[path] = self.cut(facts, value, taking, layout, x.shape[facts.dim])
+            if mine is not None and path == self.block.x:
+                some[path] = mine
+            else:
+                layout = self.block.row_layouts[path]
+                some[path] = self.cut(facts, value, taking, layout, x.shape[facts.dim])
             return some[path]
 
         bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
-        mine = some[self.block.x]
-        shortcut = mine.clone() if self.branches[0].writes_input else mine
-        version = modifications(mine)
+        given = some[self.block.x]
+        shortcut = given.clone() if writes else given
+        version = modifications(given)
         out = self.run_block(bound)
-        if shortcut is mine and modifications(mine) != version:
-            raise self._writes_input()
+        if not writes and modifications(given) != version:
+            raise self.writes_input()
+        self.check_shape(shortcut, self.sum_in(out))
         added = self.sum_in(out) - shortcut
         if computed is not rows:
             added, on_device = drop_spare_row(added, computed, rows, facts.dim)
-        return out, add_rows(x, added, on_device, gain, facts.dim)
+        return out, add_rows(skip, added, on_device, gain, facts.dim)
 
     def run_block(self, bound: inspect.BoundArguments) -> Any:
         """Run the block's own forward."""
@@ -228,12 +306,28 @@ class WholeSite(BlockSite):
         found: Tensor = out if self.block.sum_item == "" else out[int(self.block.sum_item)]
         return found
 
-    def _returned(self, total: Tensor, out: Any) -> Any:
+    def returned(self, total: Tensor, out: Any) -> Any:
         """Return ``out``, an output of the block, with ``total`` as its sum."""
         if self.block.sum_item == "":
             return total
         place = int(self.block.sum_item)
         return type(out)([*out[:place], total, *out[place + 1 :]])
+
+
+def whole_site_of(site: SplitSite, verdict: Verdict) -> WholeSite:
+    """Return the site that drops the block of ``site`` as a whole; the plan says so from now on.
+
+    Args:
+        site: The site, whose generated forward computes another result than the block's own.
+        verdict: The verdict that says so, and how to drop the block as a whole.
+    """
+    assert verdict.whole is not None
+    if site.whole is None:
+        for branch in site.branches:
+            branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.why_unusable}"
+        site.whole = WholeSite(site.module, site.settings, site.branches[0], verdict.whole)
+        site.whole.active = True
+    return site.whole
 
 
 def run_whole(
@@ -247,14 +341,9 @@ def run_whole(
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
-    first, block = site.branches[0], verdict.whole
-    assert block is not None
-    if site.whole is None:
-        for branch in site.branches:
-            branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.why_unusable}"
-        site.whole = WholeSite(site.module, site.settings, first, block)
-    whole = site.whole
-    whole.block, whole.active = block, True
+    first, whole = site.branches[0], whole_site_of(site, verdict)
+    assert verdict.whole is not None
+    whole.block = verdict.whole
     whole._observers = site._observers
     seen = first.counts.rows_seen, first.counts.rows_dropped
     out = whole(*args, **kwargs)

@@ -96,16 +96,20 @@ TABLE: tuple[Operation, ...] = (
     # Shapes: other views of the same entries, parts of them, and parts put together.
     Operation(("getitem",), linear=True, view=True, on_numbers=True),
     Operation(
+        ("view", "reshape", "view_as", "squeeze", "unsqueeze"),
+        linear=True, view=True, keeps_order=True,
+    ),
+    Operation(
         (
-            "view", "reshape", "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis",
-            "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "narrow", "select",
+            "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "expand", "expand_as",
+            "narrow", "select",
         ),
         linear=True, view=True,
     ),
     Operation(("chunk", "split"), linear=True, view=True, returns_tuple=True),
     Operation(
         ("flatten", "unflatten"), layers=(nn.Flatten, nn.Unflatten), linear=True, view=True,
-        moves_dims=True,
+        moves_dims=True, keeps_order=True,
     ),
     Operation(("unbind",), view=True, returns_tuple=True),
     Operation(("cat", "concat", "concatenate"), linear=True, concatenates=True),
@@ -134,7 +138,7 @@ TABLE: tuple[Operation, ...] = (
     Operation(("detach", ), linear=True, view=True),
     Operation(
         ("to", "type_as", "float", "half", "bfloat16", "double"),
-        linear=True, view=True, keeps_layout=True,
+        linear=True, view=True, keeps_layout=True, keeps_order=True,
     ),
     Operation(("_assert",), linear=True),
     Operation(functions=(passed_through,), linear=True, view=True),
