@@ -2,6 +2,7 @@
 
     python benchmarks/host.py --json benchmarks/results/host.json
     python benchmarks/host.py --network vit --row uniform --processes 1
+    python benchmarks/host.py --network vit --shapes
 
 The networks are so small that arithmetic takes no time worth mentioning: a step takes as long as
 the host needs to launch it. In each round every contestant runs one forward and one backward pass,
@@ -170,6 +171,26 @@ def dispatches(step: Callable[[], None]) -> int:
     return sum(event.name().startswith("aten::") for event in events) / steps
 
 
+def count_shapes(network: str, row: str, steps: int = 1000) -> dict[str, int]:
+    """Return how many shapes of inputs a forward has in many steps: all, and most of one layer.
+
+    cuDNN, cuBLAS and oneDNN plan anew for each new shape.
+    """
+    model, x = build(network, row).train(), NETWORKS[network].inputs()
+    found: dict[str, set[Any]] = {}
+    for name, module in model.named_modules():
+        if not list(module.children()) and list(module.parameters()):
+
+            def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                found.setdefault(name, set()).add(tuple(args[0].shape))
+
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        for _ in range(steps):
+            model(x)
+    return {"all": len(set().union(*found.values())), "of one layer": max(map(len, found.values()))}
+
+
 def measure(network: str, rows: Iterable[str], variant: str, rounds: int) -> dict[str, Any]:
     """Return the times of all contestants in one process, in microseconds."""
     torch.set_num_threads(1)
@@ -275,8 +296,15 @@ def main() -> None:
     parser.add_argument("--row", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--shapes", action="store_true", help="count shapes instead of time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.shapes:
+        torch.set_num_threads(1)
+        for network in args.network:
+            for row in ("dense", *args.row):
+                print(network, row, count_shapes(network, row), flush=True)
+        return
     figures: dict[str, Any] = {}
     header = ("", "T", "forward", "backward", "us", "x DropPath", "least", "most", "dispatches")
     for network in args.network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,11 @@ import torchdrop
 from torchdrop.running import whole_site
 
 WIDTH = 6
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew() -> None:
+    torch._dynamo.reset()  # the tests share the forward of Net, which may be compiled eight times
 
 
 class Block(nn.Module):
@@ -452,7 +457,7 @@ def test_inherited_rates_have_to_be_equal_in_a_block() -> None:
     model(x)
     assert set(plan.observed().values()) == {0.1}  # nothing is dropped by the layers in addition
     unequal = net(UnequallyMasking)
-    with pytest.raises(ValueError, match=r"different ones: blocks.0:attention 0.1, blocks.0:mlp"):
+    with pytest.raises(ValueError, match=r"different ones .*blocks.0:attention 0.1, blocks"):
         torchdrop.add_stochastic_depth(unequal, None, unit="block")
     assert not torchdrop.has_stochastic_depth(unequal)
 
@@ -473,3 +478,262 @@ def test_a_block_of_another_shape_is_refused_in_the_call() -> None:
     torchdrop.add_stochastic_depth(model, 0.5, unit="block", schedule="uniform")
     with pytest.raises(RuntimeError, match="has to have the shape of its input"):
         model(rows())
+
+
+# --- calls that differ from what was read or tested ----------------------------------------------
+
+
+class Optional(Block):
+    """An argument and an attribute decide whether the sums are normalised."""
+
+    post = False
+
+    def forward(self, x: Tensor, post: bool = False) -> Tensor:
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return self.norm1(x) if post or self.post else x
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+def test_a_call_of_another_kind_is_read_again(warm: int) -> None:
+    class Scaled(Block):
+        scale = 1.0
+
+        def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+            x = x + self.first(x) * factor
+            return x + self.second(x) * self.scale
+
+    model, dense = net(Scaled), net(Scaled)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, unit="block", schedule="uniform")
+    for _ in range(warm):
+        check_against_masks(model, plan, dense, 0.5)
+    for given in ({"factor": 2.0}, {}, {"factor": 3.0}):
+        for _ in range(2):
+            check_against_masks(model, plan, dense, 0.5, **given)
+    for block in (*model.blocks, *dense.blocks):
+        block.scale = 0.5
+    check_against_masks(model, plan, dense, 0.5)
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+@pytest.mark.parametrize("by", ["argument", "attribute"])
+def test_a_call_that_normalises_the_sums_is_refused(by: str, warm: int) -> None:
+    model = net(Optional)
+    torchdrop.add_stochastic_depth(model, 0.5, unit="block")
+    for _ in range(warm):
+        model(rows())
+    if by == "attribute":
+        model.blocks[0].post = True
+    given = {"post": True} if by == "argument" else {}
+    with pytest.raises(RuntimeError, match=r"post.*cannot be dropped together: the block applies"):
+        model(rows(), **given)
+    by_example = torchdrop.add_stochastic_depth(
+        net(Optional), 0.5, unit="block", example_inputs={"x": rows(), "post": True}
+    )
+    assert "dropped by branch, not by block" in by_example.blocks[0].reason
+
+
+class Memory(Block):
+    """Gets a table that does not carry the batch."""
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = x + self.attention((self.norm1(x) @ table.T).softmax(-1) @ table)
+        return x + self.second(x)
+
+
+# In an eager call with as many rows as the table has, the test finds dependent rows.
+@pytest.mark.filterwarnings("ignore:.*its rows depend on each other")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("warm", [None, 4, 8])
+def test_a_table_as_long_as_the_batch_is_not_cut_in_a_graph(warm: int | None, verify: bool) -> None:
+    model, dense = net(Memory), net(Memory)
+    table = torch.randn(4, WIDTH, dtype=torch.double)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, unit="block", schedule="uniform", verify=verify
+    )
+    if warm is not None:
+        model(rows(warm), table=table)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = rows(4)
+    out = compiled(x, table=table)
+    kept = plan.last_kept()
+    torch.testing.assert_close(out, with_dropped_rows(dense, x, kept, 0.5, table=table))
+
+
+@pytest.mark.parametrize("sampling", ["exact", "independent"])
+@pytest.mark.parametrize("compute", ["auto", "mask"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_sums_in_place_in_a_graph(warm: bool, compute: str, sampling: str) -> None:
+    model, dense = net(InPlace), net(InPlace)
+    plan = torchdrop.add_stochastic_depth(
+        model, 0.5, unit="block", schedule="uniform", compute=compute, sampling=sampling
+    )
+    if warm:
+        check_against_masks(model, plan, dense, 0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = rows()
+    out = compiled(x)
+    torch.testing.assert_close(out, with_dropped_rows(dense, x, plan.last_kept(), 0.5))
+
+
+class InPlaceWithoutGradients(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            x = x + self.attention(torch.tanh(x))
+            return x + self.mlp(torch.tanh(x))
+        x += self.attention(torch.tanh(x))
+        return x.add_(self.mlp(torch.tanh(x)))
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_a_block_that_writes_into_its_input_only_without_gradients(mode: str) -> None:
+    model, dense = net(InPlaceWithoutGradients), net(InPlaceWithoutGradients)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, unit="block", schedule="uniform", mode=mode)
+    for grad in (True, True, False, False, False, True, True):
+        with torch.set_grad_enabled(grad):
+            x = rows()
+            out = model(x.clone())
+            torch.testing.assert_close(out, with_dropped_rows(dense, x, plan.last_kept(), 0.5))
+
+
+@pytest.mark.filterwarnings("ignore:.*it writes into its argument")
+def test_writes_into_other_arguments_reach_all_rows() -> None:
+    class Writing(Block):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            mask.add_(1.0)
+            x = x + self.first(x)
+            return x + self.second(x)
+
+    model = net(Writing)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, unit="block", schedule="uniform")
+    mask = torch.zeros(8, dtype=torch.double)
+    for times in (3.0, 6.0):
+        model(rows(), mask=mask)
+        assert torch.equal(mask, torch.full_like(mask, times))
+    assert "it writes into its argument mask" in plan.blocks[0].reason
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_constants_in_the_output_are_those_of_the_call(kind: type, example: bool) -> None:
+    class Returning(Block):
+        def forward(self, x: Tensor, need: bool = False) -> Any:
+            x = x + self.first(x)
+            return kind([x + self.second(x), need])
+
+    block = Returning().double()
+    inputs = (rows(),) if example else None
+    plan = torchdrop.add_stochastic_depth(
+        nn.Sequential(block), 0.5, unit="block", mode="batch", select=lambda r: True,
+        example_inputs=inputs,
+    )  # fmt: skip
+    assert plan.blocks[0].action == "layer"
+    for need in (True, False, True, False):
+        for _ in range(8):
+            out = block(rows(), need=need)
+            assert type(out) is kind
+            assert out[1] is need
+
+
+def test_further_tensors_in_the_output_of_a_call_are_refused() -> None:
+    class Weighing(Block):
+        def forward(self, x: Tensor, weights: Tensor | None = None) -> Any:
+            x = x + self.first(x)
+            return x + self.second(x), weights
+
+    block = Weighing().double()
+    torchdrop.add_stochastic_depth(nn.Sequential(block), 0.5, unit="block", select=lambda r: True)
+    block(rows())
+    with pytest.raises(RuntimeError, match="cannot be dropped together: it returns several tens"):
+        block(rows(), torch.ones(8, 3))
+
+
+class Flattening(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return (x + self.second(x)).flatten(1)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_another_shape_is_refused_whatever_is_dropped(mode: str) -> None:
+    for seed in range(4):
+        model = nn.Sequential(Flattening(), nn.Unflatten(1, (3, WIDTH)), Flattening()).double()
+        torchdrop.add_stochastic_depth(model, 0.9, unit="block", mode=mode, schedule="uniform")
+        torch.manual_seed(seed)
+        with pytest.raises(RuntimeError, match="has to have the shape of its input"):
+            model(rows())
+
+
+def test_another_shape_is_an_error_in_a_graph() -> None:
+    model = nn.Sequential(Flattening(), nn.Unflatten(1, (3, WIDTH)), Flattening()).double()
+    torchdrop.add_stochastic_depth(model, 0.5, unit="block", verify=False)
+    with pytest.raises(Exception, match="has to have the shape of its input"):
+        torch.compile(model, fullgraph=True, backend="eager")(rows())
+
+
+class Casting(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.double()
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+class Pair(NamedTuple):
+    out: Tensor
+
+
+class Named(Block):
+    def forward(self, x: Tensor) -> Pair:
+        x = x + self.first(x)
+        return Pair(x + self.second(x))
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Casting, "applies double"), (Named, "returns a Pair")])
+def test_casts_and_other_outputs_stay_by_branch(kind: type, why: str) -> None:
+    model = nn.Sequential(kind(), kind()).double()
+    plan = torchdrop.add_stochastic_depth(model, 0.5, unit="block")
+    assert why in plan.blocks[0].reason
+    assert len(plan.blocks[0].branches) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_number_as_a_tensor_has_no_rows(compiled: bool) -> None:
+    model, dense = net(WithMask), net(WithMask)
+    plan = torchdrop.add_stochastic_depth(model, 0.5, unit="block", schedule="uniform")
+    run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    number, x = torch.tensor(2.0, dtype=torch.double), rows()
+    out = run(x, mask=number)
+    torch.testing.assert_close(out, with_dropped_rows(dense, x, plan.last_kept(), 0.5, mask=number))
+    assert plan.blocks[0].action == "layer"
+
+
+def test_the_papers_scale_compiles_in_evaluation() -> None:
+    model, dense = net(), net()
+    torchdrop.add_stochastic_depth(model, 0.25, unit="block", schedule="uniform", scale="eval")
+    x = rows()
+    wanted = x
+    for block in dense.blocks:
+        wanted = wanted + 0.75 * (block(wanted) - wanted)
+    model.eval()
+    torch.testing.assert_close(model(x), wanted)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), wanted)
+
+
+class Unscaled(Masking):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop1.scale_by_keep = self.drop2.scale_by_keep = False
+
+
+class HalfScaled(Masking):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop1.scale_by_keep = False
+
+
+def test_masking_layers_that_do_not_scale() -> None:
+    plan = torchdrop.add_stochastic_depth(net(Unscaled), 0.5, unit="block")
+    assert "kept rows are not divided by 1-p" in plan.blocks[0].reason
+    with pytest.raises(ValueError, match="have scale_by_keep=False, and others do not"):
+        torchdrop.add_stochastic_depth(net(HalfScaled), 0.5, unit="block")

@@ -117,7 +117,7 @@ def test_facts_do_not_change() -> None:
 def test_the_gain_in_training_follows_the_scale(scale: str, gain: float) -> None:
     state = BranchState(facts(scale=scale), "skip", "")
     state.rate.set(0.5)
-    assert state.rate.gain_in_training() == gain
+    assert state.rate.gain == gain
 
 
 @pytest.mark.parametrize(("p", "always"), [(0.0, True), (0.5, None), (1.0, False)])

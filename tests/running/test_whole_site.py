@@ -431,3 +431,12 @@ def test_a_block_that_is_dropped_whole_trains_pauses_and_is_removed() -> None:
         assert_same(model(x), Setting.forward(model[1], Setting.forward(model[0], x)))
     assert len(plan.last_kept()["0"]) == 2
     torchdrop.remove_stochastic_depth(model)
+
+
+def test_a_block_that_cannot_be_read_compiles_into_one_graph() -> None:
+    model, x, plan = stack()
+    dense = torchdrop.remove_stochastic_depth(copy.deepcopy(model))
+    for layer in (*model.layers, *dense.layers):
+        layer.times = 0
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(out, by_hand(dense, x, plan.last_kept(), 0.5))

@@ -103,13 +103,14 @@ def add_stochastic_depth(
             matrices and without BatchNorm on tensors so small that this is faster. The choice does
             not affect which rows are dropped.
         unit: What a decision is about. ``"branch"``: each branch is dropped by itself.
-            ``"block"``: all branches of a block are dropped together, and a kept row of
-            ``block(x)`` becomes ``x + (block(x) - x) / (1 - p)``, as with
-            :class:`torchdrop.StochasticDepth`. Rows are taken once for each block, which costs
-            less where launching operations takes the time. Blocks with one branch, with a
-            projection, or that apply a norm or an activation to their sums are dropped by branch
-            nevertheless, and the plan says so; a mapping ``p`` that names such a block of several
-            branches has it dropped as a whole, with a warning.
+            ``"block"``: all branches of a block are dropped together; in training, a kept row is
+            ``x + (block(x) - x) / (1 - p)`` (with ``scale="train"``), and a dropped row is ``x``.
+            Rows are taken once for each block, which costs less where launching operations takes
+            the time. Blocks with one branch, and blocks that do not return their input where their
+            branches are dropped, are dropped by branch, and the plan says why. If only a norm or
+            an activation after the sums is the reason, a mapping ``p`` that names the block has it
+            dropped as a whole, with a warning. Branches that the model adds itself, in a loop over
+            the blocks, raise a ValueError.
         sync_ranks: Whether all ranks of a process group make the same decisions in batch mode;
             otherwise each step takes as long as on the rank that keeps the most branches. None or
             True: they do, after one broadcast in the first forward pass in training, which every

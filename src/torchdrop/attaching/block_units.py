@@ -12,9 +12,11 @@ from torchdrop.attaching.refusals import refuse_dropped_inside
 from torchdrop.error_pages import see
 from torchdrop.finding.block_stream import BlockStream, follow_stream
 from torchdrop.finding.example_calls import Example
+from torchdrop.finding.existing_drops import is_unscaled
 from torchdrop.finding.residual import Branch, BranchSource, Residual, WholeBlock
 from torchdrop.finding.row_layout import RowLayout, RowLayouts
 from torchdrop.finding.whole_blocks import measure_whole_block
+from torchdrop.tracing.block_graph import BlockGraph
 
 __all__ = ["join_branches"]
 
@@ -64,8 +66,7 @@ def join_branches(
             assert source.graph is not None
             assert source.split is not None
             refuse_dropped_inside(source.owner, source.graph, branch.name, source.split)
-        if inherits:
-            _check_one_rate(residual)
+        _check_one_rate(model, residual, inherits)
         if stream.changes:
             changing[residual.name] = " and ".join(stream.changes)
         result.append(replace(residual, branches=[_joined(residual, stream, example)]))
@@ -95,20 +96,29 @@ def _check_has_module(model: nn.Module, residual: Residual) -> None:
     if residual.module is not owner or len(residual.branches) == 1:
         raise ValueError(
             f"unit='block' runs the forward of each block on the kept rows, but the branches of "
-            f"{residual.name} are added in the forward of {residual.owner or 'the model'!r} "
+            f"{residual.name} are added in the forward of {residual.owner or 'the model'} "
             f"({type(owner).__name__}); use unit='branch', or leave the block out with select="
             + see("whole-blocks")
         )
 
 
-def _check_one_rate(residual: Residual) -> None:
+def _check_one_rate(model: nn.Module, residual: Residual, inherits: bool) -> None:
+    """Raise if the model's own masking layers do not treat the branches of a block alike."""
+    if len({is_unscaled(model, branch.masks) for branch in residual.branches}) > 1:
+        raise ValueError(
+            f"unit='block' scales all branches of a block alike, but some masking layers in "
+            f"{residual.name} have scale_by_keep=False, and others do not; use unit='branch'"
+            + see("whole-blocks")
+        )
+    if not inherits:
+        return
     rates = {branch.p for branch in residual.branches}
     if len(rates) > 1:
         listed = ", ".join(f"{branch.name} {branch.p:g}" for branch in residual.branches)
         raise ValueError(
             f"unit='block' with p=None needs one rate for all branches of a block, but the model's "
-            f"own layers have different ones: {listed}; give p, or use unit='branch'"
-            + see("whole-blocks")
+            f"own layers have different ones (0 without a layer): {listed}; give p, or use "
+            f"unit='branch'" + see("whole-blocks")
         )
 
 
@@ -134,6 +144,11 @@ def _joined(residual: Residual, stream: BlockStream, example: Example | None) ->
         # How other arguments carry the rows is not known: the shape of each decides in each call.
         layouts: RowLayouts = {stream.x: RowLayout(dim, 1)}
         block = WholeBlock(stream.x, dim, layouts, stream.sum_item, stream.returns)
+    graphs: dict[str, BlockGraph] = {}
+    for branch in (*branches[-1:], *branches):  # the last sum is in the forward of the block
+        source = branch.source
+        assert source.graph is not None
+        graphs.setdefault(source.owner[len(residual.owner) :].lstrip("."), source.graph)
     return Branch(
         name=residual.name,
         shortcut="identity",
@@ -142,5 +157,5 @@ def _joined(residual: Residual, stream: BlockStream, example: Example | None) ->
         p=branches[0].p,
         children=(residual.owner,),
         masks=tuple(dict.fromkeys(mask for branch in branches for mask in branch.masks)),
-        source=BranchSource(residual.owner, whole_block=block),
+        source=BranchSource(residual.owner, None, None, block, graphs, stream.changes),
     )

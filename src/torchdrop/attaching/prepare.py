@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torchdrop.attaching.refusals import refuse_dropped_inside
 from torchdrop.error_pages import see
 from torchdrop.finding.example_calls import Example
+from torchdrop.finding.existing_drops import is_unscaled
 from torchdrop.finding.residual import Branch, Residual
 from torchdrop.finding.residual_sums import read_residual_sums
 from torchdrop.finding.split import Split, methods_with_sums
@@ -28,6 +29,7 @@ from torchdrop.running.forward_slot import runs_own_forward
 from torchdrop.running.program import Program
 from torchdrop.running.rewrite import rewrite
 from torchdrop.running.split_site import SplitSite
+from torchdrop.running.stream_readings import StreamReadings
 from torchdrop.running.whole_site import WholeSite
 from torchdrop.tracing.block_graph import BlockGraph, trace_block
 
@@ -109,14 +111,16 @@ class _Preparation:
 
     def whole_site(self, residual: Residual, branch: Branch) -> WholeSite:
         """Return the site of a block that is dropped as a whole."""
-        assert branch.source.whole_block is not None
         if self.compute == "mask":
             action, reason = "mask", MASK_REQUESTED
         else:
             action, reason = branch.action, branch.reason
         facts = self.facts(residual, branch, None, action)
-        state = BranchState(facts, action, reason)
-        return WholeSite(residual.module, self.settings, state, branch.source.whole_block)
+        state = BranchState(facts, action, _full_reason(reason, facts, action))
+        source = branch.source
+        readings = StreamReadings(source.joined, source.changes) if source.joined else None
+        assert source.whole_block is not None
+        return WholeSite(residual.module, self.settings, state, source.whole_block, readings)
 
     def split_site(
         self, owner: str, block: BlockGraph, members: Sequence[tuple[Residual, Branch]]
@@ -162,9 +166,7 @@ class _Preparation:
 
     def is_unscaled(self, branch: Branch) -> bool:
         """Whether kept rows are not divided by 1 - p, because the model's own masks do not."""
-        masks = (self.model.get_submodule(path) for path in branch.masks)
-        unscaled = any(getattr(mask, "scale_by_keep", True) is False for mask in masks)
-        return unscaled and self.settings.scale == "train"
+        return self.settings.scale == "train" and is_unscaled(self.model, branch.masks)
 
     def facts(
         self, residual: Residual, branch: Branch, split: Split | None, action: str
@@ -222,7 +224,7 @@ def _full_reason(reason: str, facts: BranchFacts, action: str) -> str:
     """Return what the plan prints about a branch: ``reason``, and remarks on its action."""
     reasons = [
         reason,
-        _NEEDS_SECOND_ROW if facts.has_batch_norm and action == "skip" else "",
+        _NEEDS_SECOND_ROW if facts.has_batch_norm and action in ("skip", "layer") else "",
         _MASKED_IF_SMALL if facts.elementwise else "",
         _NOT_SCALED if facts.scale == "none" else "",
     ]

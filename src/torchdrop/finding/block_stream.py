@@ -89,12 +89,16 @@ class _Follower:
         node = returned
         if isinstance(returned, tuple | list) and returned:
             sum_item, node, rest = "0", returned[0], list(returned[1:])
-        if not isinstance(node, fx.Node) or _has_node(rest):
+        if not isinstance(node, fx.Node):
+            raise _NotOneStreamError("it returns neither a tensor nor a tuple that begins with one")
+        if _has_node(rest):
             raise _NotOneStreamError("it returns several tensors")
         while node.op != "placeholder":
             node = self._before(owner, block.module, node)
         placeholders = [n for n in nodes if n.op == "placeholder"]
-        returns = type(returned)([None, *rest]) if sum_item else None
+        returns = (
+            (list if isinstance(returned, list) else tuple)([None, *rest]) if sum_item else None
+        )
         return BlockStream("", block.tensors[placeholders.index(node)], sum_item, returns)
 
     def _before(self, owner: str, module: nn.Module, node: fx.Node) -> fx.Node:
@@ -103,10 +107,14 @@ class _Follower:
             branch = self._sums[node]
             split = branch.source.split
             assert split is not None
-            if branch.shortcut != "identity" or split.skip_gain != 1.0 or split.pads is not None:
-                raise _NotOneStreamError(f"the shortcut of {branch.name} is not the identity")
+            if branch.shortcut != "identity":
+                raise _NotOneStreamError("its shortcut is a projection")
+            if split.skip_gain != 1.0 or split.pads is not None:
+                raise _NotOneStreamError(f"the shortcut of {branch.name} is scaled or padded")
             self.met.append(branch)
             return split.skip
+        if isinstance(node.target, type):
+            raise _NotOneStreamError(f"it returns a {node.target.__name__}")
         given = self._before_child(owner, node)
         if given is not None:
             return given
@@ -114,7 +122,9 @@ class _Follower:
             return _first_input(node)
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_shape_node(n)]
         if len(inputs) != 1:
-            raise _NotOneStreamError(f"{callee(node)} changes what its branches are added to")
+            raise _NotOneStreamError(
+                f"its branches are added to the result of {callee(node)}, which has several inputs"
+            )
         if not _keeps_values(module, node):
             self._note_change(owner, node)
         return inputs[0]
@@ -145,7 +155,7 @@ class _Follower:
 def _first_input(node: fx.Node) -> fx.Node:
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
-        raise _NotOneStreamError(f"the first argument of {callee(node)} is not a tensor")
+        raise _NotOneStreamError(f"{callee(node)} does not get a tensor as its first argument")
     return first
 
 

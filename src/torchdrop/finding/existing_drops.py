@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,20 @@ from torchdrop.tracing.operations import masks_branches, operation_of
 from torchdrop.tracing.own_forward import own_forward
 from torchdrop.tracing.padded_sums import ancestors
 
-__all__ = ["find_drop_operation", "is_mask", "layer_rate", "layerdrop_of", "mask_rate"]
+__all__ = [
+    "find_drop_operation",
+    "is_mask",
+    "is_unscaled",
+    "layer_rate",
+    "layerdrop_of",
+    "mask_rate",
+]
+
+
+def is_unscaled(model: nn.Module, masks: Sequence[str]) -> bool:
+    """Whether one of the masking layers with the paths ``masks`` does not divide by 1 - p."""
+    layers = (model.get_submodule(path) for path in masks)
+    return any(getattr(layer, "scale_by_keep", True) is False for layer in layers)
 
 
 def is_mask(module: nn.Module) -> bool:

@@ -118,12 +118,17 @@ class BranchSource:
             whole.
         graph: The forward that contains the addition; None if the block is dropped as a whole.
         whole_block: How the block is dropped as a whole; None if it is split.
+        joined: The forwards in which the branches are added that are dropped together, by the path
+            from the block; empty if they are not.
+        changes: What these forwards apply to the stream besides sums.
     """
 
     owner: str
     split: Split | None = None
     graph: BlockGraph | None = None
     whole_block: WholeBlock | None = None
+    joined: dict[str, BlockGraph] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)

@@ -9,12 +9,21 @@ from torch import nn
 
 from torchdrop.error_pages import see
 
-__all__ = ["find_communicating_module", "has_other_ranks", "is_sharded"]
+__all__ = ["find_communicating_module", "has_other_ranks", "in_process_group", "is_sharded"]
+
+
+# Whether this build of PyTorch has process groups.
+_HAS_GROUPS = dist.is_available()
+
+
+def in_process_group() -> bool:
+    """Whether this process is in a process group, which may have one rank."""
+    return _HAS_GROUPS and dist.is_initialized()
 
 
 def has_other_ranks() -> bool:
     """Whether this process is one of several ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return in_process_group() and dist.get_world_size() > 1
 
 
 def is_sharded(module: nn.Module) -> bool:

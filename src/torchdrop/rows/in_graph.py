@@ -46,18 +46,16 @@ class GraphBranch(Protocol):
 
     Attributes:
         p: The drop probability.
+        gain: The factor of a kept row.
         convolves: Whether the branch contains a convolution.
     """
 
     p: float
+    gain: float
     convolves: bool
 
     def draw_rows(self, batch: int) -> tuple[Tensor, int]:
         """Return all rows of a batch, on the host, the kept ones first, and how many are kept."""
-        ...
-
-    def gain_in_training(self) -> float:
-        """Return the factor of a kept row."""
         ...
 
 
@@ -141,7 +139,7 @@ def _keep_rows(
     rows, kept = _branches[branch].draw_rows(batch)
     rows = rows[:size]
     weights = torch.zeros(size, dtype=dtype, device="cpu")
-    weights[:kept] = _branches[branch].gain_in_training()
+    weights[:kept] = _branches[branch].gain
     positions = torch.full((batch,), -1, dtype=torch.long, device="cpu")
     positions[rows] = torch.arange(size, device="cpu")
     copy = partial(torch.Tensor.to, device=device, non_blocking=True)

@@ -26,10 +26,9 @@ from torchdrop.internals import (
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.sampling import (
-    draw_batch,
-    draw_row_order,
     keep_batch,
-    order_of_rows,
+    keep_batch_in_usual_call,
+    order_in_usual_call,
     refuse_graph_capture,
     refuse_nested,
 )
@@ -270,25 +269,39 @@ class BlockSite(SlotOccupant, ABC):
         refuse_graph_capture(x)
         return self.decide(branch, x.shape[branch.facts.dim])
 
-    def decide(self, branch: BranchState, batch: int, *, alone: bool = False) -> tuple[Any, int]:
+    def decide(self, branch: BranchState, batch: int) -> tuple[Any, int]:
         """Draw the kept rows of a batch, and count them; the result is that of :meth:`_draw`.
 
         Args:
             branch: The branch.
             batch: The number of rows.
-            alone: Whether it is known that there are no other ranks, and no transform is active.
         """
         settings, p = self.settings, branch.rate.p
         rows: Any
         if p == 0.0:
             rows, kept = True, batch
         elif settings.mode == "batch":
-            rows = draw_batch(p) if alone else keep_batch(p, settings.sync_ranks)
+            rows = keep_batch(p, settings.sync_ranks)
             kept = batch if rows else 0
         else:
-            rows, kept = branch.rate.order_rows(batch, order_of_rows if alone else draw_row_order)
+            rows, kept = branch.rate.order_rows(batch)
             rows = rows if 0 < kept < batch else kept > 0
         branch.counts.add(batch, rows, kept)
+        return rows, kept
+
+    def decide_in_usual_call(self, branch: BranchState, batch: int) -> tuple[Any, int]:
+        """Do what :meth:`decide` does, where no mode, transform or other rank exists."""
+        rate = branch.rate
+        rows: Any
+        if rate.p == 0.0:
+            rows, kept = True, batch
+        elif self.settings.mode == "batch":
+            rows = keep_batch_in_usual_call(rate.p)
+            kept = batch if rows else 0
+        else:
+            rows, kept = rate.order_rows(batch, order_in_usual_call)
+            rows = rows if 0 < kept < batch else kept > 0
+        branch.counts.add(batch, rows, kept, plain=True)
         return rows, kept
 
     @staticmethod
@@ -333,9 +346,11 @@ class BlockSite(SlotOccupant, ABC):
             known: Whether ``layout`` was measured rather than assumed. A measured dimension of size
                 1 broadcasts, and ``value`` is returned as it is.
         """
-        if layout is None or (known and value.shape[layout[0]] == 1):
+        if layout is None:
             return value
         dim, entries = layout
+        if isinstance(value, Tensor) and known and value.dim() > dim and value.shape[dim] == 1:
+            return value
         if not entries:  # the shape of the value decides, see RowLayout
             has_rows = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == batch
             return taking(value, dim=dim) if has_rows else value
@@ -427,7 +442,7 @@ def drop_spare_row(out: Tensor, computed: Tensor, rows: Tensor, dim: int) -> tup
 
 def modifications(x: Any) -> int | None:
     """Return how often ``x`` was written into; None if that is not known."""
-    if x is None or x.is_inference():
+    if x is None or torch.compiler.is_compiling() or x.is_inference():
         return None
     return modifications_of(x)
 

@@ -141,14 +141,21 @@ class BranchCounts:
     rows_dropped: int = 0
     last: tuple[Any, int] | None = None
 
-    def add(self, batch: int, rows: Any, kept: int) -> None:
-        """Count one decision: the first ``kept`` of the ``rows`` of a batch are kept."""
+    def add(self, batch: int, rows: Any, kept: int, *, plain: bool = False) -> None:
+        """Count one decision.
+
+        Args:
+            batch: The number of rows.
+            rows: The rows, of which the first ``kept`` are kept.
+            kept: The number of kept rows.
+            plain: Whether it is known that no transform of torch.func is active.
+        """
         # Activation checkpointing runs the block again inside the backward pass. That repeats the
         # decision, it is not a new one.
         if not in_backward_pass():
             self.rows_seen += batch
             self.rows_dropped += batch - kept
-            if isinstance(rows, Tensor) and functorch_transforms_active():
+            if not plain and isinstance(rows, Tensor) and functorch_transforms_active():
                 rows = rows.tolist()  # a tensor of a torch.func transform must not outlive it
             self.last = (rows, kept)
 
@@ -158,6 +165,7 @@ class BranchRate:
 
     Attributes:
         p: The drop probability.
+        gain: The factor by which kept rows of the branch are multiplied in training.
         fixed_decision: True if every row is kept (p = 0), False if none is (p = 1), None if rows
             are drawn. It is a constant in a compiled graph.
         convolves: As in :class:`BranchFacts`; compiled graphs read it.
@@ -169,6 +177,7 @@ class BranchRate:
         self._counts = counts
         self.convolves = facts.convolves
         self.p = 0.0
+        self.gain = facts.gain
         self.fixed_decision = _fixed_decision(0.0)
         self.number = register_branch(self)
 
@@ -180,6 +189,8 @@ class BranchRate:
         """Drop with probability ``p`` from now on."""
         if p != self.p:
             self.p, self.fixed_decision = p, _fixed_decision(p)
+            scaled = self._facts.scale == "train" and p < 1.0  # with p = 1 no row is kept
+            self.gain = self._facts.gain / (1.0 - p) if scaled else self._facts.gain
             set_keep_share(self.number, p, value_known=self.convolves)
 
     def order_rows(
@@ -189,7 +200,7 @@ class BranchRate:
 
         Args:
             batch: The number of rows.
-            draw: Draws samples, as :func:`draw_row_order` or :func:`order_of_rows` does.
+            draw: Draws samples, as :func:`draw_row_order` or :func:`order_in_usual_call` does.
 
         Raises:
             ValueError: Each sample has several rows, and the batch does not hold whole samples.
@@ -219,11 +230,6 @@ class BranchRate:
         rows, kept = self.order_rows(batch)
         self._counts.add(batch, rows, kept)
         return rows, kept
-
-    def gain_in_training(self) -> float:
-        """Return the factor by which kept rows of the branch are multiplied in training."""
-        facts = self._facts
-        return facts.gain / (1.0 - self.p) if facts.scale == "train" else facts.gain
 
 
 def _fixed_decision(p: float) -> bool | None:

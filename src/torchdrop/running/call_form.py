@@ -7,6 +7,8 @@ a call with all checks, the site remembers its form; a call of the same form nee
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from torchdrop.internals import any_autocast_enabled, classes_in_tree, functorch_transforms_active
+from torchdrop.internals import (
+    any_autocast_enabled,
+    classes_in_tree,
+    count_dispatch_modes,
+    functorch_transforms_active,
+)
+from torchdrop.rows.collectives import in_process_group
 from torchdrop.running.generation import caches_of
 
 if TYPE_CHECKING:
@@ -76,6 +84,9 @@ class CallForm:
             :class:`_Constant`.
         tensors: The tensors in the arguments.
         block: The block.
+
+    Attributes:
+        autocast: Whether autocast is enabled.
     """
 
     def __init__(
@@ -83,14 +94,10 @@ class CallForm:
     ) -> None:
         self._names = names
         self._forms = forms
-        self._kinds = [(t.shape, t.dtype, t.device) for t in tensors]
         self._autocast = _autocast()
         self._ranks = _ranks(block)
-
-    @property
-    def autocast(self) -> bool:
-        """Whether autocast is enabled."""
-        return self._autocast is not None
+        self.autocast = self._autocast is not None
+        self._select = _selection(names, forms, tensors)
 
     def tensors_of(
         self, site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,37 +106,20 @@ class CallForm:
         if (
             site.is_watched()
             or functorch_transforms_active()
+            or count_dispatch_modes()
             or _autocast() != self._autocast
             or _ranks(site.module) != self._ranks
-            or tuple(kwargs) != self._names
-            or len(args) + len(kwargs) != len(self._forms)
         ):
             return None
-        found: list[Any] = []
-        for value, form in zip((*args, *kwargs.values()), self._forms, strict=True):
-            if form is _A_TENSOR:
-                found.append(value)
-            elif type(form) is int:
-                if type(value) is not tuple or len(value) != form:
-                    return None
-                found += value
-            elif type(value) is not type(form.value) or value != form.value:
-                return None
-        for value, (shape, dtype, device) in zip(found, self._kinds, strict=True):
-            if (
-                type(value) is not Tensor
-                or value.is_nested
-                or value.shape != shape
-                or value.dtype is not dtype
-                or value.device != device
-            ):
-                return None
+        found: list[Any] | None = self._select(args, kwargs)
         return found
 
     def with_tensors(
         self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return the arguments of a call of this form, with other tensors."""
+        if not kwargs and len(tensors) == len(args):
+            return tensors, kwargs
         remaining = iter(tensors)
         values: list[Any] = []
         for value, form in zip((*args, *kwargs.values()), self._forms, strict=True):
@@ -140,6 +130,68 @@ class CallForm:
             else:
                 values.append(value)
         return values[: len(args)], dict(zip(self._names, values[len(args) :], strict=True))
+
+
+def _selection(
+    names: tuple[str, ...], forms: list[Any], tensors: list[Tensor]
+) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any] | None]:
+    """Return a function of the arguments of a call: their tensors, or None for another form."""
+    kinds = tuple(
+        -1 if form is _A_TENSOR else form if type(form) is int else _CONSTANT for form in forms
+    )
+    constants = [form.value for form in forms if isinstance(form, _Constant)]
+    properties = [(t.shape, t.dtype, t.device) for t in tensors]
+    select: Callable[[tuple[Any, ...], dict[str, Any]], list[Any] | None]
+    select = _selection_of(names, kinds)(constants, properties)
+    return select
+
+
+# A call has one of these in the place of an argument, or the length of a tuple of tensors.
+_CONSTANT = -2
+
+
+@lru_cache(maxsize=1024)
+def _selection_of(names: tuple[str, ...], kinds: tuple[int, ...]) -> Callable[..., Any]:
+    """Return a function of constants and properties of tensors: the selection that checks them.
+
+    It is generated as source, without loops: a loop over the arguments takes twice as long, in
+    every call of every block.
+    """
+    count = len(kinds) - len(names)
+    values = [*(f"args[{i}]" for i in range(count)), *(f"kwargs[{name!r}]" for name in names)]
+    found: list[str] = []
+    constants = 0
+    checks = [f"len(args) != {count} or {'tuple(kwargs) != names' if names else 'kwargs'}"]
+    lines: list[str] = []
+    for value, kind in zip(values, kinds, strict=True):
+        if kind == _CONSTANT:
+            checks.append(f"type({value}) is not type(c{constants}) or {value} != c{constants}")
+            constants += 1
+        elif kind >= 0:
+            checks.append(f"type({value}) is not tuple or len({value}) != {kind}")
+            found += [f"{value}[{i}]" for i in range(kind)]
+        else:
+            found.append(value)
+    for k, expression in enumerate(found):
+        lines.append(f"        t{k} = {expression}")
+        lines.append(
+            f"        if type(t{k}) is not Tensor or t{k}.is_nested or t{k}.shape != shape{k} or "
+            f"t{k}.dtype is not dtype{k} or t{k}.device != device{k}: return None"
+        )
+    given = "".join(f"        c{k} = constants[{k}]\n" for k in range(constants))
+    given = given.replace("        ", "    ")
+    for k in range(len(found)):
+        given += f"    shape{k}, dtype{k}, device{k} = properties[{k}]\n"
+    text = (
+        f"def make(constants, properties):\n{given}    def select(args, kwargs):\n"
+        + "".join(f"        if {check}: return None\n" for check in checks)
+        + "\n".join(lines)
+        + f"\n        return [{', '.join(f't{k}' for k in range(len(found)))}]\n    return select"
+    )
+    scope: dict[str, Any] = {"Tensor": Tensor, "names": names}
+    exec(text, scope)
+    make: Callable[..., Any] = scope["make"]
+    return make
 
 
 def _autocast() -> tuple[bool, bool] | None:
@@ -154,6 +206,6 @@ def _ranks(block: nn.Module) -> tuple[Any, ...] | None:
 
     They decide which branches every rank has to run.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return None
     return dist.get_world_size(), classes_in_tree(block)

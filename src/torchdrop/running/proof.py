@@ -408,16 +408,18 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
     facts, x = branch.facts, tensors[block.x]
     batch, group = x.shape[facts.dim], site.settings.rows_per_sample or 1
     paths = list(tensors)
+    writes: set[str] = set()
 
     def run(values: list[Any]) -> Tensor:
         by_path = dict(zip(paths, values, strict=True))
         replaced = flatten_arguments(bound.arguments, lambda path, _: by_path[path])[0]
         given = _cloned(replaced)
-        mine = flatten_arguments(given)[1][block.x]
-        version = modifications_of(mine)
+        copies = flatten_arguments(given)[1]
+        versions = {path: modifications_of(copy) for path, copy in copies.items()}
         call = inspect.BoundArguments(bound.signature, OrderedDict(given))
         out = site.sum_in(site.run_block(call))
-        branch.writes_input |= modifications_of(mine) != version
+        writes.update(p for p, copy in copies.items() if modifications_of(copy) != versions[p])
+        branch.writes_input |= block.x in writes
         return out
 
     def cut(value: Any, number: int, rows: Tensor) -> Any:
@@ -433,10 +435,14 @@ def prove_whole(site: WholeSite, bound: inspect.BoundArguments) -> None:
         except Exception as error:
             site.note_unproved(f"its own forward raises {type(error).__name__} if it is tested")
             return
+        site.check_shape(x, out)
+        others = writes - {block.x}
+        if others:
+            branch.mask(f"it writes into its argument {min(others)}")
         randoms = before, RandomStates(devices)
         if x.dim() > 1:
             branch.row_values = norms.for_one_row(x, facts.dim, branch.row_values)
-        if site.settings.mode == "row":
+        if site.settings.mode == "row" and not others:
             values = [t.detach() for t in tensors.values()]
             trial = TrialCall(run, cut, values, out, facts.dim, batch, group, randoms)
             _mask_if_dependent(trial, site, branch, ("",))

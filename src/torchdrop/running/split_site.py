@@ -165,6 +165,7 @@ class SplitSite(BlockSite):
         """Return a site for ``module``, a replica of the block, that shares all state."""
         twin = super().for_copy(module)
         twin._usual = None  # it would keep the replica
+        twin.whole = None if self.whole is None else self.whole.for_copy(module)
         return twin
 
     def is_watched(self) -> bool:
@@ -380,7 +381,7 @@ class SplitSite(BlockSite):
                 total = sum_without_branch(self, k, skip, inputs)
             else:
                 # read before the branch runs: code in the branch may set another rate
-                gain = branch.rate.gain_in_training()
+                gain = branch.rate.gain
                 if rows is True:
                     total = sum_on_all_rows(self, k, skip, inputs, gain)
                 else:
@@ -422,7 +423,7 @@ class SplitSite(BlockSite):
                         out = out.expand(skip.shape)  # one row that is broadcast to all
                     # filled, not multiplied: an infinity in a dropped row must not become NaN
                     out = out.index_fill(facts.dim, to_device_of(dropped, out), 0)
-                gain, first = branch.rate.gain_in_training(), facts.branch_first
+                gain, first = branch.rate.gain, facts.branch_first
                 total = add_whole(skip, out, gain, inplace=facts.writes_skip, branch_first=first)
         if self._observers:
             self._report(k % len(self.branches), skip, total, rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from torchdrop.rows.collectives import has_other_ranks
@@ -21,6 +22,7 @@ from torchdrop.running.residual_sum import sum_on_rows, sum_without_branch
 
 if TYPE_CHECKING:
     from torchdrop.running.split_site import SplitSite
+    from torchdrop.running.stream_readings import StreamReading
     from torchdrop.running.whole_site import WholeSite
 
 __all__ = ["UsualCall", "UsualSums", "UsualWholeCall", "usual_call", "usual_whole_call"]
@@ -106,7 +108,7 @@ class UsualSums:
 
     def __init__(self, site: SplitSite, program: Program, autocast: bool, *, alone: bool) -> None:
         self.site, self._program, self._autocast = site, program, autocast
-        self._alone = alone
+        self._decide = site.decide_in_usual_call if alone else site.decide
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.site, name)
@@ -126,10 +128,10 @@ class UsualSums:
             or site.is_watched()  # since the call began
         ):
             return site.join(k, skip, *inputs)
-        rows, kept = site.decide(branch, shape[facts.dim], alone=self._alone)
+        rows, kept = self._decide(branch, shape[facts.dim])
         if rows is False:
             return sum_without_branch(site, k, skip, inputs)
-        gain = branch.rate.gain_in_training()
+        gain = branch.rate.gain
         if rows is not True:
             total = sum_on_rows(site, k, skip, inputs, rows[:kept], gain)
         else:
@@ -142,13 +144,20 @@ class UsualSums:
 
 
 def usual_whole_call(
-    site: WholeSite, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    site: WholeSite,
+    reading: StreamReading | None,
+    tensors: dict[str, Tensor],
+    returned: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> UsualWholeCall | None:
     """Return what is remembered of a call of a block that is dropped as a whole.
 
     Args:
         site: The site of the block.
+        reading: The reading of the block that fits the call; None if the block was not read.
         tensors: The tensors in the arguments, by path.
+        returned: What the block returned, with None in place of its sum.
         args: The positional arguments of the call.
         kwargs: Its keyword arguments.
 
@@ -187,7 +196,7 @@ def usual_whole_call(
         else:
             dims.append(None)
     place = next(i for i, tensor in enumerate(form[1]) if tensor is x)
-    return UsualWholeCall(form[0], dims, place)
+    return UsualWholeCall(form[0], dims, place, reading, returned)
 
 
 class UsualWholeCall:
@@ -197,18 +206,40 @@ class UsualWholeCall:
         form: The form of the call.
         dims: For each tensor in the arguments, the dimension of its rows; None if it has no rows.
         place: Which of these tensors is the input of the residual.
+        reading: The reading of the block that fits the call; None if the block was not read.
+        returned: What the block returns, with None in place of its sum.
     """
 
-    def __init__(self, form: CallForm, dims: list[int | None], place: int) -> None:
+    def __init__(
+        self,
+        form: CallForm,
+        dims: list[int | None],
+        place: int,
+        reading: StreamReading | None,
+        returned: Any,
+    ) -> None:
         self._form, self._dims, self._place = form, dims, place
+        self._reading, self._returned = reading, returned
         self._alone = not has_other_ranks()
+        self._records_gradients = torch.is_grad_enabled()
 
     def tensors_of(
         self, site: WholeSite, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any] | None:
         """Return the tensors in the arguments; None if this call differs from that before."""
-        usual = site.branches[0].action != "mask" and bool(site.branches[0].dtypes)
-        return self._form.tensors_of(site, args, kwargs) if usual else None
+        branch = site.branches[0]
+        if (
+            branch.action == "mask"
+            or not branch.dtypes
+            or torch.is_grad_enabled() is not self._records_gradients
+        ):
+            return None
+        if self._reading is not None:
+            try:
+                self._reading.check_attributes(site)
+            except MismatchError:
+                return None
+        return self._form.tensors_of(site, args, kwargs)
 
     def run(
         self, site: WholeSite, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -217,14 +248,18 @@ class UsualWholeCall:
         branch = site.branches[0]
         dim, x = branch.facts.dim, tensors[self._place]
         refuse_graph_capture(x)
-        rows, kept = site.decide(branch, x.shape[dim], alone=self._alone)
+        decide = site.decide_in_usual_call if self._alone else site.decide
+        rows, kept = decide(branch, x.shape[dim])
         if rows is False:
-            out, total = site.block.returns, site.without_block(x, tuple(tensors), args, kwargs)
+            out, total = self._returned, site.without_block(x, tuple(tensors), args, kwargs)
         else:
             # read before the block runs, because code in the block may set another rate
-            gain = branch.rate.gain_in_training()
+            gain = branch.rate.gain
             if rows is True:
+                version = modifications(x)
                 out = site.run_own(args, kwargs)
+                if modifications(x) != version:
+                    raise site.writes_input()
                 total = site.blended(x, site.sum_in(out), gain)
             else:
                 on_device = to_device_of(rows[:kept], x)

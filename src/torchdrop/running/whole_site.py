@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchdrop.error_pages import see
 from torchdrop.finding.residual import WholeBlock
 from torchdrop.finding.row_layout import RowLayout
-from torchdrop.internals import functorch_transforms_active
+from torchdrop.internals import functorch_transforms_active, tree_flatten
 from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.take_and_add import add_rows, skip_and_rows, take
 from torchdrop.running.block_site import (
@@ -35,6 +35,7 @@ from torchdrop.running.proof import (
     warn_of_masks,
     why_impossible,
 )
+from torchdrop.running.stream_readings import StreamReadings
 from torchdrop.running.sums_in_graph import run_whole_in_graph
 from torchdrop.running.usual_call import UsualWholeCall, usual_whole_call
 from torchdrop.tracing.call_arguments import flatten_arguments
@@ -53,16 +54,26 @@ class WholeSite(BlockSite):
         settings: The settings that all branches of the model share.
         branch: The one branch, ``block(x) - x``.
         block: Which argument and which output of the block are x and the sum.
+        readings: The kinds of calls for which the block is known to return its input where its
+            branches are dropped; None if its forward was not read.
     """
 
     # The last call in training that passed all checks. The next call is compared with it.
     _usual: UsualWholeCall | None = None
 
     def __init__(
-        self, module: nn.Module, settings: Settings, branch: BranchState, block: WholeBlock
+        self,
+        module: nn.Module,
+        settings: Settings,
+        branch: BranchState,
+        block: WholeBlock,
+        readings: StreamReadings | None = None,
     ) -> None:
         super().__init__(module, settings, [branch])
         self.block = block
+        self._readings = readings
+        # For each kind of call, what the block returns, with None in place of tensors.
+        self._returned_forms: dict[Any, Any] = {}
         # The paths of the tensors whose row layout is assumed, because it was not measured.
         self._assumed: set[str] = set()
 
@@ -83,6 +94,9 @@ class WholeSite(BlockSite):
                     return usual.run(self, found, args, kwargs)
             if only_fills_cache(self, args, kwargs, training):
                 return self.run_own(args, kwargs)
+        reading = None
+        if self._readings is not None:
+            reading = self._readings.fitting(self, args, kwargs)
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         tensors = self._tensors_of(bound)
@@ -94,9 +108,13 @@ class WholeSite(BlockSite):
             return self.run_block(bound)
         total, out = self._sum(bound, tensors, scaled)
         if training and not (compiling or self.is_watched() or functorch_transforms_active()):
-            proved = not self.settings.verify or self._kind_of(tensors) in self.verdicts
-            known = proved and not self._masks_assumed(tensors)
-            self._usual = usual_whole_call(self, tensors, args, kwargs) if known else None
+            proved = not self.settings.verify or self._kind_of(bound, tensors) in self.verdicts
+            known = proved and not self.assumes(tensors)
+            self._usual = None
+            if known:
+                self._usual = usual_whole_call(
+                    self, reading, tensors, self._form_of(bound, tensors), args, kwargs
+                )
         return self.returned(total, out)
 
     def _sum(
@@ -111,32 +129,54 @@ class WholeSite(BlockSite):
             rows, kept = self._draw(branch, x)
             rows = rows if isinstance(rows, bool) else rows[:kept]
             # computed before the block runs, because code in the block may set another rate
-            gain = 0.0 if rows is False else branch.rate.gain_in_training()
+            gain = 0.0 if rows is False else branch.rate.gain
         masked = branch.action == "mask" or self.runs_on_all_ranks(branch)
-        if self._masks_assumed(tensors):
+        if self.assumes(tensors) and not self.settings.verify:
             branch.note(f"in calls with {', '.join(self._assumed)}: masked, use verify=True")
             masked = True
-        if rows is False and not masked:
+        form = self._form_of(bound, tensors)
+        if rows is False and not masked and form is not _UNKNOWN:
             given = tuple(tensors.values())
-            out, total = self.block.returns, self.without_block(x, given, bound.args, bound.kwargs)
+            out, total = form, self.without_block(x, given, bound.args, bound.kwargs)
         else:
+            kind = self._kind_of(bound, tensors)
             if masked or isinstance(rows, bool):
                 out = self._run_on_all(bound, x)
                 total = self._masked(x, self.sum_in(out), rows, gain)
             else:
                 out, total = self._run_on(rows, bound, x, gain)
             branch.dtypes[precision_of(x)] = total.dtype
+            self._returned_forms[kind] = self._form(out)
         if self._observers:
             self._report(0, x, total, rows)
         return total, out
 
-    def _masks_assumed(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether a call is masked, because no test shows how its tensors carry the rows."""
-        return (
-            bool(self._assumed)
-            and not self.settings.verify
-            and bool(self._assumed & tensors.keys())
-        )
+    def _form_of(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> Any:
+        """Return what the block returns in a call, with None in place of tensors, if it is known.
+
+        The output may contain arguments of the call that are not tensors.
+        """
+        if self.block.sum_item == "":
+            return None
+        return self._returned_forms.get(self._kind_of(bound, tensors), _UNKNOWN)
+
+    def _form(self, out: Any) -> Any:
+        """Return ``out``, an output of the block, with None in place of its sum."""
+        if self.block.sum_item == "":
+            return None
+        place = int(self.block.sum_item)
+        rest = [*out[:place], None, *out[place + 1 :]]
+        if any(isinstance(item, Tensor) for item in tree_flatten(rest)[0]):
+            raise RuntimeError(
+                f"{self.branches[0].facts.name} is dropped as a whole, and returns further tensors "
+                f"in this call, which would be needed for all rows; use unit='branch', or leave "
+                f"the block out with select=" + see("whole-blocks")
+            )
+        return type(out)(rest)
+
+    def assumes(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether it was not measured how some of the tensors of a call carry the rows."""
+        return bool(self._assumed) and not self._assumed.isdisjoint(tensors)
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to the state in which :meth:`snapshot` was called."""
@@ -163,7 +203,7 @@ class WholeSite(BlockSite):
 
     def _prove(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> None:
         """Test the block on this call, if no call of its kind was tested before."""
-        values, kind = list(tensors.values()), self._kind_of(tensors)
+        values, kind = list(tensors.values()), self._kind_of(bound, tensors)
         if kind in self.verdicts:
             return
         why = why_impossible(self, values)
@@ -175,9 +215,20 @@ class WholeSite(BlockSite):
         if not self.only_proves:
             warn_of_masks(self)
 
-    def _kind_of(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    def _kind_of(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> Any:
+        """Return a key that is the same for two calls if the test of one is valid for the other."""
         dim, group = self.branches[0].facts.dim, self.settings.rows_per_sample or 1
-        return kind_of_call(0, list(tensors.values()), dim, group)
+        kind = kind_of_call(0, list(tensors.values()), dim, group)
+        if self.block.sum_item == "":
+            return (*kind, torch.is_grad_enabled())
+        # arguments that are not tensors may be part of the output
+        constants = flatten_arguments(bound.arguments)[2].values()
+        return (*kind, torch.is_grad_enabled(), *map(_key_of, constants))
+
+    def take_form(self, block: WholeBlock) -> None:
+        """Drop the block as the form of one call shows it, in which shapes tell what has rows."""
+        self.block = block
+        self._assumed |= block.row_layouts.keys() - {block.x}
 
     def _tensors_of(self, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """Return the tensors among the arguments.
@@ -233,9 +284,9 @@ class WholeSite(BlockSite):
     def writes_input(self) -> Exception:
         """Return the error for a block that writes into its input."""
         return RuntimeError(
-            f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input, "
-            f"which no test has shown; use verify=True, or leave the block out with select="
-            + see("cannot-be-skipped")
+            f"{self.branches[0].facts.name} is dropped as a whole, and writes into its input in "
+            f"this call, which no test has shown; use verify=True, or leave the block out with "
+            f"select=" + see("cannot-be-skipped")
         )
 
     @staticmethod
@@ -258,10 +309,13 @@ class WholeSite(BlockSite):
     def check_shape(self, x: Tensor, y: Tensor) -> None:
         """Raise unless the sum of the block has the shape of its input."""
         if x.shape != y.shape:
+            # a compiler cannot write shapes into a message
+            compiling = torch.compiler.is_compiling()
+            shapes = "" if compiling else f", but got {tuple(y.shape)} for {tuple(x.shape)}"
             raise RuntimeError(
                 f"{self.branches[0].facts.name} is dropped as a whole, so its output has to have "
-                f"the shape of its input, but got {tuple(y.shape)} for {tuple(x.shape)}; use "
-                f"unit='branch', or leave the block out with select=" + see("whole-blocks")
+                f"the shape of its input{shapes}; use unit='branch', or leave the block out with "
+                f"select={see('whole-blocks')}"
             )
 
     def _run_on(
@@ -314,6 +368,15 @@ class WholeSite(BlockSite):
         return type(out)([*out[:place], total, *out[place + 1 :]])
 
 
+# Stands for what a block returns in a kind of call that did not happen yet.
+_UNKNOWN = object()
+
+
+def _key_of(value: Any) -> Any:
+    """Return a key that is the same for equal constants."""
+    return value if isinstance(value, bool | int | float | str | tuple | None) else id(value)
+
+
 def whole_site_of(site: SplitSite, verdict: Verdict) -> WholeSite:
     """Return the site that drops the block of ``site`` as a whole; the plan says so from now on.
 
@@ -327,6 +390,7 @@ def whole_site_of(site: SplitSite, verdict: Verdict) -> WholeSite:
             branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.why_unusable}"
         site.whole = WholeSite(site.module, site.settings, site.branches[0], verdict.whole)
         site.whole.active = True
+        site.whole.take_form(verdict.whole)
     return site.whole
 
 
@@ -343,7 +407,7 @@ def run_whole(
     """
     first, whole = site.branches[0], whole_site_of(site, verdict)
     assert verdict.whole is not None
-    whole.block = verdict.whole
+    whole.take_form(verdict.whole)
     whole._observers = site._observers
     seen = first.counts.rows_seen, first.counts.rows_dropped
     out = whole(*args, **kwargs)

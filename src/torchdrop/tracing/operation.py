@@ -103,7 +103,7 @@ class Operation:
         view: What it returns may share the memory of its first argument.
         copies: It returns its input, or a copy with the same values.
         keeps_layout: Dimension i of its result corresponds to dimension i of its inputs.
-        keeps_order: It returns the entries of its input in their order, in another shape or dtype.
+        keeps_order: It returns the entries of its input in their order, in another shape.
         moves_dims: A layer of torch that moves entries from one dimension to another.
         batch_first: A layer that takes the batch on the first dimension.
         on_numbers: It is also used on Python numbers such as sizes, and returns a number or bool.

@@ -138,7 +138,7 @@ TABLE: tuple[Operation, ...] = (
     Operation(("detach", ), linear=True, view=True),
     Operation(
         ("to", "type_as", "float", "half", "bfloat16", "double"),
-        linear=True, view=True, keeps_layout=True, keeps_order=True,
+        linear=True, view=True, keeps_layout=True,
     ),
     Operation(("_assert",), linear=True),
     Operation(functions=(passed_through,), linear=True, view=True),
