@@ -1,4 +1,4 @@
-"""Make one branch of all branches of a block: ``unit="block"``."""
+"""Join all branches of a block into one: ``unit="block"``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def join_branches(
     named: Collection[str],
     inherits: bool,
 ) -> list[Residual]:
-    """Return the residuals with one branch for each block, where that is possible.
+    """Replace the branches of each block by one branch, ``block(x) - x``, where that is possible.
 
     The branches of other blocks get a reason, which the plan prints.
 
@@ -145,7 +145,7 @@ def _joined(residual: Residual, stream: BlockStream, example: Example | None) ->
         layouts: RowLayouts = {stream.x: RowLayout(dim, 1)}
         block = WholeBlock(stream.x, dim, layouts, stream.sum_item, stream.returns)
     graphs: dict[str, BlockGraph] = {}
-    for branch in (*branches[-1:], *branches):  # the last sum is in the forward of the block
+    for branch in branches:
         source = branch.source
         assert source.graph is not None
         graphs.setdefault(source.owner[len(residual.owner) :].lstrip("."), source.graph)

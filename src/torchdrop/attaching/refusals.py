@@ -239,7 +239,7 @@ def refuse_doubled(model: nn.Module, chosen: Sequence[Residual]) -> None:
 
 
 def refuse_dropped_inside(owner: str, block: BlockGraph, name: str, split: Split) -> None:
-    """Raise if a forward drops samples of a branch at random by itself.
+    """Raise a ValueError if a forward itself drops samples of a branch at random.
 
     Args:
         owner: The path of the module that has the forward.

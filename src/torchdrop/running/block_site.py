@@ -26,6 +26,7 @@ from torchdrop.internals import (
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
 from torchdrop.rows.sampling import (
+    draw_row_order,
     keep_batch,
     keep_batch_in_usual_call,
     order_in_usual_call,
@@ -269,39 +270,26 @@ class BlockSite(SlotOccupant, ABC):
         refuse_graph_capture(x)
         return self.decide(branch, x.shape[branch.facts.dim])
 
-    def decide(self, branch: BranchState, batch: int) -> tuple[Any, int]:
+    def decide(self, branch: BranchState, batch: int, *, usual: bool = False) -> tuple[Any, int]:
         """Draw the kept rows of a batch, and count them; the result is that of :meth:`_draw`.
 
         Args:
             branch: The branch.
             batch: The number of rows.
+            usual: Whether it is known that there is no mode, no transform and no other rank.
         """
         settings, p = self.settings, branch.rate.p
         rows: Any
         if p == 0.0:
             rows, kept = True, batch
         elif settings.mode == "batch":
-            rows = keep_batch(p, settings.sync_ranks)
+            rows = keep_batch_in_usual_call(p) if usual else keep_batch(p, settings.sync_ranks)
             kept = batch if rows else 0
         else:
-            rows, kept = branch.rate.order_rows(batch)
+            draw = order_in_usual_call if usual else draw_row_order
+            rows, kept = branch.rate.order_rows(batch, draw)
             rows = rows if 0 < kept < batch else kept > 0
-        branch.counts.add(batch, rows, kept)
-        return rows, kept
-
-    def decide_in_usual_call(self, branch: BranchState, batch: int) -> tuple[Any, int]:
-        """Do what :meth:`decide` does, where no mode, transform or other rank exists."""
-        rate = branch.rate
-        rows: Any
-        if rate.p == 0.0:
-            rows, kept = True, batch
-        elif self.settings.mode == "batch":
-            rows = keep_batch_in_usual_call(rate.p)
-            kept = batch if rows else 0
-        else:
-            rows, kept = rate.order_rows(batch, order_in_usual_call)
-            rows = rows if 0 < kept < batch else kept > 0
-        branch.counts.add(batch, rows, kept, plain=True)
+        branch.counts.add(batch, rows, kept, plain=usual)
         return rows, kept
 
     @staticmethod

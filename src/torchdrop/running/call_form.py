@@ -32,8 +32,8 @@ __all__ = ["CallForm", "form_of"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
-# Stands in the list of forms for an argument that is a tensor.
-_A_TENSOR = object()
+# What an argument is: one of these, or the length of a tuple of tensors.
+_TENSOR, _CONSTANT = -1, -2
 
 
 def form_of(
@@ -53,26 +53,21 @@ def form_of(
     if caches_of(site, args, kwargs):
         return None  # whether such a call only generates depends on more than is compared
     found: list[Any] = []
-    forms: list[Any] = []
+    constants: list[Any] = []
+    kinds: list[int] = []
     for value in (*args, *kwargs.values()):
         items = value if type(value) is tuple else (value,)
         if all(type(item) is Tensor for item in items):
             found += items
-            forms.append(len(items) if items is value else _A_TENSOR)
+            kinds.append(len(items) if items is value else _TENSOR)
         elif type(value) in _CONSTANTS:
-            forms.append(_Constant(value))
+            constants.append(value)
+            kinds.append(_CONSTANT)
         else:
             return None
     if len({id(tensor) for tensor in found}) != len(found):
         return None  # one tensor is two arguments
-    return CallForm(tuple(kwargs), forms, found, site.module), found
-
-
-class _Constant:
-    """The form of an argument that is not a tensor: its value."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    return CallForm(tuple(kwargs), tuple(kinds), constants, found, site.module), found
 
 
 class CallForm:
@@ -80,8 +75,8 @@ class CallForm:
 
     Args:
         names: The names of the keyword arguments.
-        forms: What each argument is: ``_A_TENSOR``, the length of a tuple of tensors, or a
-            :class:`_Constant`.
+        kinds: What each argument is.
+        constants: The values of those that are no tensors.
         tensors: The tensors in the arguments.
         block: The block.
 
@@ -90,14 +85,20 @@ class CallForm:
     """
 
     def __init__(
-        self, names: tuple[str, ...], forms: list[Any], tensors: list[Tensor], block: nn.Module
+        self,
+        names: tuple[str, ...],
+        kinds: tuple[int, ...],
+        constants: list[Any],
+        tensors: list[Tensor],
+        block: nn.Module,
     ) -> None:
         self._names = names
-        self._forms = forms
+        self._kinds = kinds
         self._autocast = _autocast()
         self._ranks = _ranks(block)
         self.autocast = self._autocast is not None
-        self._select = _selection(names, forms, tensors)
+        properties = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._select = _selection_of(names, kinds)(constants, properties)
 
     def tensors_of(
         self, site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -122,32 +123,14 @@ class CallForm:
             return tensors, kwargs
         remaining = iter(tensors)
         values: list[Any] = []
-        for value, form in zip((*args, *kwargs.values()), self._forms, strict=True):
-            if form is _A_TENSOR:
+        for value, kind in zip((*args, *kwargs.values()), self._kinds, strict=True):
+            if kind == _TENSOR:
                 values.append(next(remaining))
-            elif type(form) is int:
-                values.append(tuple(next(remaining) for _ in range(form)))
-            else:
+            elif kind == _CONSTANT:
                 values.append(value)
+            else:
+                values.append(tuple(next(remaining) for _ in range(kind)))
         return values[: len(args)], dict(zip(self._names, values[len(args) :], strict=True))
-
-
-def _selection(
-    names: tuple[str, ...], forms: list[Any], tensors: list[Tensor]
-) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any] | None]:
-    """Return a function of the arguments of a call: their tensors, or None for another form."""
-    kinds = tuple(
-        -1 if form is _A_TENSOR else form if type(form) is int else _CONSTANT for form in forms
-    )
-    constants = [form.value for form in forms if isinstance(form, _Constant)]
-    properties = [(t.shape, t.dtype, t.device) for t in tensors]
-    select: Callable[[tuple[Any, ...], dict[str, Any]], list[Any] | None]
-    select = _selection_of(names, kinds)(constants, properties)
-    return select
-
-
-# A call has one of these in the place of an argument, or the length of a tuple of tensors.
-_CONSTANT = -2
 
 
 @lru_cache(maxsize=1024)
@@ -164,22 +147,21 @@ def _selection_of(names: tuple[str, ...], kinds: tuple[int, ...]) -> Callable[..
     checks = [f"len(args) != {count} or {'tuple(kwargs) != names' if names else 'kwargs'}"]
     lines: list[str] = []
     for value, kind in zip(values, kinds, strict=True):
-        if kind == _CONSTANT:
+        if kind == _TENSOR:
+            found.append(value)
+        elif kind == _CONSTANT:
             checks.append(f"type({value}) is not type(c{constants}) or {value} != c{constants}")
             constants += 1
-        elif kind >= 0:
+        else:
             checks.append(f"type({value}) is not tuple or len({value}) != {kind}")
             found += [f"{value}[{i}]" for i in range(kind)]
-        else:
-            found.append(value)
     for k, expression in enumerate(found):
         lines.append(f"        t{k} = {expression}")
         lines.append(
             f"        if type(t{k}) is not Tensor or t{k}.is_nested or t{k}.shape != shape{k} or "
             f"t{k}.dtype is not dtype{k} or t{k}.device != device{k}: return None"
         )
-    given = "".join(f"        c{k} = constants[{k}]\n" for k in range(constants))
-    given = given.replace("        ", "    ")
+    given = "".join(f"    c{k} = constants[{k}]\n" for k in range(constants))
     for k in range(len(found)):
         given += f"    shape{k}, dtype{k}, device{k} = properties[{k}]\n"
     text = (

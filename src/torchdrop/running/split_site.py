@@ -111,7 +111,7 @@ class SplitSite(BlockSite):
         self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
-        # Why neither is possible.
+        # Why neither the generated forward nor dropping the whole block is right; None if one is.
         self._refuted: str | None = None
         leading = list(self.__signature__.parameters)[: len(train.tensors)]
         # The tensors of the first program, if they are the leading parameters in order, so that a

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["StreamReading", "StreamReadings"]
 
-# The most readings that are kept for a block.
+# How many readings are stored for a block at most.
 _MOST_READINGS = 16
 
 
 class StreamReading:
-    """The forwards through which the stream of a block goes, for one kind of call.
+    """The forwards that add the branches of a block, as read for one kind of call.
 
     Args:
         graphs: By the path from the block: its own forward, "", and those of children that add
@@ -109,19 +109,27 @@ class StreamReadings:
         return self._known[-1]
 
     def _read(self, site: WholeSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Read the block as it is called now. Say why it cannot be dropped as a whole, if so."""
+        """Read the block with the arguments of this call.
+
+        Returns:
+            Why it cannot be dropped as a whole in this call; empty if it can.
+        """
         module, facts = site.module, site.branches[0].facts
         bound = site.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         inlined = {module.get_submodule(path) for path in self._inlined}
         try:
-            graphs = {
-                "": trace_block(
-                    module, arguments=bound.arguments, batch_dim=facts.dim, inlined=inlined
-                )
-            }
+            own = trace_block(
+                module,
+                training=module.training,  # in evaluation, too, blocks are scaled
+                arguments=bound.arguments,
+                batch_dim=facts.dim,
+                inlined=inlined,
+            )
+            graphs = {"": own}
             for path in self._parts:
-                graphs[path] = trace_block(module.get_submodule(path), batch_dim=facts.dim)
+                part = module.get_submodule(path)
+                graphs[path] = trace_block(part, training=module.training, batch_dim=facts.dim)
         except UntraceableError as error:
             return str(error)
         branches: list[Branch] = []

@@ -19,7 +19,6 @@ from torchdrop.rows.in_graph import (
     take_in_graph,
     zero_from,
 )
-from torchdrop.tracing.call_arguments import flatten_arguments
 
 if TYPE_CHECKING:
     from torchdrop.running.branch_state import BranchState
@@ -109,34 +108,18 @@ def run_whole_in_graph(
     # What was not measured would be decided by a shape, and no test of this call confirms it.
     if not bounded or masked or site.assumes(tensors):
         # a copy, since the block may write into it; a compiler removes copies that are not needed
-        out = site.run_block(_with_copy(bound, block.x))
+        site.copy_input(bound)
+        out = site.run_block(bound)
         site.check_shape(x, site.sum_in(out))
         total = x + _masked(branch, site.sum_in(out) - x, x)
         return site.returned(total, out)
     drawn = draw_in_graph(rate.number, batch, _computed_rows(branch, batch), x)
     taking = partial(take_in_graph, drawn=drawn)
-    some: dict[str, Tensor] = {}
-
-    def cut(path: str, value: Tensor) -> Tensor:
-        some[path] = site.cut(facts, value, taking, block.row_layouts[path], batch)
-        return some[path]
-
-    bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
-    shortcut = some[block.x].clone()
+    shortcut = site.cut_arguments(bound, taking, batch).clone()
     out = site.run_block(bound)
     site.check_shape(shortcut, site.sum_in(out))
     added = _weighted(site.sum_in(out) - shortcut, drawn.weights, dim)
     return site.returned(x + scatter_in_graph(added, drawn, dim), out)
-
-
-def _with_copy(bound: inspect.BoundArguments, name: str) -> inspect.BoundArguments:
-    """Replace the tensor ``name`` in the arguments of a call by a copy."""
-
-    def copied(path: str, value: Tensor) -> Tensor:
-        return value.clone() if path == name else value
-
-    bound.arguments.update(flatten_arguments(bound.arguments, copied)[0])
-    return bound
 
 
 def _weighted(out: Tensor, weights: Tensor, dim: int) -> Tensor:

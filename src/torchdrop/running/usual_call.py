@@ -108,7 +108,7 @@ class UsualSums:
 
     def __init__(self, site: SplitSite, program: Program, autocast: bool, *, alone: bool) -> None:
         self.site, self._program, self._autocast = site, program, autocast
-        self._decide = site.decide_in_usual_call if alone else site.decide
+        self._alone = alone
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.site, name)
@@ -128,7 +128,7 @@ class UsualSums:
             or site.is_watched()  # since the call began
         ):
             return site.join(k, skip, *inputs)
-        rows, kept = self._decide(branch, shape[facts.dim])
+        rows, kept = site.decide(branch, shape[facts.dim], usual=self._alone)
         if rows is False:
             return sum_without_branch(site, k, skip, inputs)
         gain = branch.rate.gain
@@ -248,8 +248,7 @@ class UsualWholeCall:
         branch = site.branches[0]
         dim, x = branch.facts.dim, tensors[self._place]
         refuse_graph_capture(x)
-        decide = site.decide_in_usual_call if self._alone else site.decide
-        rows, kept = decide(branch, x.shape[dim])
+        rows, kept = site.decide(branch, x.shape[dim], usual=self._alone)
         if rows is False:
             out, total = self._returned, site.without_block(x, tuple(tensors), args, kwargs)
         else:

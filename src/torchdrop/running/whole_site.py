@@ -102,25 +102,32 @@ class WholeSite(BlockSite):
         tensors = self._tensors_of(bound)
         if compiling and training and self.settings.mode == "row":
             return run_whole_in_graph(self, bound, tensors)
+        kind = self._kind_of(bound, tensors)
         if self.settings.verify and training and not compiling:
-            self._prove(bound, tensors)
+            self._prove(bound, tensors, kind)
         if self.only_proves:
             return self.run_block(bound)
-        total, out = self._sum(bound, tensors, scaled)
+        total, out = self._sum(bound, tensors, kind, scaled)
         if training and not (compiling or self.is_watched() or functorch_transforms_active()):
-            proved = not self.settings.verify or self._kind_of(bound, tensors) in self.verdicts
+            proved = not self.settings.verify or kind in self.verdicts
             known = proved and not self.assumes(tensors)
             self._usual = None
             if known:
-                self._usual = usual_whole_call(
-                    self, reading, tensors, self._form_of(bound, tensors), args, kwargs
-                )
+                form = self._form_of(kind)
+                self._usual = usual_whole_call(self, reading, tensors, form, args, kwargs)
         return self.returned(total, out)
 
     def _sum(
-        self, bound: inspect.BoundArguments, tensors: dict[str, Tensor], scaled: bool
+        self, bound: inspect.BoundArguments, tensors: dict[str, Tensor], kind: Any, scaled: bool
     ) -> tuple[Tensor, Any]:
-        """Return the sum, and the output of the block on the rows that were computed."""
+        """Return the sum, and the output of the block on the rows that were computed.
+
+        Args:
+            bound: The arguments of the call.
+            tensors: The tensors in them, by path.
+            kind: The kind of the call.
+            scaled: Whether the block is scaled by ``1 - p``, and nothing is dropped.
+        """
         x, branch = tensors[self.block.x], self.branches[0]
         rows: Any
         if scaled:
@@ -134,12 +141,11 @@ class WholeSite(BlockSite):
         if self.assumes(tensors) and not self.settings.verify:
             branch.note(f"in calls with {', '.join(self._assumed)}: masked, use verify=True")
             masked = True
-        form = self._form_of(bound, tensors)
+        form = self._form_of(kind)
         if rows is False and not masked and form is not _UNKNOWN:
             given = tuple(tensors.values())
             out, total = form, self.without_block(x, given, bound.args, bound.kwargs)
         else:
-            kind = self._kind_of(bound, tensors)
             if masked or isinstance(rows, bool):
                 out = self._run_on_all(bound, x)
                 total = self._masked(x, self.sum_in(out), rows, gain)
@@ -151,28 +157,24 @@ class WholeSite(BlockSite):
             self._report(0, x, total, rows)
         return total, out
 
-    def _form_of(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> Any:
-        """Return what the block returns in a call, with None in place of tensors, if it is known.
+    def _form_of(self, kind: Any) -> Any:
+        """Return the output of the block in a kind of call, with None in place of its sum.
 
-        The output may contain arguments of the call that are not tensors.
+        It is not known before the first call of that kind, because the output may contain arguments
+        of the call that are not tensors.
         """
-        if self.block.sum_item == "":
-            return None
-        return self._returned_forms.get(self._kind_of(bound, tensors), _UNKNOWN)
+        return None if self.block.sum_item == "" else self._returned_forms.get(kind, _UNKNOWN)
 
     def _form(self, out: Any) -> Any:
         """Return ``out``, an output of the block, with None in place of its sum."""
-        if self.block.sum_item == "":
-            return None
-        place = int(self.block.sum_item)
-        rest = [*out[:place], None, *out[place + 1 :]]
-        if any(isinstance(item, Tensor) for item in tree_flatten(rest)[0]):
+        form = self.returned(None, out)
+        if any(isinstance(item, Tensor) for item in tree_flatten(form)[0]):
             raise RuntimeError(
                 f"{self.branches[0].facts.name} is dropped as a whole, and returns further tensors "
                 f"in this call, which would be needed for all rows; use unit='branch', or leave "
                 f"the block out with select=" + see("whole-blocks")
             )
-        return type(out)(rest)
+        return form
 
     def assumes(self, tensors: dict[str, Tensor]) -> bool:
         """Whether it was not measured how some of the tensors of a call carry the rows."""
@@ -201,12 +203,11 @@ class WholeSite(BlockSite):
         branch.share = (branch.share or 0.0) + meter() - before
         return out
 
-    def _prove(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor]) -> None:
+    def _prove(self, bound: inspect.BoundArguments, tensors: dict[str, Tensor], kind: Any) -> None:
         """Test the block on this call, if no call of its kind was tested before."""
-        values, kind = list(tensors.values()), self._kind_of(bound, tensors)
         if kind in self.verdicts:
             return
-        why = why_impossible(self, values)
+        why = why_impossible(self, list(tensors.values()))
         if why:
             self.note_unproved(why)
             return
@@ -226,7 +227,10 @@ class WholeSite(BlockSite):
         return (*kind, torch.is_grad_enabled(), *map(_key_of, constants))
 
     def take_form(self, block: WholeBlock) -> None:
-        """Drop the block as the form of one call shows it, in which shapes tell what has rows."""
+        """Use ``block``, which follows from the shapes of one call.
+
+        How the tensors other than x carry the rows is then assumed, not measured.
+        """
         self.block = block
         self._assumed |= block.row_layouts.keys() - {block.x}
 
@@ -254,7 +258,7 @@ class WholeSite(BlockSite):
     def without_block(
         self, x: Tensor, given: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Return ``x`` alone, in the dtype that the sum would have.
+        """Return a copy of ``x`` in the dtype that the sum would have.
 
         Args:
             x: The input of the residual.
@@ -269,12 +273,7 @@ class WholeSite(BlockSite):
     def _run_on_all(self, bound: inspect.BoundArguments, x: Tensor) -> Any:
         """Return the output of the block for all rows, without changing its input."""
         if self.branches[0].writes_input:
-            name = self.block.x
-
-            def copied(path: str, value: Tensor) -> Tensor:
-                return value.clone() if path == name else value
-
-            bound.arguments.update(flatten_arguments(bound.arguments, copied)[0])
+            self.copy_input(bound)
         version = modifications(x)
         out = self.run_block(bound)
         if modifications(x) != version:
@@ -307,9 +306,9 @@ class WholeSite(BlockSite):
         return torch.where(_mask_of(none if rows is False else rows, x, dim), y, x)
 
     def check_shape(self, x: Tensor, y: Tensor) -> None:
-        """Raise unless the sum of the block has the shape of its input."""
+        """Raise a RuntimeError if the sum of the block does not have the shape of its input."""
         if x.shape != y.shape:
-            # a compiler cannot write shapes into a message
+            # torch.compile cannot format shapes in an error message
             compiling = torch.compiler.is_compiling()
             shapes = "" if compiling else f", but got {tuple(y.shape)} for {tuple(x.shape)}"
             raise RuntimeError(
@@ -328,18 +327,7 @@ class WholeSite(BlockSite):
         taking = partial(take, rows=on_device)
         writes = self.branches[0].writes_input
         skip, mine = (x, None) if writes else skip_and_rows(x, on_device, facts.dim)
-        some: dict[str, Tensor] = {}
-
-        def cut(path: str, value: Tensor) -> Tensor:
-            if mine is not None and path == self.block.x:
-                some[path] = mine
-            else:
-                layout = self.block.row_layouts[path]
-                some[path] = self.cut(facts, value, taking, layout, x.shape[facts.dim])
-            return some[path]
-
-        bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
-        given = some[self.block.x]
+        given = self.cut_arguments(bound, taking, x.shape[facts.dim], mine)
         shortcut = given.clone() if writes else given
         version = modifications(given)
         out = self.run_block(bound)
@@ -351,6 +339,45 @@ class WholeSite(BlockSite):
             added, on_device = drop_spare_row(added, computed, rows, facts.dim)
         return out, add_rows(skip, added, on_device, gain, facts.dim)
 
+    def copy_input(self, bound: inspect.BoundArguments) -> None:
+        """Replace the input of the residual by a copy, into which the block may write."""
+
+        def copied(path: str, value: Tensor) -> Tensor:
+            return value.clone() if path == self.block.x else value
+
+        bound.arguments.update(flatten_arguments(bound.arguments, copied)[0])
+
+    def cut_arguments(
+        self,
+        bound: inspect.BoundArguments,
+        taking: Callable[..., Tensor],
+        batch: Any,
+        mine: Tensor | None = None,
+    ) -> Tensor:
+        """Replace the tensors in the arguments by the selected rows of them.
+
+        Args:
+            bound: The arguments of the call.
+            taking: ``taking(value, dim=dim)`` selects rows.
+            batch: The number of rows.
+            mine: The selected rows of the input of the residual, if they were taken before.
+
+        Returns:
+            The selected rows of the input of the residual.
+        """
+        some: dict[str, Tensor] = {}
+
+        def cut(path: str, value: Tensor) -> Tensor:
+            if mine is not None and path == self.block.x:
+                some[path] = mine
+            else:
+                layout = self.block.row_layouts[path]
+                some[path] = self.cut(self.branches[0].facts, value, taking, layout, batch)
+            return some[path]
+
+        bound.arguments.update(flatten_arguments(bound.arguments, cut)[0])
+        return some[self.block.x]
+
     def run_block(self, bound: inspect.BoundArguments) -> Any:
         """Run the block's own forward."""
         return self.run_own(bound.args, bound.kwargs)
@@ -360,7 +387,7 @@ class WholeSite(BlockSite):
         found: Tensor = out if self.block.sum_item == "" else out[int(self.block.sum_item)]
         return found
 
-    def returned(self, total: Tensor, out: Any) -> Any:
+    def returned(self, total: Tensor | None, out: Any) -> Any:
         """Return ``out``, an output of the block, with ``total`` as its sum."""
         if self.block.sum_item == "":
             return total
@@ -378,7 +405,9 @@ def _key_of(value: Any) -> Any:
 
 
 def whole_site_of(site: SplitSite, verdict: Verdict) -> WholeSite:
-    """Return the site that drops the block of ``site`` as a whole; the plan says so from now on.
+    """Return the site that drops the block of ``site`` as a whole.
+
+    The first call creates it, and changes the actions that the plan prints.
 
     Args:
         site: The site, whose generated forward computes another result than the block's own.
@@ -390,7 +419,7 @@ def whole_site_of(site: SplitSite, verdict: Verdict) -> WholeSite:
             branch.action, branch.reason = "layer", f"dropped as a whole: {verdict.why_unusable}"
         site.whole = WholeSite(site.module, site.settings, site.branches[0], verdict.whole)
         site.whole.active = True
-        site.whole.take_form(verdict.whole)
+    site.whole.take_form(verdict.whole)
     return site.whole
 
 
@@ -406,8 +435,6 @@ def run_whole(
         kwargs: The keyword arguments of the call.
     """
     first, whole = site.branches[0], whole_site_of(site, verdict)
-    assert verdict.whole is not None
-    whole.take_form(verdict.whole)
     whole._observers = site._observers
     seen = first.counts.rows_seen, first.counts.rows_dropped
     out = whole(*args, **kwargs)
