@@ -6,10 +6,11 @@
 
 The networks are so small that arithmetic takes no time worth mentioning: a step takes as long as
 the host needs to launch it. In each round every contestant runs one forward and one backward pass,
-in turn, so that a busy moment affects all alike. What a branch adds is the median over the rounds
-of the difference to the dense model in the same round, for each branch. It is given in
-microseconds, and in units of what timm's DropPath adds at the same places in the same rounds: this
-unit itself doubles when the machine is busy. Each figure is the median of several processes.
+so that a busy moment affects all alike. Each round has another order, because a step takes longer
+after some contestants than after others. What a branch adds is the median over the rounds of the
+difference to the dense model in the same round, for each branch. It is given in microseconds, and
+in units of what timm's DropPath adds at the same places in the same rounds: this unit itself
+doubles when the machine is busy. Each figure is the median of several processes.
 
 Dispatches do not depend on how busy the machine is: how many operations of ATen a branch adds to a
 forward and backward pass, as the profiler of PyTorch counts them (nested ones included).
@@ -36,6 +37,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import socket
 import time
 import warnings
@@ -220,8 +222,10 @@ def measure(network: str, rows: Iterable[str], variant: str, rounds: int) -> dic
         loss.backward()
         return middle - start, time.perf_counter() - middle
 
+    order, shuffle = list(times), random.Random(0).shuffle
     for number in range(rounds + 5):
-        for name in times:
+        shuffle(order)
+        for name in order:
             taken = step(name)
             if number >= 5:
                 times[name].append(taken)

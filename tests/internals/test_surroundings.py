@@ -116,6 +116,7 @@ def _() -> None:
 
 
 @probe(
+    "graph_task",
     "in_backward_pass",
     api="torch._C._current_graph_task_id",
     purpose="not count what a checkpoint computes again in the backward pass",
@@ -132,6 +133,7 @@ def _() -> None:
         checkpoint(f, x, use_reentrant=use_reentrant).sum().backward()
         assert seen == [False, True]
         assert not internals.in_backward_pass()
+        assert internals.graph_task() == -1
 
 
 @probe(
@@ -180,8 +182,8 @@ def test_every_name_has_a_probe() -> None:
 def test_a_probe_that_fails_names_the_api_and_what_it_is_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (found,) = (found for found in probe if found.names == ("in_backward_pass",))
-    monkeypatch.setattr(surroundings, "_current_graph_task_id", lambda: -1)
+    (found,) = (found for found in probe if "in_backward_pass" in found.names)
+    monkeypatch.setattr(surroundings, "graph_task", lambda: -1)
     with pytest.raises(
         pytest.fail.Exception, match=r"_current_graph_task_id, .* to not count what a checkpoint"
     ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import torchdrop
-from torchdrop.running import split_site, usual_call, whole_site
+from torchdrop.running import split_site, whole_site
 from torchdrop.running.block_site import sites_of
 from torchdrop.running.split_site import SplitSite
 from torchdrop.running.whole_site import WholeSite
@@ -195,16 +195,113 @@ def test_another_call_is_checked(name: str, unit: str, checked: list[str]) -> No
     assert checked == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-@pytest.mark.parametrize("name", ["a keyword", "an attribute", "a global variable"])
-def test_the_test_of_other_calls_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_of_other_calls_can_fail(checked: list[str]) -> None:
     model, _, x = trained()
-    monkeypatch.setattr(
-        usual_call.UsualCall, "tensors_of", lambda self, site, args, kwargs: list(args)
-    )
-    runs: list[Any] = []
-    monkeypatch.setattr(SplitSite, "_run", lambda *args: runs.append(args))
-    OTHER_CALLS[name](model, x)
-    assert runs == []
+    for site in sites_of(model):
+        site._usual = lambda args, kwargs: args[0]
+    checked.clear()
+    OTHER_CALLS["an attribute"](model, x)
+    assert checked == []
+
+
+class NamedLikeTheGenerated(nn.Module):
+    """A block whose variables have the names that a generated function might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call, self.join = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, site: Tensor, args: Tensor | None = None, **kwargs: Any) -> Tensor:
+        join, rest = self.call(site), 0.0 if args is None else args
+        call = site + join.tanh() + rest * 0.0
+        return call + self.join(call).tanh()
+
+
+@pytest.mark.parametrize("with_second", [False, True])
+def test_names_of_a_block_do_not_collide_with_those_of_the_generated_code(
+    with_second: bool, checked: list[str]
+) -> None:
+    model = nn.Sequential(NamedLikeTheGenerated(), NamedLikeTheGenerated())
+    dense = copy.deepcopy(model)
+    torchdrop.add_stochastic_depth(model, 1e-9)
+    x = torch.randn(B, W)
+    for k in range(4):
+        out, expected = x, x
+        for block, plain in zip(model, dense, strict=True):
+            given = [torch.randn(B, W)] if with_second else []
+            out, expected = block(out, *given), plain(expected, *given)
+        torch.testing.assert_close(out, expected)
+        if k == 2:
+            checked.clear()
+    assert checked == []
+
+
+def test_blocks_of_one_class_share_the_code_of_their_usual_calls() -> None:
+    model, _, _ = trained()
+    codes = {site._usual.__code__ for site in sites_of(model)}
+    assert len(codes) == 1
+
+
+def test_the_layers_of_the_block_rest_in_a_usual_call() -> None:
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop_path = nn.Linear(W, W), torchdrop.DropPath(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop_path(self.linear(x).tanh())
+
+    model, x = nn.Sequential(Masking(), Masking()), torch.randn(B, W)
+    dense = copy.deepcopy(model).eval()
+    torchdrop.add_stochastic_depth(model, 1e-9)
+    for _ in range(4):
+        torch.testing.assert_close(model(x), dense(x))
+    rest = sites_of(model)[0].settings.mask_rest
+    assert sites_of(model)[0]._usual is not None
+    assert rest is not None
+    assert rest.depth == 0
+    model[0].linear.register_forward_hook(_raise)
+    with pytest.raises(ArithmeticError):
+        model(x)
+    assert rest.depth == 0
+
+
+def _raise(*args: Any) -> None:
+    raise ArithmeticError
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_further_inputs_of_a_branch_are_cut_in_usual_calls(count: int, checked: list[str]) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(W, W)
+
+        def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+            given = self.linear(x).tanh()
+            for other in others:
+                given = given * other
+            return x + given
+
+    # one row for each sample, one for all, and one without the dimension of the batch
+    others = [torch.randn(B, W), torch.randn(1, W), torch.randn(W)][:count]
+    model = nn.ModuleList([Mixing(), Mixing()])
+    x = torch.randn(B, W)
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    for _ in range(4):
+        model[0](x, *others)
+    checked.clear()
+    out = model[0](x, *others)
+    assert checked == []
+    kept = sites_of(model)[0].branches[0].counts.last
+    assert kept is not None
+    rows = kept[0][: kept[1]]
+    expected = x.clone()
+    whole = model[0].linear(x).tanh()
+    for other in others:
+        whole = whole * other
+    expected[rows] += 2.0 * whole[rows]
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("unit", ["branch", "block"])

@@ -23,6 +23,7 @@ __all__ = [
     "count_dispatch_modes",
     "disable_dispatch_modes",
     "functorch_transforms_active",
+    "graph_task",
     "in_backward_pass",
     "is_legacy_batched_tensor",
     "vmap_draws_differently",
@@ -60,17 +61,15 @@ any_autocast_enabled: Callable[[], bool] = required("torch._C._is_any_autocast_e
 #: worked out in it, so that neither sees these operations. Without it torchdrop cannot be imported.
 DisableTorchFunction: Any = required("torch._C.DisableTorchFunction")
 
-_current_graph_task_id: Callable[[], int] = required("torch._C._current_graph_task_id")
+#: The number of the backward pass that is running in this thread; -1 if none is. Activation
+#: checkpointing runs a block again inside the backward pass. This repeats an earlier decision and
+#: must not be counted. Without it torchdrop cannot be imported.
+graph_task: Callable[[], int] = required("torch._C._current_graph_task_id")
 
 
 def in_backward_pass() -> bool:
-    """Whether a backward pass is running in this thread.
-
-    Uses ``torch._C._current_graph_task_id``. Activation checkpointing runs a block again inside the
-    backward pass. This repeats an earlier decision and must not be counted. Without it torchdrop
-    cannot be imported.
-    """
-    return _current_graph_task_id() != -1
+    """Whether a backward pass is running in this thread; see :data:`graph_task`."""
+    return graph_task() != -1
 
 
 def vmap_draws_differently() -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,16 +43,11 @@ __all__ = [
 #   containers as PyTorch itself does.
 
 
-def modifications_of(tensor: Tensor) -> int:
-    """Return how often the memory of ``tensor`` was written into: ``Tensor._version``.
-
-    With it torchdrop notices a branch that writes into its input, and a saved tensor that was
-    written into before the backward pass. Without it those calls raise an AttributeError.
-
-    Raises:
-        RuntimeError: ``tensor`` is an inference tensor, which has no such counter.
-    """
-    return tensor._version
+#: How often the memory of a tensor was written into: ``Tensor._version``. With it torchdrop notices
+#: a branch that writes into its input, and a saved tensor that was written into before the backward
+#: pass. Without it those calls raise an AttributeError. For an inference tensor, which has no such
+#: counter, it raises a RuntimeError.
+modifications_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def base_of(tensor: Tensor) -> Tensor | None:

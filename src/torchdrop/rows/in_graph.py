@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from functools import partial
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "GraphBranch",
     "GraphRows",
     "draw_in_graph",
+    "leave_uncompiled",
     "mark_uncompiled",
     "register_branch",
     "row_count_in_graph",
@@ -242,6 +243,7 @@ def mark_uncompiled(*modules: str) -> None:
 
     Args:
         modules: The names of imported modules; only the functions that they define are marked.
+            A function that is made in a call of another one is marked with it.
     """
     for name in modules:
         for value in list(vars(sys.modules[name]).values()):
@@ -250,4 +252,12 @@ def mark_uncompiled(*modules: str) -> None:
                 function = getattr(member, "__func__", member)  # of a static or class method
                 function = getattr(function, "__wrapped__", function)  # of a cached function
                 if isinstance(function, FunctionType) and function.__module__ == name:
-                    leave_frame_uncompiled(function.__code__)
+                    leave_uncompiled(function.__code__)
+
+
+def leave_uncompiled(code: CodeType) -> None:
+    """Mark ``code`` and the code of the functions in it, as :func:`mark_uncompiled` does."""
+    leave_frame_uncompiled(code)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            leave_uncompiled(inner)

@@ -6,8 +6,10 @@ for a device, ``torch.manual_seed`` determines the draw, and activation checkpoi
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +28,13 @@ __all__ = [
     "keep_batch",
     "keep_batch_in_usual_call",
     "keep_rows",
-    "order_in_usual_call",
     "order_of_rows",
     "refuse_graph_capture",
     "refuse_nested",
+    "usual_sampler",
 ]
 
+_randperm = torch.randperm
 _HOST = torch.device("cpu")  # given explicitly: the user may have set another default device
 
 
@@ -104,11 +107,14 @@ def _uniform(generator: torch.Generator | None = None) -> float:
 
 
 class _Number(threading.local):
-    """A tensor of one number, a different one in each thread."""
+    """A number in the memory of a tensor; a different one in each thread."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.tensor = torch.empty(1, dtype=torch.float64, device=_HOST)
+            self._tensor = torch.empty(1, dtype=torch.float64, device=_HOST)
+        self.draw = self._tensor.uniform_
+        # ``.item()`` takes two dispatches for the same number
+        self.memory = ctypes.c_double.from_address(self._tensor.data_ptr())
 
 
 _number = _Number()
@@ -119,7 +125,8 @@ def _uniform_in_place(generator: torch.Generator | None = None) -> float:
 
     Only where no mode and no transform sees the draw: it writes into a tensor that exists.
     """
-    return _number.tensor.uniform_(generator=generator).item()
+    _number.draw(generator=generator)
+    return _number.memory.value
 
 
 ROW_SAMPLERS: dict[str, Callable[[int, float, Any, _Uniform], _Rows]] = {
@@ -171,9 +178,30 @@ def order_of_rows(
     return ROW_SAMPLERS[sampling](batch, p, generator, _uniform)
 
 
-def order_in_usual_call(batch: int, p: float, sampling: str) -> tuple[Tensor | None, int]:
-    """Draw what :func:`order_of_rows` draws, where no mode, transform or other rank exists."""
-    return ROW_SAMPLERS[sampling](batch, p, None, _uniform_in_place)
+def usual_sampler(sampling: str) -> Callable[[int, float], tuple[Tensor | None, int]]:
+    """Return a function of a batch and p that draws what :func:`order_of_rows` draws.
+
+    It may be called where no mode, transform or other rank exists.
+    """
+    if sampling == "exact":
+        return _exact_in_place
+    sampler: Callable[..., _Rows] = ROW_SAMPLERS[sampling]
+    return partial(sampler, generator=None, uniform=_uniform_in_place)
+
+
+def _exact_in_place(batch: int, p: float) -> _Rows:
+    # what _exact computes, without calls
+    count = batch * (1.0 - p)
+    kept = int(count)
+    fraction = count - kept
+    if fraction > 0:
+        number = _number
+        number.draw()
+        if number.memory.value < fraction:
+            kept += 1
+    if kept in (0, batch):
+        return None, kept
+    return _randperm(batch, device=_HOST), kept
 
 
 def _refuse_different_draws_in_vmap() -> None:

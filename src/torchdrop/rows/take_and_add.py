@@ -16,7 +16,18 @@ from torchdrop.internals import (
     functorch_transforms_active,
 )
 
-__all__ = ["add_rows", "add_whole", "skip_and_rows", "take", "with_zero_grads"]
+__all__ = [
+    "HALF",
+    "MIN_ELEMENTS_FOR_OWN_FUNCTION",
+    "add_rows",
+    "add_whole",
+    "skip_and_rows",
+    "take",
+    "with_zero_grads",
+]
+
+# The dtypes to which ``index_add`` rounds its factor: in bfloat16 1/0.9 would become 1.109375.
+HALF = (torch.float16, torch.bfloat16)
 
 # The number of elements from which autograd functions of torchdrop's own are used. They save a pass
 # over the tensor and keep nothing of the branch for backward, but cost time in Python. Taking rows
@@ -125,8 +136,7 @@ def add_rows(
             f"has {tuple(branch.shape)}; leave this block out with select="
             + see("cannot-be-skipped")
         )
-    if gain != 1.0 and branch.dtype in (torch.float16, torch.bfloat16):
-        # index_add_ rounds alpha to the dtype first: in bfloat16 1/0.9 would become 1.109375.
+    if gain != 1.0 and branch.dtype in HALF:
         branch, gain = branch * gain, 1.0
     if branch.dtype != skip.dtype:
         dtype = skip.dtype if inplace else torch.promote_types(skip.dtype, branch.dtype)

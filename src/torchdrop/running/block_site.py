@@ -25,20 +25,14 @@ from torchdrop.internals import (
 )
 from torchdrop.rows.collectives import find_communicating_module, is_sharded
 from torchdrop.rows.in_graph import mark_uncompiled
-from torchdrop.rows.sampling import (
-    draw_row_order,
-    keep_batch,
-    keep_batch_in_usual_call,
-    order_in_usual_call,
-    refuse_graph_capture,
-    refuse_nested,
-)
+from torchdrop.rows.sampling import refuse_graph_capture, refuse_nested
 from torchdrop.rows.take_and_add import take, with_zero_grads
 from torchdrop.running.branch_state import BranchFacts, BranchState, Settings
+from torchdrop.running.decision import decide
 from torchdrop.running.forward_slot import SlotOccupant, occupant_of
 from torchdrop.running.lone_row import sizes_of_row
 from torchdrop.running.observers import Observer, ObserverHandle, SumEvent
-from torchdrop.running.proof import Verdict
+from torchdrop.running.proof import SplitProof, Verdict
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.unchanged import unchanged
 
@@ -78,17 +72,25 @@ class BlockSite(SlotOccupant, ABC):
         self.verdicts: dict[Any, Verdict] = {}
         # Whether calls only test the block, on example inputs, and drop nothing.
         self.only_proves = False
+        # Runs the branches while a generated forward is tested.
+        self.proof: SplitProof | None = None
         self._pauses = 0
-        self._observers: list[Observer] = []
+        self.observers: list[Observer] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block. In training its own masking layers are inactive meanwhile."""
+        """Run the block."""
+        return self.without_masks(self.call, args, kwargs)
+
+    def without_masks(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return ``run(args, kwargs)``; the block's own masking layers are inactive meanwhile."""
         rest = self.settings.mask_rest
         if rest is None or not self.module.training or torch.compiler.is_compiling():
-            return self.call(args, kwargs)
+            return run(args, kwargs)
         rest.depth += 1
         try:
-            return self.call(args, kwargs)
+            return run(args, kwargs)
         finally:
             rest.depth -= 1
 
@@ -103,7 +105,7 @@ class BlockSite(SlotOccupant, ABC):
             "active": self._has_rate(),
             "meter": None,
             "only_proves": False,
-            "_observers": [],
+            "observers": [],
         }
         return {**self.__dict__, **for_once}
 
@@ -144,13 +146,13 @@ class BlockSite(SlotOccupant, ABC):
         evaluation, too. There are no events while the block's own forward runs (``ObservedSums``
         reports its sums), nor inside a compiled graph, which runs no Python.
         """
-        return ObserverHandle(self._observers, observer)
+        return ObserverHandle(self.observers, observer)
 
     def _report(self, index: int, skip: Tensor, total: Tensor, rows: Tensor | bool) -> None:
         """Call the observers with the residual sum of branch ``index``."""
         batch = total.shape[self.branches[index].facts.dim]
         event = SumEvent(index, skip, total, rows, batch)
-        for observer in list(self._observers):
+        for observer in list(self.observers):
             observer(event)
 
     @contextmanager
@@ -180,7 +182,11 @@ class BlockSite(SlotOccupant, ABC):
     def is_watched(self) -> bool:
         """Whether calls are tested, measured or observed now, or the next one may only generate."""
         return bool(
-            self.meter is not None or self.only_proves or self._observers or self.settings.generates
+            self.meter
+            or self.only_proves
+            or self.proof
+            or self.observers
+            or self.settings.generates
         )
 
     def note_unproved(self, why: str) -> None:
@@ -258,39 +264,12 @@ class BlockSite(SlotOccupant, ABC):
         return True
 
     def _draw(self, branch: BranchState, x: Tensor) -> tuple[Any, int]:
-        """Draw the kept rows of ``x`` and count them.
-
-        Returns:
-            True if every row is kept, False if none is, else all rows, on the host, the kept ones
-            first; and the number of kept rows.
-        """
+        """Draw the kept rows of ``x`` and count them; the result is that of :func:`decide`."""
         refuse_nested(x)
         if branch.facts.dim >= x.dim():
             raise _no_batch_dim(branch.facts, x)
         refuse_graph_capture(x)
-        return self.decide(branch, x.shape[branch.facts.dim])
-
-    def decide(self, branch: BranchState, batch: int, *, usual: bool = False) -> tuple[Any, int]:
-        """Draw the kept rows of a batch, and count them; the result is that of :meth:`_draw`.
-
-        Args:
-            branch: The branch.
-            batch: The number of rows.
-            usual: Whether it is known that there is no mode, no transform and no other rank.
-        """
-        settings, p = self.settings, branch.rate.p
-        rows: Any
-        if p == 0.0:
-            rows, kept = True, batch
-        elif settings.mode == "batch":
-            rows = keep_batch_in_usual_call(p) if usual else keep_batch(p, settings.sync_ranks)
-            kept = batch if rows else 0
-        else:
-            draw = order_in_usual_call if usual else draw_row_order
-            rows, kept = branch.rate.order_rows(batch, draw)
-            rows = rows if 0 < kept < batch else kept > 0
-        branch.counts.add(batch, rows, kept, plain=usual)
-        return rows, kept
+        return decide(self.settings, branch, x.shape[branch.facts.dim])
 
     @staticmethod
     def rows_to_compute(branch: BranchState, rows: Tensor, skip: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,21 +142,20 @@ class BranchCounts:
     rows_dropped: int = 0
     last: tuple[Any, int] | None = None
 
-    def add(self, batch: int, rows: Any, kept: int, *, plain: bool = False) -> None:
+    def add(self, batch: int, rows: Any, kept: int) -> None:
         """Count one decision.
 
         Args:
             batch: The number of rows.
             rows: The rows, of which the first ``kept`` are kept.
             kept: The number of kept rows.
-            plain: Whether it is known that no transform of torch.func is active.
         """
         # Activation checkpointing runs the block again inside the backward pass. That repeats the
         # decision, it is not a new one.
         if not in_backward_pass():
             self.rows_seen += batch
             self.rows_dropped += batch - kept
-            if not plain and isinstance(rows, Tensor) and functorch_transforms_active():
+            if isinstance(rows, Tensor) and functorch_transforms_active():
                 rows = rows.tolist()  # a tensor of a torch.func transform must not outlive it
             self.last = (rows, kept)
 
@@ -194,32 +194,33 @@ class BranchRate:
             set_keep_share(self.number, p, value_known=self.convolves)
 
     def order_rows(
-        self, batch: int, draw: Callable[[int, float, str], tuple[Any, int]] = draw_row_order
+        self, batch: int, draw: Callable[[int, float], tuple[Any, int]] | None = None
     ) -> tuple[Any, int]:
         """Draw rows; return all rows of a batch, the kept ones first, and how many are kept.
 
         Args:
             batch: The number of rows.
-            draw: Draws samples, as :func:`draw_row_order` or :func:`order_in_usual_call` does.
+            draw: Draws samples, as :func:`usual_sampler` returns it. None: with all checks.
 
         Raises:
             ValueError: Each sample has several rows, and the batch does not hold whole samples.
         """
         facts = self._facts
+        draw = draw or partial(draw_row_order, sampling=facts.sampling)
         group = facts.rows_per_sample
         if group == 1:
-            return draw(batch, self.p, facts.sampling)
+            return draw(batch, self.p)
         samples, rest = divmod(batch, group)
         if rest and not facts.samples_given:
             # not the number of rows per sample that was measured, so each row is drawn alone
-            return draw(batch, self.p, facts.sampling)
+            return draw(batch, self.p)
         if rest:
             raise ValueError(
                 f"each sample has {group} rows according to rows_per_sample, but {facts.name} is "
                 f"called with {batch} rows, not a multiple of {group}; remove stochastic depth "
                 f"and add it with another rows_per_sample, or without one" + see("batch-dimension")
             )
-        order, kept = draw(samples, self.p, facts.sampling)
+        order, kept = draw(samples, self.p)
         if order is None:
             return None, kept * group
         rows = (order[:, None] * group + torch.arange(group, device="cpu")).flatten()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from inspect import Parameter
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,19 @@ from torchdrop.internals import (
     functorch_transforms_active,
 )
 from torchdrop.rows.collectives import in_process_group
+from torchdrop.rows.in_graph import leave_uncompiled
 from torchdrop.running.generation import caches_of
 
 if TYPE_CHECKING:
     from torchdrop.running.block_site import BlockSite
 
-__all__ = ["CallForm", "form_of"]
+__all__ = ["DIFFERS", "CallForm", "form_of", "with_values"]
+
+# Returned by a check of a call that has another form.
+DIFFERS: Any = object()
+
+# The attributes of a site that :meth:`BlockSite.is_watched` asks.
+WATCHERS = ("meter", "only_proves", "proof", "observers", "settings.generates")
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -67,7 +75,7 @@ def form_of(
             return None
     if len({id(tensor) for tensor in found}) != len(found):
         return None  # one tensor is two arguments
-    return CallForm(tuple(kwargs), tuple(kinds), constants, found, site.module), found
+    return CallForm(tuple(kwargs), tuple(kinds), constants, found, site), found
 
 
 class CallForm:
@@ -78,10 +86,16 @@ class CallForm:
         kinds: What each argument is.
         constants: The values of those that are no tensors.
         tensors: The tensors in the arguments.
-        block: The block.
+        site: The site of the block.
 
     Attributes:
         autocast: Whether autocast is enabled.
+        checks: Source that compares ``args`` and ``kwargs`` of a call, and returns ``DIFFERS`` if
+            it has another form. Otherwise the tensors in its arguments are in ``t0``, ``t1``, ...
+            It is without loops and without calls that this form does not need, since every call of
+            every block runs it.
+        values: The values of the names in this source.
+        count: The number of tensors.
     """
 
     def __init__(
@@ -90,30 +104,31 @@ class CallForm:
         kinds: tuple[int, ...],
         constants: list[Any],
         tensors: list[Tensor],
-        block: nn.Module,
+        site: BlockSite,
     ) -> None:
         self._names = names
         self._kinds = kinds
-        self._autocast = _autocast()
-        self._ranks = _ranks(block)
-        self.autocast = self._autocast is not None
-        properties = [(t.shape, t.dtype, t.device) for t in tensors]
-        self._select = _selection_of(names, kinds)(constants, properties)
+        autocast, ranks = _autocast(), _ranks(site.module)
+        self.autocast = autocast is not None
+        self.count = len(tensors)
+        self.checks = _checks_of(names, kinds, autocast is not None, ranks is not None)
+        self.values: dict[str, Any] = {
+            **_CALLED,
+            "_td_site": site,
+            "_td_autocast": autocast,
+            "_td_ranks": ranks,
+            "_td_names": names,
+            **{f"_td_c{i}": value for i, value in enumerate(constants)},
+        }
+        for i, tensor in enumerate(tensors):
+            known = {"shape": tensor.shape, "dtype": tensor.dtype, "device": tensor.device}
+            self.values |= {f"_td_{name}{i}": value for name, value in known.items()}
 
-    def tensors_of(
-        self, site: BlockSite, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Any] | None:
-        """Return the tensors in the arguments; None if this call has another form."""
-        if (
-            site.is_watched()
-            or functorch_transforms_active()
-            or count_dispatch_modes()
-            or _autocast() != self._autocast
-            or _ranks(site.module) != self._ranks
-        ):
-            return None
-        found: list[Any] | None = self._select(args, kwargs)
-        return found
+    def tensors_of(self) -> Callable[..., Any]:
+        """Return a function of ``args`` and ``kwargs``: the tensors in them, or ``DIFFERS``."""
+        found = ", ".join(f"_td_t{i}" for i in range(self.count))
+        text = f"def call(_td_args, _td_kwargs):\n{self.checks}    return [{found}]\n"
+        return with_values(text, self.values)
 
     def with_tensors(
         self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -134,45 +149,60 @@ class CallForm:
 
 
 @lru_cache(maxsize=1024)
-def _selection_of(names: tuple[str, ...], kinds: tuple[int, ...]) -> Callable[..., Any]:
-    """Return a function of constants and properties of tensors: the selection that checks them.
-
-    It is generated as source, without loops: a loop over the arguments takes twice as long, in
-    every call of every block.
-    """
+def _checks_of(
+    names: tuple[str, ...], kinds: tuple[int, ...], autocast: bool, in_group: bool
+) -> str:
+    """Return :attr:`CallForm.checks`."""
     count = len(kinds) - len(names)
-    values = [*(f"args[{i}]" for i in range(count)), *(f"kwargs[{name!r}]" for name in names)]
-    found: list[str] = []
+    values = [f"_td_args[{i}]" for i in range(count)]
+    values += [f"_td_kwargs[{name!r}]" for name in names]
+    checks = [
+        *(f"_td_site.{name}" for name in WATCHERS),
+        "_td_transforms_active()",
+        "_td_count_modes()",
+        "_td_autocast_now() != _td_autocast" if autocast else "_td_any_autocast()",
+        "_td_ranks_now(_td_site.module) != _td_ranks" if in_group else "_td_in_process_group()",
+        f"len(_td_args) != {count}",
+        "tuple(_td_kwargs) != _td_names" if names else "_td_kwargs",
+    ]
+    tensors: list[str] = []
     constants = 0
-    checks = [f"len(args) != {count} or {'tuple(kwargs) != names' if names else 'kwargs'}"]
-    lines: list[str] = []
     for value, kind in zip(values, kinds, strict=True):
         if kind == _TENSOR:
-            found.append(value)
+            tensors.append(value)
         elif kind == _CONSTANT:
-            checks.append(f"type({value}) is not type(c{constants}) or {value} != c{constants}")
+            known = f"_td_c{constants}"
+            checks.append(f"type({value}) is not type({known}) or {value} != {known}")
             constants += 1
         else:
             checks.append(f"type({value}) is not tuple or len({value}) != {kind}")
-            found += [f"{value}[{i}]" for i in range(kind)]
-    for k, expression in enumerate(found):
-        lines.append(f"        t{k} = {expression}")
-        lines.append(
-            f"        if type(t{k}) is not Tensor or t{k}.is_nested or t{k}.shape != shape{k} or "
-            f"t{k}.dtype is not dtype{k} or t{k}.device != device{k}: return None"
-        )
-    given = "".join(f"    c{k} = constants[{k}]\n" for k in range(constants))
-    for k in range(len(found)):
-        given += f"    shape{k}, dtype{k}, device{k} = properties[{k}]\n"
-    text = (
-        f"def make(constants, properties):\n{given}    def select(args, kwargs):\n"
-        + "".join(f"        if {check}: return None\n" for check in checks)
-        + "\n".join(lines)
-        + f"\n        return [{', '.join(f't{k}' for k in range(len(found)))}]\n    return select"
-    )
-    scope: dict[str, Any] = {"Tensor": Tensor, "names": names}
-    exec(text, scope)
+            tensors += [f"{value}[{i}]" for i in range(kind)]
+    checks += [
+        f"type(_td_t{k} := {value}) is not _td_Tensor or _td_t{k}.is_nested or "
+        f"_td_t{k}.shape != _td_shape{k} or _td_t{k}.dtype is not _td_dtype{k} or "
+        f"_td_t{k}.device != _td_device{k}"
+        for k, value in enumerate(tensors)
+    ]
+    return "".join(f"    if {check}: return _td_DIFFERS\n" for check in checks)
+
+
+def with_values(text: str, values: dict[str, Any]) -> Callable[..., Any]:
+    """Return the function ``call`` that ``text`` defines, with ``values`` for its free names.
+
+    Blocks with the same text share its compiled code, as the blocks of a model share the code of
+    their class: code that runs for the first time in a step is slow.
+    """
+    made: Callable[..., Any] = _maker(text, tuple(values))(*values.values())
+    return made
+
+
+@lru_cache(maxsize=256)
+def _maker(text: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    scope: dict[str, Any] = {}
+    inner = indent(text, "    ")
+    exec(f"def make({', '.join(names)}):\n{inner}    return call\n", scope)
     make: Callable[..., Any] = scope["make"]
+    leave_uncompiled(make.__code__)
     return make
 
 
@@ -191,3 +221,16 @@ def _ranks(block: nn.Module) -> tuple[Any, ...] | None:
     if not in_process_group():
         return None
     return dist.get_world_size(), classes_in_tree(block)
+
+
+# What the source of :attr:`CallForm.checks` calls.
+_CALLED = {
+    "_td_DIFFERS": DIFFERS,
+    "_td_Tensor": Tensor,
+    "_td_transforms_active": functorch_transforms_active,
+    "_td_count_modes": count_dispatch_modes,
+    "_td_any_autocast": any_autocast_enabled,
+    "_td_autocast_now": _autocast,
+    "_td_in_process_group": in_process_group,
+    "_td_ranks_now": _ranks,
+}

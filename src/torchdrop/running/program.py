@@ -124,6 +124,18 @@ class Program:
         values = [v for source in sources if source is not None for v in source.names.values()]
         self._constants = [value for value in values if isinstance(value, Constant)]
 
+    @property
+    def asks_in_calls(self) -> bool:
+        """Whether it depends on more than the form of a call whether the forward is valid."""
+        return bool(
+            self._reads
+            or self._constants
+            or self.watched_globals is not None
+            or self.asks
+            or self.decisions is not None
+            or self.seen is not None
+        )
+
     def bind(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "sum_on_all_rows",
     "sum_on_rows",
     "sum_without_branch",
+    "writes_into_its_input",
 ]
 
 
@@ -69,20 +70,6 @@ def sum_on_rows(
     program = site.train[k // len(site.branches)]
     run = partial(program.branches[k].function, site.module, site)
     known = program.row_layouts[k]
-    if (
-        known is None
-        and len(inputs) == 1
-        and inputs[0] is skip
-        and computed is rows
-        and not (facts.writes_skip or saved_by_producer(skip))
-    ):
-        # what follows, in the case that most branches are
-        skip, some = skip_and_rows(skip, on_device, dim)
-        version = modifications(some)
-        out = run(some)
-        if modifications(some) != version:
-            raise _writes_into_its_input(facts)
-        return add_rows(skip, out, on_device, gain, dim, reuses_skip=k in program.reuses_skip)
     batch = skip.shape[dim]
     taking = partial(take, rows=on_device)
     skip_for_sum, rows_of_skip = skip, None
@@ -106,7 +93,7 @@ def sum_on_rows(
     else:
         out = run(*given)
     if modifications(rows_of_skip) != version:
-        raise _writes_into_its_input(facts)
+        raise writes_into_its_input(facts)
     if computed is not rows:
         out, on_device = drop_spare_row(out, computed, rows, dim)
     reuses_skip = k in program.reuses_skip and rows_of_skip is not skip
@@ -152,7 +139,7 @@ def check_separable(facts: BranchFacts, skip: Tensor, version: int | None, out: 
         out: The output of the branch.
     """
     if modifications(skip) != version:
-        raise _writes_into_its_input(facts)
+        raise writes_into_its_input(facts)
     check_shapes(facts, skip, out)
 
 
@@ -169,7 +156,8 @@ def check_shapes(facts: BranchFacts, skip: Tensor, out: Tensor) -> None:
         ) from None
 
 
-def _writes_into_its_input(facts: BranchFacts) -> Exception:
+def writes_into_its_input(facts: BranchFacts) -> Exception:
+    """Return the error for a branch that writes into its input."""
     return RuntimeError(
         f"the branch {facts.name} writes into its input, which the shortcut also uses; "
         f"use compute='mask', or leave the block out with select=" + see("cannot-be-skipped")

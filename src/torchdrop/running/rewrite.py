@@ -112,8 +112,7 @@ class _Rewriter:
         graph = _new_graph()
         env = {_SITE: graph.placeholder("site")}
         for node in inputs:
-            reserved = node.name in ("self", "site")
-            env[node] = graph.placeholder(f"{node.name}_" if reserved else node.name)
+            env[node] = graph.placeholder(_name_of(node))
         expectations = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         region = [n for n in self.nodes if n in split.inside | expectations]
         options = self.emit(
@@ -185,6 +184,8 @@ class _Rewriter:
                 env[node] = graph.call_method("run_child_hooks", (env[_SITE], *known))
             elif node in sums:
                 env[node] = self.emit_sum(graph, sums[node], env)
+            elif node.op == "placeholder":
+                env[node] = graph.placeholder(_name_of(node))
             else:
                 env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
         modes.end()
@@ -238,6 +239,11 @@ class _Rewriter:
             alone = skip in sums and len(skip.users) == 1
             if alone and node.target == "join" and not self.splits[sums[skip]][0].writes_skip:
                 self.reuses_skip.add(k)
+
+
+def _name_of(node: fx.Node) -> str:
+    """Return the name of the argument that stands for ``node`` in generated code."""
+    return f"{node.name}_" if node.name in ("self", "site") else node.name
 
 
 def _source(label: str, graph: fx.Graph, options: list[dict[str, Any]] | None = None) -> Source:

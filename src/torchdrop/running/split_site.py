@@ -6,7 +6,7 @@ residual sum instead of computing the branch; otherwise it runs the block's own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self
@@ -36,10 +36,10 @@ from torchdrop.running.branch_state import (
     BranchState,
     Settings,
 )
+from torchdrop.running.call_form import DIFFERS
 from torchdrop.running.generation import only_fills_cache
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.proof import (
-    SplitProof,
     Verdict,
     kind_of_call,
     prove_split,
@@ -58,7 +58,7 @@ from torchdrop.running.residual_sum import (
     sum_without_branch,
 )
 from torchdrop.running.sums_in_graph import join_in_graph, mask_in_graph
-from torchdrop.running.usual_call import UsualCall, usual_call
+from torchdrop.running.usual_call import usual_call
 from torchdrop.running.whole_site import WholeSite, run_whole, whole_site_of
 from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.traced_functions import pad_like
@@ -83,8 +83,8 @@ class SplitSite(BlockSite):
         methods: The methods, other than forward, in which the block adds branches.
     """
 
-    # The last call in training that passed all checks. The next call is compared with it.
-    _usual: UsualCall | None = None
+    # Runs a call in training that is like the last one that passed all checks.
+    _usual: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -107,8 +107,6 @@ class SplitSite(BlockSite):
         self.orders = list(orders)
         self.items = dict(items)
         self._calls = 0  # counted where there are several programs, to know which is old
-        # Runs the branches while the generated forward is tested.
-        self.proof: SplitProof | None = None
         # Drops the block as a whole, in calls in which the generated forward differs from its own.
         self.whole: WholeSite | None = None
         # Why neither the generated forward nor dropping the whole block is right; None if one is.
@@ -118,20 +116,25 @@ class SplitSite(BlockSite):
         # call with only positional tensors need not be bound; else None.
         self._positional_names = train.tensors if leading == train.tensors else None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        # A compiler would compile anew for each new object.
+        if not torch.compiler.is_dynamo_compiling():
+            usual = self._usual
+            if usual is not None and self.active and self.module.training:
+                try:
+                    out = usual(args, kwargs)
+                except MismatchError as found:
+                    run = partial(self._run_unlike, self.train, True, found=found)
+                    return self.without_masks(run, args, kwargs)
+                if out is not DIFFERS:
+                    return out
+        return super().__call__(*args, **kwargs)
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a generated forward if anything may be dropped or scaled, else the block's own."""
-        module = self.module
         if self.active:
-            if module.training or self.meter is not None:
-                # A compiler would compile anew for each new object.
-                usual = None if torch.compiler.is_compiling() else self._usual
-                if usual is not None:
-                    tensors = usual.tensors_of(self, args, kwargs)
-                    if tensors is not None:
-                        try:
-                            return usual.run(self, tensors)
-                        except MismatchError as found:
-                            return self._run_unlike(self.train, True, args, kwargs, found)
+            if self.module.training or self.meter is not None:
                 return self._run(self.train, True, args, kwargs)
             if self.evaluate:
                 return self._run(self.evaluate, False, args, kwargs)
@@ -167,10 +170,6 @@ class SplitSite(BlockSite):
         twin._usual = None  # it would keep the replica
         twin.whole = None if self.whole is None else self.whole.for_copy(module)
         return twin
-
-    def is_watched(self) -> bool:
-        """Whether calls are tested, measured or observed now, or the next one may only generate."""
-        return self.proof is not None or super().is_watched()
 
     # Find the program of a call -------------------------------------------------------------
 
@@ -388,7 +387,7 @@ class SplitSite(BlockSite):
                     rows = rows[:kept]
                     total = sum_on_rows(self, k, skip, inputs, rows, gain)
                 branch.dtypes[precision_of(skip)] = total.dtype
-        if self._observers:
+        if self.observers:
             self._report(k % len(self.branches), skip, total, rows)
         return total
 
@@ -425,7 +424,7 @@ class SplitSite(BlockSite):
                     out = out.index_fill(facts.dim, to_device_of(dropped, out), 0)
                 gain, first = branch.rate.gain, facts.branch_first
                 total = add_whole(skip, out, gain, inplace=facts.writes_skip, branch_first=first)
-        if self._observers:
+        if self.observers:
             self._report(k % len(self.branches), skip, total, rows)
         return total
 
@@ -497,7 +496,10 @@ mark_uncompiled(
             "running.generation",
             "running.read_again",
             "running.residual_sum",
+            "running.call_form",
+            "running.decision",
             "running.usual_call",
+            "running.usual_sum",
             "rows.saved_rows",
             "rows.take_and_add",
             "rows.sampling",

@@ -1,12 +1,15 @@
 """The usual call of a block: one of the form of the call before, which needs few checks.
 
-:class:`UsualCall` runs the generated forward of a split block, with :class:`UsualSums` for its
-residual sums. :class:`UsualWholeCall` runs a block that is dropped as a whole.
+:func:`usual_call` returns one generated function for the calls of a split block.
+:class:`UsualWholeCall` runs a block that is dropped as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Callable, Sequence
+from functools import partial
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +17,19 @@ from torch import Tensor
 
 from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.sampling import refuse_graph_capture
-from torchdrop.rows.take_and_add import add_rows, add_whole, skip_and_rows, take
+from torchdrop.rows.take_and_add import add_rows, skip_and_rows, take
 from torchdrop.running.block_site import modifications, precision_of, to_device_of
-from torchdrop.running.call_form import CallForm, form_of
+from torchdrop.running.call_form import DIFFERS, CallForm, form_of, with_values
+from torchdrop.running.decision import usual_decision
 from torchdrop.running.program import MismatchError, Program
-from torchdrop.running.residual_sum import sum_on_rows, sum_without_branch
+from torchdrop.running.usual_sum import usual_sum
 
 if TYPE_CHECKING:
     from torchdrop.running.split_site import SplitSite
     from torchdrop.running.stream_readings import StreamReading
     from torchdrop.running.whole_site import WholeSite
 
-__all__ = ["UsualCall", "UsualSums", "UsualWholeCall", "usual_call", "usual_whole_call"]
+__all__ = ["UsualWholeCall", "usual_call", "usual_whole_call"]
 
 
 def usual_call(
@@ -34,8 +38,10 @@ def usual_call(
     tensors: Sequence[Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> UsualCall | None:
-    """Return what is remembered of a call in training that passed all checks; None if nothing is.
+) -> Callable[..., Any] | None:
+    """Return a function of ``args`` and ``kwargs`` for the calls like one that passed all checks.
+
+    It returns ``DIFFERS`` if a call is not like that one.
 
     Args:
         site: The site of the block.
@@ -43,6 +49,9 @@ def usual_call(
         tensors: What it was called with.
         args: The positional arguments of the call.
         kwargs: Its keyword arguments.
+
+    Returns:
+        None if the call has no form to compare with.
     """
     form = form_of(site, args, kwargs)
     if form is None:
@@ -50,97 +59,72 @@ def usual_call(
     places = {id(tensor): i for i, tensor in enumerate(form[1])}
     if not all(id(t) in places for t in tensors):
         return None  # one is made of the arguments
-    return UsualCall(program, form[0], [places[id(tensor)] for tensor in tensors])
+    return _straight(site, program, form[0], [f"_td_t{places[id(tensor)]}" for tensor in tensors])
 
 
-class UsualCall:
-    """A call that passed all checks, with which later calls are compared.
+def _straight(
+    site: SplitSite, program: Program, form: CallForm, tensors: list[str]
+) -> Callable[..., Any]:
+    """Return one function of the checks of a call and of the generated forward.
 
-    Args:
-        program: The program that ran.
-        form: The form of the call.
-        order: Which of the tensors in the arguments the program takes.
-    """
-
-    def __init__(self, program: Program, form: CallForm, order: list[int]) -> None:
-        self.program = program
-        self._form = form
-        self._order = order if order != list(range(len(order))) else None
-        self._sums: UsualSums | None = None
-
-    def run(self, site: SplitSite, tensors: list[Any]) -> Any:
-        """Run the program on what :meth:`tensors_of` returned."""
-        sums = self._sums
-        if sums is None or sums.site is not site:  # a replica of the block has a site of its own
-            sums = self._sums = UsualSums(
-                site, self.program, self._form.autocast, alone=not has_other_ranks()
-            )
-        return self.program.forward.function(site.module, sums, *tensors)
-
-    def tensors_of(
-        self, site: SplitSite, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Any] | None:
-        """Return the arguments of the program; None if this call differs from that before."""
-        found = self._form.tensors_of(site, args, kwargs)
-        if found is None:
-            return None
-        tensors = found if self._order is None else [found[i] for i in self._order]
-        program = self.program
-        try:
-            program.check_attributes(site.module)
-            if program.asks:
-                program.check_modes()
-            program.check_decisions(tensors)
-        except MismatchError:
-            return None
-        return tensors
-
-
-class UsualSums:
-    """Computes the residual sums of usual calls; what is rare is left to the site.
+    Each call of a function of Python costs about as much as an operation on a small tensor here,
+    because a step runs through more code than the caches of a processor hold.
 
     Args:
         site: The site of the block.
         program: The program that runs.
-        autocast: Whether autocast is enabled.
-        alone: Whether there are no other ranks.
+        form: The form of the call.
+        tensors: The names of the tensors that the program takes, in the source of ``form``.
     """
+    alone, rest = not has_other_ranks(), site.settings.mask_rest
+    joins = {
+        f"_td_join{k}": usual_sum(site, program, k, autocast=form.autocast, alone=alone)
+        for k in program.branches
+    }
+    (forward,) = ast.parse(program.forward.text).body
+    assert isinstance(forward, ast.FunctionDef)
+    names = [argument.arg for argument in forward.args.args]
+    source = ["def call(_td_args, _td_kwargs):", form.checks.rstrip()]
+    source.append("    if _td_site.settings.mask_rest is not _td_rest: return _td_DIFFERS")
+    if program.asks_in_calls:
+        source.append(f"    if not _td_fits([{', '.join(tensors)}]): return _td_DIFFERS")
+    values = "".join(f"{name}, " for name in ["_td_site.module", "_td_site", *tensors])
+    source.append(f"    {''.join(f'{name}, ' for name in names)} = {values}")
+    body = [ast.unparse(_WithJoins().visit(line)) for line in forward.body]
+    if rest is not None:
+        source.append("    _td_rest.depth += 1\n    try:")
+    source.append(indent("\n".join(body), "    " if rest is None else " " * 8))
+    if rest is not None:
+        source.append("    finally:\n        _td_rest.depth -= 1")
+    called = {"_td_rest": rest, "_td_fits": partial(_fits, site, program)}
+    given = {**program.forward.names, **form.values, **joins, **called}
+    return with_values("\n".join(source) + "\n", given)
 
-    def __init__(self, site: SplitSite, program: Program, autocast: bool, *, alone: bool) -> None:
-        self.site, self._program, self._autocast = site, program, autocast
-        self._alone = alone
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.site, name)
+class _WithJoins(ast.NodeTransformer):
+    """Replaces ``site.join(k, ...)`` by ``_td_joink(...)``."""
 
-    def join(self, k: int, skip: Tensor, *inputs: Any) -> Tensor:
-        """Return ``skip`` plus branch ``k`` of ``inputs``, computed on the kept rows only."""
-        site, program = self.site, self._program
-        branch = site.branches[k % len(site.branches)]
-        facts = branch.facts
-        shape = skip.shape
-        if (
-            branch.action != "skip"
-            or facts.elementwise  # the size of the call decides whether it is masked
-            or not branch.dtypes  # the first sum is checked
-            or skip.is_cuda  # perhaps while a graph is captured
-            or len(shape) <= facts.dim
-            or site.is_watched()  # since the call began
-        ):
-            return site.join(k, skip, *inputs)
-        rows, kept = site.decide(branch, shape[facts.dim], usual=self._alone)
-        if rows is False:
-            return sum_without_branch(site, k, skip, inputs)
-        gain = branch.rate.gain
-        if rows is not True:
-            total = sum_on_rows(site, k, skip, inputs, rows[:kept], gain)
-        else:
-            out = program.branches[k].function(site.module, site, *inputs)
-            first, written = facts.branch_first, facts.writes_skip
-            total = add_whole(skip, out, gain, inplace=written, branch_first=first)
-        precision = precision_of(skip) if self._autocast else (skip.dtype, None)
-        branch.dtypes[precision] = total.dtype
-        return total
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="site"), attr="join"),
+                args=[ast.Constant(value=int(k)), *inputs],
+            ):
+                node.func, node.args = ast.Name(f"_td_join{k}", ast.Load()), inputs
+        return node
+
+
+def _fits(site: SplitSite, program: Program, tensors: list[Any]) -> bool:
+    """Whether ``program`` is valid for a call whose arguments are those of the call before."""
+    try:
+        program.check_attributes(site.module)
+        if program.asks:
+            program.check_modes()
+        program.check_decisions(tensors)
+    except MismatchError:
+        return False
+    return True
 
 
 def usual_whole_call(
@@ -196,13 +180,14 @@ def usual_whole_call(
         else:
             dims.append(None)
     place = next(i for i, tensor in enumerate(form[1]) if tensor is x)
-    return UsualWholeCall(form[0], dims, place, reading, returned)
+    return UsualWholeCall(site, form[0], dims, place, reading, returned)
 
 
 class UsualWholeCall:
     """A call of a block that is dropped as a whole; later calls are compared with it.
 
     Args:
+        site: The site of the block.
         form: The form of the call.
         dims: For each tensor in the arguments, the dimension of its rows; None if it has no rows.
         place: Which of these tensors is the input of the residual.
@@ -212,6 +197,7 @@ class UsualWholeCall:
 
     def __init__(
         self,
+        site: WholeSite,
         form: CallForm,
         dims: list[int | None],
         place: int,
@@ -219,15 +205,15 @@ class UsualWholeCall:
         returned: Any,
     ) -> None:
         self._form, self._dims, self._place = form, dims, place
+        self._compared = form.tensors_of()
         self._reading, self._returned = reading, returned
-        self._alone = not has_other_ranks()
+        self._site, self._branch = site, site.branches[0]
+        self._decide = usual_decision(site.settings, self._branch, alone=not has_other_ranks())
         self._records_gradients = torch.is_grad_enabled()
 
-    def tensors_of(
-        self, site: WholeSite, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Any] | None:
+    def tensors_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """Return the tensors in the arguments; None if this call differs from that before."""
-        branch = site.branches[0]
+        branch, site = self._branch, self._site
         if (
             branch.action == "mask"
             or not branch.dtypes
@@ -239,16 +225,15 @@ class UsualWholeCall:
                 self._reading.check_attributes(site)
             except MismatchError:
                 return None
-        return self._form.tensors_of(site, args, kwargs)
+        found: Any = self._compared(args, kwargs)
+        return None if found is DIFFERS else found
 
-    def run(
-        self, site: WholeSite, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run(self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on the kept rows of what :meth:`tensors_of` returned."""
-        branch = site.branches[0]
+        branch, site = self._branch, self._site
         dim, x = branch.facts.dim, tensors[self._place]
         refuse_graph_capture(x)
-        rows, kept = site.decide(branch, x.shape[dim], usual=self._alone)
+        rows, kept = self._decide(x.shape[dim])
         if rows is False:
             out, total = self._returned, site.without_block(x, tuple(tensors), args, kwargs)
         else:

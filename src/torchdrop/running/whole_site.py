@@ -89,9 +89,9 @@ class WholeSite(BlockSite):
         if not compiling:  # a compiler would compile anew for each new object
             usual = self._usual
             if usual is not None and training:
-                found = usual.tensors_of(self, args, kwargs)
+                found = usual.tensors_of(args, kwargs)
                 if found is not None:
-                    return usual.run(self, found, args, kwargs)
+                    return usual.run(found, args, kwargs)
             if only_fills_cache(self, args, kwargs, training):
                 return self.run_own(args, kwargs)
         reading = None
@@ -153,7 +153,7 @@ class WholeSite(BlockSite):
                 out, total = self._run_on(rows, bound, x, gain)
             branch.dtypes[precision_of(x)] = total.dtype
             self._returned_forms[kind] = self._form(out)
-        if self._observers:
+        if self.observers:
             self._report(0, x, total, rows)
         return total, out
 
@@ -435,7 +435,7 @@ def run_whole(
         kwargs: The keyword arguments of the call.
     """
     first, whole = site.branches[0], whole_site_of(site, verdict)
-    whole._observers = site._observers
+    whole.observers = site.observers
     seen = first.counts.rows_seen, first.counts.rows_dropped
     out = whole(*args, **kwargs)
     for branch in site.branches[1:]:  # the decision about the block holds for all its branches
