@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdrop import functional
-from torchdrop.schedules import linear
+from torchdrop.schedules import linear, over_time
 
 __all__ = ["PICTURES", "TABLES", "on_files", "on_page_markdown", "picture", "with_tables"]
 
@@ -159,6 +159,48 @@ def _dropout_and_batch_norm() -> str:
     return _svg(panels, "Factors 0 and 2 in training, 1 in evaluation: another variance", 6)
 
 
+# The rules over time of docs/schedules.md: one panel each.
+RULES = (
+    over_time.ramp(0.0, 0.4),
+    over_time.cosine(0.4, 0.0),
+    over_time.steps([(0.0, 0.4), (0.25, 0.1), (1.0, 0.0)]),
+    over_time.steps([(0.0, 0.4), (0.25, 0.1), (1.0, 0.0)], joined=True),
+    over_time.early(0.4, 0.5),
+    over_time.late(0.4, 0.5),
+    over_time.progressive(0.6, 100.0),
+    over_time.curriculum(0.4, 10.0),
+)
+
+
+def rates_over_time() -> str:
+    """Return an SVG with the rate of each rule over the progress of training."""
+    width, height, gap = 150, 80, 40
+    shapes = []
+    for number, rule in enumerate(RULES):
+        left, top = 30 + number % 4 * (width + gap), 20 + number // 4 * (height + gap)
+        label = f"{rule.name}, joined" if dict(rule.arguments).get("joined") else rule.name
+        points = [
+            f"{left + width * t / 200:.1f},{top + height * (1 - rule(t / 200) / 0.5):.1f}"
+            for t in range(201)
+        ]
+        shapes += [
+            f'<text x="{left}" y="{top - 6}">{label}</text>',
+            f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#888"/>',
+            f'<text x="{left - 26}" y="{top + 20}">0.4</text>',
+            f'<text x="{left - 14}" y="{top + height + 4}">0</text>',
+            f'<text x="{left + width - 6}" y="{top + height + 14}">1</text>',
+            f'<polyline points="{" ".join(points)}" fill="none" stroke="#0b62c4" '
+            f'stroke-width="2"/>',
+        ]
+    right, bottom = 4 * (width + gap), 2 * (height + gap) + 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{bottom}" '
+        f'viewBox="0 0 {right} {bottom}" role="img" font-family="sans-serif" font-size="11">'
+        f"<title>The rate of each rule over the progress of training</title>"
+        f'<rect width="{right}" height="{bottom}" fill="#fff"/>{"".join(shapes)}</svg>\n'
+    )
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "drop-path": _drop_path,
     "stochastic-depth": _stochastic_depth,
@@ -181,11 +223,12 @@ def picture(name: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add methods/NAME.svg for each picture; mkdocs calls this before it builds."""
+    """Add methods/NAME.svg for each picture, and the plot; mkdocs calls this before it builds."""
     from mkdocs.structure.files import File
 
     for name in PICTURES:
         files.append(File.generated(config, f"methods/{name}.svg", content=picture(name)))
+    files.append(File.generated(config, "rates-over-time.svg", content=rates_over_time()))
     return files
 
 

@@ -1,6 +1,7 @@
 """Stochastic depth that really skips the work, for any PyTorch model, in one line."""
 
 from torchdrop import cost, diagnostics, functional, layers, schedules
+from torchdrop.attaching.apply_schedule import apply_schedule
 from torchdrop.attaching.attach import (
     add_stochastic_depth,
     has_stochastic_depth,
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "Residual",
     "add_stochastic_depth",
+    "apply_schedule",
     "cost",
     "diagnostics",
     "find_residuals",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchdrop
 from small_nets import net
+from torchdrop.attaching.observed_rates import ObservedRate
 
 models = pytest.importorskip("torchvision.models")
 
@@ -17,14 +16,84 @@ models = pytest.importorskip("torchvision.models")
 def test_observed_counts_since_the_last_call() -> None:
     model = net(2)
     plan = torchdrop.add_stochastic_depth(model, [0.0, 0.5])
-    observed = plan.observed()
-    assert observed["0"] == 0.0
-    assert math.isnan(observed["1"])
     model(torch.randn(6, 6))
     assert plan.observed() == {"0": 0.0, "1": 0.5}
-    assert math.isnan(plan.observed()["1"])
+    model(torch.randn(6, 6))
+    assert plan.observed() == {"0": 0.0, "1": 0.5}
+
+
+def test_what_no_row_has_reached_is_left_out_with_one_warning() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, [0.0, 0.5])
+    with pytest.warns(UserWarning, match=r"nothing was dropped in 1 since .* no forward pass in"):
+        assert plan.observed() == {"0": 0.0}
+    assert plan.observed() == {"0": 0.0}  # one warning
+    model(torch.randn(6, 6))
+    assert plan.observed() == {"0": 0.0, "1": 0.5}
     model.eval()(torch.randn(6, 6))
-    assert math.isnan(plan.observed()["1"])
+    assert plan.observed() == {"0": 0.0}
+
+
+def test_the_warning_says_why_no_row_has_reached_a_branch() -> None:
+    model = net(3).eval()
+    plan = torchdrop.add_stochastic_depth(model, [0.5] * 3)
+    model(torch.randn(6, 6))
+    with pytest.warns(UserWarning, match=r"0, 1, 2 since .* the model is in evaluation"):
+        plan.observed()
+    model = net(3)
+    plan = torchdrop.add_stochastic_depth(model, [0.5] * 3)
+    model[:2](torch.randn(6, 6))
+    with pytest.warns(UserWarning, match=r"in 2 since .* the forward pass did not reach"):
+        assert set(plan.observed()) == {"0", "1"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_there_is_no_warning_where_rates_were_delivered_or_paused() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, [0.5, 0.5])
+    with torchdrop.paused(model):
+        model(torch.randn(6, 6))
+        assert plan.observed() == {}
+    model(torch.randn(6, 6))
+    plan.observed_rates()
+    plan.set_p(0.0)
+    plan.observed()
+    plan.observed()
+
+
+def test_observed_rates_have_rows_and_an_interval() -> None:
+    model = net(2)
+    plan = torchdrop.add_stochastic_depth(model, [0.25, 0.5])
+    for _ in range(10):
+        model(torch.randn(8, 6))
+    found = plan.observed_rates()
+    assert found.branches["0"].rate == 0.25
+    assert found.branches["0"].rows == 80
+    assert found.total.rate == 0.375
+    assert found.total.rows == 160
+    assert plan.observed_rates() == found  # nothing was reset
+    assert plan.observed_rates(reset=True) == found
+    with pytest.warns(UserWarning, match="nothing was dropped in 0, 1"):
+        assert plan.observed_rates().total == ObservedRate(0.0, 0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("dropped", "rows"), [(0, 10), (3, 10), (10, 10), (50, 1000), (1, 1)])
+def test_the_interval_is_that_of_wilson(dropped: int, rows: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(dropped, rows).proportion_ci(method="wilson")
+    found = ObservedRate.of(dropped, rows)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0.0 <= found.low <= found.rate <= found.high <= 1.0
+
+
+def test_the_interval_covers_the_rate_as_often_as_it_says() -> None:
+    torch.manual_seed(0)
+    counts = torch.binomial(torch.full((4000,), 200.0), torch.tensor(0.3)).int().tolist()
+    inside = sum(f.low <= 0.3 <= f.high for f in (ObservedRate.of(n, 200) for n in counts))
+    assert inside / 4000 == pytest.approx(0.95, abs=0.012)
+    # the twin: another rate lies outside more often
+    others = sum(f.low <= 0.36 <= f.high for f in (ObservedRate.of(n, 200) for n in counts))
+    assert others / 4000 < 0.7
 
 
 def test_last_kept_is_a_copy() -> None:

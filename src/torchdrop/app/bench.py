@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -328,7 +327,7 @@ def _measure(
         plan = torchdrop.get_plan(subject.model)
         plan.observed()
         flops, kept = _count(subject, steps if batch_mode else min(COUNTED, steps))
-        rates = [rate for rate in plan.observed().values() if not math.isnan(rate)]
+        rates = list(plan.observed().values())
         run = subject.steps()
         peaks = [peak_bytes(run, device) for _ in range(min(MEASURED, steps))]
         found[name] = {

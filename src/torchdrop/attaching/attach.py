@@ -43,6 +43,7 @@ from torchdrop.running.forward_slot import (
     occupant_of,
     put_in_slot,
 )
+from torchdrop.schedules import DepthRule
 
 __all__ = ["add_stochastic_depth", "has_stochastic_depth", "remove_stochastic_depth"]
 
@@ -51,7 +52,7 @@ def add_stochastic_depth(
     model: nn.Module,
     p: Any = 0.2,
     *,
-    schedule: str = "linear",
+    schedule: DepthRule = "linear",
     mode: str = "row",
     sampling: str = "exact",
     scale: str = "train",
@@ -83,8 +84,8 @@ def add_stochastic_depth(
             DropPath / StochasticDepth layers in the model. All branches of a block have the same
             rate, unless a mapping names a branch.
         schedule: The rule by which a single ``p`` is spread over the blocks l = 1..L: the name of a
-            rule in :mod:`torchdrop.schedules`. The default, ``"linear"``, is that of the paper,
-            ``p*l/L``.
+            rule in :mod:`torchdrop.schedules`, or a function of (p, depth) that returns a rate for
+            each block. The default, ``"linear"``, is that of the paper, ``p*l/L``.
         mode: ``"row"``: branches are dropped for each sample separately. ``"batch"``: they are
             dropped for the whole batch, as in the paper.
         sampling: How the kept rows of a batch of B rows are drawn in row mode. ``"exact"``: a

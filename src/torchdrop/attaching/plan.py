@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop import schedules
+from torchdrop.attaching.observed_rates import ObservedRates, observed_rates
 from torchdrop.attaching.plan_text import lines_of, not_taken_lines, table_of
 from torchdrop.attaching.rates import resolve_rates, set_rates
 from torchdrop.checks import check_model
@@ -18,6 +20,7 @@ from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
 from torchdrop.running.forward_slot import occupant_of
+from torchdrop.schedules.over_time import TimeRule
 
 __all__ = ["Plan", "get_plan"]
 
@@ -118,29 +121,86 @@ class Plan:
             refuse_doubled_blocks(self._model, self._sites, siblings=True)
         settings = self._sites[0].settings
         set_rates(self._sites, resolve_rates(p, self._branches, settings.blocks, settings.schedule))
+        settings.over_time = ""
+
+    def note_schedule(self, rule: object, progress: float) -> None:
+        """Let the printed plan say that ``rule`` sets the rates, and where it is."""
+        self._sites[0].settings.over_time = f"{_described(rule)}, now at progress {progress:.4g}"
 
     def observed(self) -> dict[str, float]:
         """Return the observed drop rate of each branch since the last call: dropped rows / rows.
 
         Counted in this process, in training; rows that activation checkpointing computes again
         count once. A branch whose block runs its own forward because all its rates are 0 is not
-        counted and gets 0. A branch that no row has reached gets NaN.
+        counted and gets 0. A branch with a rate that no row has reached is left out, and a warning
+        is given once.
 
         Raises:
             ValueError: Stochastic depth was removed, and nothing was counted before that.
         """
-        if not any(branch.counts.rows_seen for branch in self._branches):
+        found = self.observed_rates(reset=True)
+        idle = {branch.facts.name for branch in self._branches if branch.rate.p == 0.0}
+        return {
+            name: found.rate for name, found in found.branches.items() if found.rows or name in idle
+        }
+
+    def observed_rates(self, *, reset: bool = False) -> ObservedRates:
+        """Return the observed drop rate of each branch, with its rows and its 95 % interval.
+
+        Counted as for :meth:`observed`, since the counts were last reset. If branches have a rate
+        but no row has reached them, a warning says so once: the model may be in evaluation, or the
+        forward pass may not call these blocks.
+
+        Args:
+            reset: Whether to begin counting anew, as :meth:`observed` does.
+
+        Returns:
+            The rate of each branch in ``branches``, and over all branches in ``total``. Each has
+            ``rate``, ``rows``, ``low`` and ``high``.
+
+        Raises:
+            ValueError: Stochastic depth was removed, and nothing was counted before that.
+
+        Example:
+            >>> import torch, torchvision, torchdrop
+            >>> model = torchvision.models.resnet18()
+            >>> plan = torchdrop.add_stochastic_depth(model, p=0.5, schedule="uniform")
+            >>> _ = model(torch.randn(8, 3, 64, 64))
+            >>> plan.observed_rates().branches["layer4.1"].rate
+            0.5
+        """
+        found = observed_rates(self._branches)
+        if not found.total.rows:
             self._check_attached()
-        observed = {}
-        for branch in self._branches:
-            counts = branch.counts
-            if counts.rows_seen:
-                rate = counts.rows_dropped / counts.rows_seen
-            else:
-                rate = 0.0 if branch.rate.p == 0.0 else float("nan")
-            observed[branch.facts.name] = rate
-            counts.rows_seen = counts.rows_dropped = 0
-        return observed
+        self._warn_of_unreached(found)
+        if reset:
+            for branch in self._branches:
+                branch.counts.rows_seen = branch.counts.rows_dropped = 0
+        return found
+
+    def _warn_of_unreached(self, found: ObservedRates) -> None:
+        """Warn once if branches have a rate, but no row has reached them."""
+        settings = self._sites[0].settings
+        missed = [
+            branch.facts.name
+            for branch in self._branches
+            if branch.rate.p > 0.0 and not found.branches[branch.facts.name].rows
+        ]
+        if not missed or settings.warned_of_unreached or any(site.paused for site in self._sites):
+            return
+        settings.warned_of_unreached = True
+        some = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        if found.total.rows:
+            why = "the forward pass did not reach them, or their blocks are in evaluation"
+        elif not any(site.module.training for site in self._sites):
+            why = "the model is in evaluation, in which nothing is dropped; call model.train()"
+        else:
+            why = "there was no forward pass in training"
+        warnings.warn(
+            f"nothing was dropped in {some} since the counts were last reset, although "
+            f"{'they have' if len(missed) > 1 else 'it has'} a drop rate: {why}",
+            stacklevel=3,
+        )
 
     def last_kept(self) -> dict[str, Tensor]:
         """Return the indices of the rows that each branch kept in the last training forward."""
@@ -223,6 +283,8 @@ class Plan:
             notes.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
         else:
             notes.append("give example_inputs to see the share of each branch in the FLOPs")
+        if self._sites[0].settings.over_time:
+            notes.append(f"rate over time: {self._sites[0].settings.over_time}")
         notes.append(self._proofs(blocks))
         notes += not_taken_lines(self._sites[0].settings.not_taken)
         overridden = [
@@ -266,6 +328,13 @@ class Plan:
         if any(branch.proved is None for branch in branches):
             line += f"; {'the others' if proved else 'each'} in its first call in training"
         return line
+
+
+def _described(rule: object) -> str:
+    """Return a rule over time in words: as it prints itself, or the name of a function."""
+    if isinstance(rule, TimeRule):
+        return repr(rule)
+    return str(getattr(rule, "__qualname__", None) or type(rule).__qualname__)
 
 
 def doubled_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> list[tuple[str, str]]:

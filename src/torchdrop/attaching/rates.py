@@ -13,12 +13,13 @@ from torchdrop import schedules
 from torchdrop.error_pages import see
 from torchdrop.running.block_site import BlockSite
 from torchdrop.running.branch_state import BranchState
+from torchdrop.schedules import DepthRule
 
 __all__ = ["resolve_rates", "set_rates"]
 
 
 def resolve_rates(
-    p: Any, branches: Sequence[BranchState], blocks: int, schedule: str
+    p: Any, branches: Sequence[BranchState], blocks: int, schedule: DepthRule
 ) -> list[float]:
     """Return the rate of each branch. Changes nothing.
 

@@ -51,7 +51,7 @@ _BY_HAND = (
 
 
 def check_settings(
-    schedule: object,
+    schedule: Any,
     mode: Any,
     sampling: Any,
     scale: Any,
@@ -69,7 +69,7 @@ def check_settings(
     Raises:
         TypeError, ValueError: An argument is not legal.
     """
-    check_choice(schedule, tuple(schedules.DEPTH_RULES), "schedule")
+    schedules.check_depth_rule(schedule)
     check_choice(mode, MODES, "mode")
     check_choice(sampling, tuple(ROW_SAMPLERS), "sampling")
     check_choice(scale, SCALES, "scale")
@@ -93,7 +93,7 @@ def check_settings(
         mode=mode,
         sampling=sampling,
         scale=scale,
-        schedule=str(schedule),
+        schedule=schedule,
         sync_ranks=sync_ranks,
         zero_grad=zero_grad,
         verify=verify,
@@ -102,7 +102,7 @@ def check_settings(
     )
 
 
-def check_inherited_rates(p: object, schedule: str) -> None:
+def check_inherited_rates(p: object, schedule: object) -> None:
     """Raise if a rule over depth is given for the rates that the layers of the model have."""
     if p is None and schedule != _DEFAULT_SCHEDULE:
         raise ValueError(

@@ -41,12 +41,17 @@ class LayerWithRate(LayerWithCheckedProperties):
     @p.setter
     def p(self, value: float) -> None:
         rate = check_rate(value)
-        if getattr(self.__dict__.get("forward"), "replaces_layer", False):
+        if self.is_replaced:
             raise ValueError(
                 "p of this layer cannot be set, because add_stochastic_depth has replaced the "
                 "layer; set its rate with torchdrop.get_plan(model).set_p(...)"
             )
         self._p = rate
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether ``add_stochastic_depth`` drops the branch of this layer, which rests."""
+        return getattr(self.__dict__.get("forward"), "replaces_layer", False)
 
 
 def fx_node_of_call(

@@ -18,6 +18,7 @@ from torchdrop.rows.in_graph import register_branch, set_keep_share
 from torchdrop.rows.sampling import draw_row_order
 from torchdrop.running.forward_slot import MaskRest
 from torchdrop.running.lone_row import RowValues
+from torchdrop.schedules import DepthRule
 
 __all__ = [
     "MASK_REQUESTED",
@@ -48,7 +49,7 @@ class Settings:
     mode: str
     sampling: str
     scale: str
-    schedule: str
+    schedule: DepthRule
     sync_ranks: bool | None
     zero_grad: bool
     unit: str = "branch"
@@ -61,7 +62,9 @@ class Settings:
     warned_of_dependence: bool = False
     masks_all: bool = False  # compute="mask"
     warned_of_readings: bool = False
+    warned_of_unreached: bool = False
     measured: bool = False  # whether the FLOPs of an example forward pass were counted
+    over_time: str = ""  # the rule over time that set the rates, and where it is
     mask_rest: MaskRest | None = None  # None if no masking layer of the model is bypassed
     not_taken: tuple[tuple[str, str], ...] = ()  # names of modules with residuals; why not taken
 

@@ -1,4 +1,6 @@
+import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -105,7 +107,7 @@ def test_bad_arguments_of_a_rule_are_named(rule):
 def test_a_rule_that_does_not_exist_is_named_with_those_that_do():
     listed = ", ".join(repr(rule) for rule in schedules.DEPTH_RULES)
     for rule in ("cos", 1, ["linear"]):
-        with pytest.raises(ValueError, match=rf"schedule has to be one of {listed}, but got"):
+        with pytest.raises(ValueError, match=rf"schedule has to be one of {listed}, or a function"):
             schedules.over_depth(0.1, 3, rule)
 
 
@@ -137,3 +139,53 @@ def test_timm_gives_the_same_rates():
     assert schedules.linear_from_zero(0.1, 12) == pytest.approx(
         layers.calculate_drop_path_rates(0.1, 12)
     )
+
+
+def test_exponential_doubles_over_depth_as_in_layerskip():
+    """D(l) = exp(l ln 2 / (L - 1)) - 1 for l from 0, by hand for L = 5."""
+    expected = [0.0, 0.18920712, 0.41421356, 0.68179283, 1.0]
+    assert schedules.exponential(1.0, 5) == pytest.approx(expected, abs=1e-8)
+    assert schedules.exponential(0.2, 5) == pytest.approx([0.2 * d for d in expected], abs=1e-8)
+    assert schedules.exponential(0.2, 1) == [0.0]
+    rates = schedules.exponential(0.3, 9)
+    assert rates[-1] == 0.3
+    ratios = [(1 + b / 0.3) / (1 + a / 0.3) for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([2 ** (1 / 8)] * 8)
+
+
+def test_per_stage_is_constant_within_a_stage():
+    rule = schedules.per_stage([2, 1, 3])
+    assert rule(0.3, 6) == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.3, 0.3])
+    assert schedules.per_stage((1, 2), "linear_from_zero")(0.3, 3) == [0.0, 0.3, 0.3]
+    assert schedules.per_stage((1, 2), lambda p, depth: [0.2, 0.1])(0.3, 3) == [0.2, 0.1, 0.1]
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    with pytest.raises(ValueError, match=r"per_stage\(\[2, 1, 3\]\) have 6 blocks, but the model"):
+        rule(0.3, 5)
+    for blocks in ("33", 3, [1.5], [True]):
+        with pytest.raises(TypeError, match="blocks"):
+            schedules.per_stage(blocks)
+    with pytest.raises(ValueError, match="at least one block"):
+        schedules.per_stage([2, 0])
+    with pytest.raises(ValueError, match="has to be one of"):
+        schedules.per_stage([2], "cos")
+
+
+@given(rates, depths)
+def test_a_function_is_a_rule(p, depth):
+    assert schedules.over_depth(p, depth, lambda p, depth: [p] * depth) == [p] * depth
+    assert schedules.over_depth(p, depth, schedules.linear) == schedules.linear(p, depth)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (lambda p, depth: [p] * (depth + 1), ValueError, "each of the 3 blocks, but returned 4"),
+        (lambda p, depth: [2.0] * depth, ValueError, r"schedule\(0\.5, 3\)\[0\] has to be between"),
+        (lambda p, depth: ["a"] * depth, TypeError, "each of the 3 blocks, but returned"),
+        (lambda p, depth: p, TypeError, "each of the 3 blocks, but returned 0.5"),
+        (lambda p, depth: None, TypeError, "each of the 3 blocks, but returned None"),
+    ],
+)
+def test_what_a_function_returns_is_checked(rule, error, message):
+    with pytest.raises(error, match=message):
+        schedules.over_depth(0.5, 3, rule)
