@@ -24,6 +24,28 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@probe(
+    "compiler_runs",
+    api="torch._C._dynamo.eval_frame.get_eval_frame_callback",
+    purpose="compile what is between two branches in batch mode",
+)
+def _() -> None:
+    seen: list[bool] = []
+
+    @torch.compiler.disable(recursive=False)
+    def outside_of_graphs() -> None:
+        seen.append(bool(internals.compiler_runs()))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        outside_of_graphs()
+        return x + 1
+
+    f(torch.ones(1))
+    torch.compile(f, backend="eager")(torch.ones(1))
+    f(torch.ones(1))
+    assert seen == [False, True, False]
+
+
 @probe("dynamo_was_imported", api="torch._dynamo", purpose="know whether anything is compiled")
 def _() -> None:
     compiled = torch.compile(lambda x: x + 1, backend="eager")

@@ -348,3 +348,34 @@ def test_a_model_may_be_freed_while_a_compiler_iterates_over_the_shares() -> Non
     assert set(numbers) <= set(in_graph._freed)
     branches(nn.Sequential(*(Block(4) for _ in range(2))))
     assert not set(numbers) & {*in_graph._shares, *in_graph._freed}
+
+
+# Dynamo looks at the .grad of a tensor that is not a leaf, where it begins anew after a draw.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_in_batch_mode_what_is_between_the_branches_is_compiled(trained_before: bool) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x).tanh()
+            x = x.sin().cos() * 2.0
+            return x + self.second(x).tanh()
+
+    torch.compiler.reset()
+    model = nn.Sequential(Between(), Between())
+    torchdrop.add_stochastic_depth(model, 0.3, mode="batch", schedule="uniform")
+    for _ in range(3 if trained_before else 0):
+        model(torch.randn(4, 6))
+    seen: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(10):
+        compiled(torch.randn(4, 6))
+    assert "sin" in seen

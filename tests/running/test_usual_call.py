@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop.running import split_site, whole_site
+from torchdrop.running import split_site, usual_call, whole_site
 from torchdrop.running.block_site import sites_of
 from torchdrop.running.split_site import SplitSite
 from torchdrop.running.whole_site import WholeSite
@@ -234,6 +237,20 @@ def test_names_of_a_block_do_not_collide_with_those_of_the_generated_code(
         if k == 2:
             checked.clear()
     assert checked == []
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("join = site.join(0, x, x)", "join = td_join0(x, x)"),
+        ("y = site.join(12, site.join(3, x, a), b)", "y = td_join12(td_join3(x, a), b)"),
+        ("y = f('site.join(0, x)', site.mask(1, x, y))", None),
+        ("y = other.site.joins(0, x)", None),
+    ],
+)
+def test_sums_are_replaced_in_the_text(line: str, expected: str | None) -> None:
+    text = f"def forward(self, site, x):\n    {line}\n    return x\n"
+    assert usual_call.with_joins(text) == text.replace(line, expected or line)
 
 
 def test_blocks_of_one_class_share_the_code_of_their_usual_calls() -> None:
@@ -530,3 +547,175 @@ def test_an_observer_that_is_added_during_a_call_is_called() -> None:
     for _ in range(3):
         model(x)
     assert len(events) >= 3
+
+
+class Parallel(nn.Module):
+    """The input of the second branch is not its skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.first(x).tanh() + self.second(x).tanh()
+
+
+class Projection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = nn.Linear(W, W), nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.short(x) + self.long(x).tanh()
+        return out
+
+
+class TwoInputs(nn.Module):
+    """A branch with two inputs, of which the second may be one row for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        pos = torch.ones(1, W) if pos is None else pos
+        return x + (self.fc(x) * pos).tanh()
+
+
+@pytest.mark.parametrize("block", [Block, Parallel, Projection, TwoInputs])
+@pytest.mark.parametrize("given", ["nothing", "a row for each", "one row", "a sigmoid"])
+def test_a_usual_call_saves_the_tensors_of_a_call_with_all_checks(
+    block: type[nn.Module], given: str, checked: list[str]
+) -> None:
+    """Else a checkpoint whose forward had all checks would differ from its recomputation."""
+    if given != "nothing" and block is not TwoInputs:
+        pytest.skip("it takes one tensor")
+    model = nn.ModuleList([block(), block()])
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    pos = {
+        "a row for each": torch.randn(B, W),
+        "one row": torch.randn(1, W),
+        "a sigmoid": torch.randn(B, W, requires_grad=True).sigmoid(),
+    }.get(given)
+
+    def saved(x: Tensor) -> list[Any]:
+        found: list[Any] = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (found.append((t.shape, t.dtype)), t)[1], lambda t: t
+        ):
+            for module in model:
+                x = module(x) if pos is None else module(x, pos)
+        return found
+
+    x = torch.randn(B, W, requires_grad=True)
+    saved(x)  # the first call is tested, and its sums are checked
+    for site in sites_of(model):
+        assert isinstance(site, SplitSite)
+        site._usual = None
+    checked.clear()
+    in_full = saved(x)
+    assert len(checked) == 2
+    assert saved(x) == in_full
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize("block", [Parallel, Projection])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_whose_forward_had_all_checks(
+    block: type[nn.Module], use_reentrant: bool
+) -> None:
+    model = nn.ModuleList([block(), block()])
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    for batch in (B, B, B - 2, B):
+        y = torch.randn(batch, W, requires_grad=True)
+        for module in model:
+            y = checkpoint(module, y, use_reentrant=use_reentrant)
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("needs_rows", [True, False])
+def test_an_input_that_was_one_row_in_the_example_is_cut_later(needs_rows: bool) -> None:
+    """It is the output of a sigmoid, which saves it for the backward pass."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([TwoInputs(), TwoInputs()])
+            self.p = nn.Parameter(torch.randn(1, W))
+
+        def forward(self, x: Tensor, e: Tensor) -> Tensor:
+            pos = (self.p * e).sigmoid()
+            for block in self.blocks:
+                x = block(x, pos)
+            return x
+
+    net, x = Net(), torch.randn(B, W)
+    example = (x, torch.randn(1 if needs_rows else B, 1))
+    torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", example_inputs=example)
+    for _ in range(4):
+        e = torch.randn(B, 1)
+        out = net(x, e)
+        expected = x
+        for block, site in zip(net.blocks, sites_of(net), strict=True):
+            last = site.branches[0].counts.last
+            assert last is not None
+            rows = last[0][: last[1]]
+            branch = (block.fc(expected) * (net.p * e).sigmoid()).tanh()
+            expected = expected.index_add(0, rows, 2.0 * branch[rows])
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_traceback_shows_the_lines_of_a_usual_call() -> None:
+    model, _, x = trained()
+    model.blocks[1].attend.register_forward_hook(_raise)
+    with pytest.raises(ArithmeticError) as caught:
+        model(x)
+    lines = [str(entry) for entry in caught.traceback]
+    assert any("usual call, Block" in line and "td_join0" in line for line in lines)
+    calls = [site._usual for site in sites_of(model)]  # type: ignore[attr-defined]
+    assert len(set(calls)) == 3
+
+
+class WithOurNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, td_site: Tensor, site: Tensor | None = None, site_: float = 1.0) -> Tensor:
+        shift = 0.0 if site is None else site
+        return td_site + (self.fc(td_site) + shift).tanh() * site_
+
+
+def test_arguments_with_the_names_that_are_added() -> None:
+    model = nn.ModuleList([WithOurNames(), WithOurNames()])
+    dense = copy.deepcopy(model)
+    torchdrop.add_stochastic_depth(model, 1e-9)
+    x, other = torch.randn(B, W), torch.randn(B, W)
+    for _ in range(3):
+        for block, plain in zip(model, dense, strict=True):
+            torch.testing.assert_close(block(x), plain(x))
+            torch.testing.assert_close(block(x, other), plain(x, other))
+            torch.testing.assert_close(block(x, site_=2.0), plain(x, site_=2.0))
+
+
+def test_a_program_that_imports_torchdrop_in_a_fake_mode_draws_real_numbers() -> None:
+    program = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    import torchdrop
+from torch import nn
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+    def forward(self, x):
+        return x + self.fc(x).tanh()
+model = nn.Sequential(Block(), Block())
+torchdrop.add_stochastic_depth(model, 0.3)
+for _ in range(4):
+    model(torch.randn(7, 4)).sum().backward()
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

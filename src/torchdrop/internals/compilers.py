@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -12,10 +13,24 @@ from torch import Tensor
 from torchdrop.internals.missing import warn_once
 
 __all__ = [
+    "compiler_runs",
     "dynamo_was_imported",
     "leave_frame_uncompiled",
     "mark_first_size_symbolic",
 ]
+
+
+def _never() -> None:
+    return None
+
+
+#: What compiles the functions that are called now; None if they run as they are. Uses
+#: ``torch._C._dynamo.eval_frame.get_eval_frame_callback``. In batch mode a graph ends at each draw,
+#: and what follows is compiled only if it is a function of its own. Without it the code between two
+#: branches is not compiled in batch mode, which only the test notices.
+compiler_runs: Callable[[], Any] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", _never
+)
 
 
 def dynamo_was_imported() -> bool:

@@ -17,7 +17,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from torchdrop.error_pages import see
-from torchdrop.internals import vmap_draws_differently
+from torchdrop.internals import (
+    DisableTorchFunction,
+    disable_dispatch_modes,
+    vmap_draws_differently,
+)
 from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.shared_numbers import shared_numbers
 
@@ -110,7 +114,8 @@ class _Number(threading.local):
     """A number in the memory of a tensor; a different one in each thread."""
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):
+        # real memory, also where the first draw, or the import, is in a mode of the user
+        with torch.inference_mode(False), DisableTorchFunction(), disable_dispatch_modes():
             self._tensor = torch.empty(1, dtype=torch.float64, device=_HOST)
         self.draw = self._tensor.uniform_
         # ``.item()`` takes two dispatches for the same number

@@ -26,6 +26,7 @@ from torchdrop.internals import (
 from torchdrop.rows.collectives import in_process_group
 from torchdrop.rows.in_graph import leave_uncompiled
 from torchdrop.running.generation import caches_of
+from torchdrop.running.program import compile_with_lines
 
 if TYPE_CHECKING:
     from torchdrop.running.block_site import BlockSite
@@ -114,21 +115,21 @@ class CallForm:
         self.checks = _checks_of(names, kinds, autocast is not None, ranks is not None)
         self.values: dict[str, Any] = {
             **_CALLED,
-            "_td_site": site,
-            "_td_autocast": autocast,
-            "_td_ranks": ranks,
-            "_td_names": names,
-            **{f"_td_c{i}": value for i, value in enumerate(constants)},
+            "td_site": site,
+            "td_autocast": autocast,
+            "td_ranks": ranks,
+            "td_names": names,
+            **{f"td_c{i}": value for i, value in enumerate(constants)},
         }
         for i, tensor in enumerate(tensors):
             known = {"shape": tensor.shape, "dtype": tensor.dtype, "device": tensor.device}
-            self.values |= {f"_td_{name}{i}": value for name, value in known.items()}
+            self.values |= {f"td_{name}{i}": value for name, value in known.items()}
 
     def tensors_of(self) -> Callable[..., Any]:
         """Return a function of ``args`` and ``kwargs``: the tensors in them, or ``DIFFERS``."""
-        found = ", ".join(f"_td_t{i}" for i in range(self.count))
-        text = f"def call(_td_args, _td_kwargs):\n{self.checks}    return [{found}]\n"
-        return with_values(text, self.values)
+        found = ", ".join(f"td_t{i}" for i in range(self.count))
+        text = f"def call(td_args, td_kwargs):\n{self.checks}    return [{found}]\n"
+        return with_values(text, self.values, "arguments")
 
     def with_tensors(
         self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,16 +155,16 @@ def _checks_of(
 ) -> str:
     """Return :attr:`CallForm.checks`."""
     count = len(kinds) - len(names)
-    values = [f"_td_args[{i}]" for i in range(count)]
-    values += [f"_td_kwargs[{name!r}]" for name in names]
+    values = [f"td_args[{i}]" for i in range(count)]
+    values += [f"td_kwargs[{name!r}]" for name in names]
     checks = [
-        *(f"_td_site.{name}" for name in WATCHERS),
-        "_td_transforms_active()",
-        "_td_count_modes()",
-        "_td_autocast_now() != _td_autocast" if autocast else "_td_any_autocast()",
-        "_td_ranks_now(_td_site.module) != _td_ranks" if in_group else "_td_in_process_group()",
-        f"len(_td_args) != {count}",
-        "tuple(_td_kwargs) != _td_names" if names else "_td_kwargs",
+        *(f"td_site.{name}" for name in WATCHERS),
+        "td_transforms_active()",
+        "td_count_modes()",
+        "td_autocast_now() != td_autocast" if autocast else "td_any_autocast()",
+        "td_ranks_now(td_site.module) != td_ranks" if in_group else "td_in_process_group()",
+        f"len(td_args) != {count}",
+        "tuple(td_kwargs) != td_names" if names else "td_kwargs",
     ]
     tensors: list[str] = []
     constants = 0
@@ -171,36 +172,37 @@ def _checks_of(
         if kind == _TENSOR:
             tensors.append(value)
         elif kind == _CONSTANT:
-            known = f"_td_c{constants}"
+            known = f"td_c{constants}"
             checks.append(f"type({value}) is not type({known}) or {value} != {known}")
             constants += 1
         else:
             checks.append(f"type({value}) is not tuple or len({value}) != {kind}")
             tensors += [f"{value}[{i}]" for i in range(kind)]
     checks += [
-        f"type(_td_t{k} := {value}) is not _td_Tensor or _td_t{k}.is_nested or "
-        f"_td_t{k}.shape != _td_shape{k} or _td_t{k}.dtype is not _td_dtype{k} or "
-        f"_td_t{k}.device != _td_device{k}"
+        f"type(td_t{k} := {value}) is not td_Tensor or td_t{k}.is_nested or "
+        f"td_t{k}.shape != td_shape{k} or td_t{k}.dtype is not td_dtype{k} or "
+        f"td_t{k}.device != td_device{k}"
         for k, value in enumerate(tensors)
     ]
-    return "".join(f"    if {check}: return _td_DIFFERS\n" for check in checks)
+    return "".join(f"    if {check}: return td_DIFFERS\n" for check in checks)
 
 
-def with_values(text: str, values: dict[str, Any]) -> Callable[..., Any]:
+def with_values(text: str, values: dict[str, Any], label: str) -> Callable[..., Any]:
     """Return the function ``call`` that ``text`` defines, with ``values`` for its free names.
 
     Blocks with the same text share its compiled code, as the blocks of a model share the code of
-    their class: code that runs for the first time in a step is slow.
+    their class: code that runs for the first time in a step is slow. Tracebacks show ``label``.
     """
-    made: Callable[..., Any] = _maker(text, tuple(values))(*values.values())
+    made: Callable[..., Any] = _maker(text, tuple(values), label)(*values.values())
     return made
 
 
 @lru_cache(maxsize=256)
-def _maker(text: str, names: tuple[str, ...]) -> Callable[..., Any]:
+def _maker(text: str, names: tuple[str, ...], label: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {}
     inner = indent(text, "    ")
-    exec(f"def make({', '.join(names)}):\n{inner}    return call\n", scope)
+    source = f"def make({', '.join(names)}):\n{inner}    return call\n"
+    exec(compile_with_lines(source, f"usual call, {label}"), scope)
     make: Callable[..., Any] = scope["make"]
     leave_uncompiled(make.__code__)
     return make
@@ -225,12 +227,12 @@ def _ranks(block: nn.Module) -> tuple[Any, ...] | None:
 
 # What the source of :attr:`CallForm.checks` calls.
 _CALLED = {
-    "_td_DIFFERS": DIFFERS,
-    "_td_Tensor": Tensor,
-    "_td_transforms_active": functorch_transforms_active,
-    "_td_count_modes": count_dispatch_modes,
-    "_td_any_autocast": any_autocast_enabled,
-    "_td_autocast_now": _autocast,
-    "_td_in_process_group": in_process_group,
-    "_td_ranks_now": _ranks,
+    "td_DIFFERS": DIFFERS,
+    "td_Tensor": Tensor,
+    "td_transforms_active": functorch_transforms_active,
+    "td_count_modes": count_dispatch_modes,
+    "td_any_autocast": any_autocast_enabled,
+    "td_autocast_now": _autocast,
+    "td_in_process_group": in_process_group,
+    "td_ranks_now": _ranks,
 }

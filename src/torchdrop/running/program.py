@@ -8,7 +8,7 @@ import linecache
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +21,21 @@ from torchdrop.tracing.modes import active_modes, active_modes_in_graph
 from torchdrop.tracing.watched_attributes import same
 from torchdrop.tracing.watched_globals import WatchedGlobals
 
-__all__ = ["MismatchError", "Program", "Source", "call_signature", "most_varied"]
+__all__ = [
+    "MismatchError",
+    "Program",
+    "Source",
+    "call_signature",
+    "compile_with_lines",
+    "most_varied",
+]
+
+
+def compile_with_lines(text: str, label: str) -> CodeType:
+    """Return the code of generated source, whose lines tracebacks show under ``label``."""
+    filename = f"<torchdrop {label}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+    return compile(text, filename, "exec")
 
 
 class Source:
@@ -37,11 +51,8 @@ class Source:
         self.function: Callable[..., Any] = self._compile()
 
     def _compile(self) -> Callable[..., Any]:
-        filename = f"<torchdrop {self.label}>"
-        # lets tracebacks show the lines of the generated code
-        linecache.cache[filename] = (len(self.text), None, self.text.splitlines(True), filename)
         scope = dict(self.names)
-        exec(compile(self.text, filename, "exec"), scope)
+        exec(compile_with_lines(self.text, self.label), scope)
         function: Callable[..., Any] = scope["forward"]
         return function
 

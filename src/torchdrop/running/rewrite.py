@@ -112,7 +112,7 @@ class _Rewriter:
         graph = _new_graph()
         env = {_SITE: graph.placeholder("site")}
         for node in inputs:
-            env[node] = graph.placeholder(_name_of(node))
+            env[node] = graph.placeholder(self.name_of(node))
         expectations = {n for n in self.nodes if "expected" in n.meta and n.args[0] in split.inside}
         region = [n for n in self.nodes if n in split.inside | expectations]
         options = self.emit(
@@ -125,6 +125,13 @@ class _Rewriter:
         )
         self.note_reused_skips(graph)
         return _source(f"{self.label}, branch {k}", graph, options)
+
+    def name_of(self, node: fx.Node) -> str:
+        """Return the name of the argument that stands for ``node`` in generated code."""
+        name, taken = node.name, {other.name for other in self.nodes}
+        while name in ("self", "site") or (name != node.name and name in taken):
+            name += "_"
+        return name
 
     def emit(
         self,
@@ -185,7 +192,7 @@ class _Rewriter:
             elif node in sums:
                 env[node] = self.emit_sum(graph, sums[node], env)
             elif node.op == "placeholder":
-                env[node] = graph.placeholder(_name_of(node))
+                env[node] = graph.placeholder(self.name_of(node))
             else:
                 env[node] = graph.node_copy(node, lambda n: _copied(n, graph, env))
         modes.end()
@@ -239,11 +246,6 @@ class _Rewriter:
             alone = skip in sums and len(skip.users) == 1
             if alone and node.target == "join" and not self.splits[sums[skip]][0].writes_skip:
                 self.reuses_skip.add(k)
-
-
-def _name_of(node: fx.Node) -> str:
-    """Return the name of the argument that stands for ``node`` in generated code."""
-    return f"{node.name}_" if node.name in ("self", "site") else node.name
 
 
 def _source(label: str, graph: fx.Graph, options: list[dict[str, Any]] | None = None) -> Source:

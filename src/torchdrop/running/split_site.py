@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchdrop.error_pages import see
 from torchdrop.internals import (
+    compiler_runs,
     disable_dispatch_modes,
     forward_hooks_of,
     forward_pre_hooks_of,
@@ -118,8 +119,8 @@ class SplitSite(BlockSite):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        # A compiler would compile anew for each new object.
-        if not torch.compiler.is_dynamo_compiling():
+        # A compiler would compile anew for each new object, and not what is between the branches.
+        if not torch.compiler.is_dynamo_compiling() and not compiler_runs():
             usual = self._usual
             if usual is not None and self.active and self.module.training:
                 try:

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from io import StringIO
 from textwrap import indent
+from tokenize import generate_tokens
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,9 @@ def usual_call(
     places = {id(tensor): i for i, tensor in enumerate(form[1])}
     if not all(id(t) in places for t in tensors):
         return None  # one is made of the arguments
-    return _straight(site, program, form[0], [f"_td_t{places[id(tensor)]}" for tensor in tensors])
+    if "td_" in program.forward.text:
+        return None  # a name in the block may be one of the names that are added
+    return _straight(site, program, form[0], [f"td_t{places[id(tensor)]}" for tensor in tensors])
 
 
 def _straight(
@@ -76,43 +79,48 @@ def _straight(
         form: The form of the call.
         tensors: The names of the tensors that the program takes, in the source of ``form``.
     """
-    alone, rest = not has_other_ranks(), site.settings.mask_rest
+    alone, rest, text = not has_other_ranks(), site.settings.mask_rest, program.forward.text
     joins = {
-        f"_td_join{k}": usual_sum(site, program, k, autocast=form.autocast, alone=alone)
+        f"td_join{k}": usual_sum(site, program, k, autocast=form.autocast, alone=alone)
         for k in program.branches
     }
-    (forward,) = ast.parse(program.forward.text).body
-    assert isinstance(forward, ast.FunctionDef)
-    names = [argument.arg for argument in forward.args.args]
-    source = ["def call(_td_args, _td_kwargs):", form.checks.rstrip()]
-    source.append("    if _td_site.settings.mask_rest is not _td_rest: return _td_DIFFERS")
+    code = program.forward.function.__code__
+    names = code.co_varnames[: code.co_argcount]
+    _, _, body = with_joins(text).partition("def forward(")
+    body = body.partition("\n")[2].rstrip()
+    source = ["def call(td_args, td_kwargs):", form.checks.rstrip()]
+    source.append("    if td_site.settings.mask_rest is not td_rest: return td_DIFFERS")
     if program.asks_in_calls:
-        source.append(f"    if not _td_fits([{', '.join(tensors)}]): return _td_DIFFERS")
-    values = "".join(f"{name}, " for name in ["_td_site.module", "_td_site", *tensors])
+        source.append(f"    if not td_fits([{', '.join(tensors)}]): return td_DIFFERS")
+    values = "".join(f"{name}, " for name in ["td_site.module", "td_site", *tensors])
     source.append(f"    {''.join(f'{name}, ' for name in names)} = {values}")
-    body = [ast.unparse(_WithJoins().visit(line)) for line in forward.body]
     if rest is not None:
-        source.append("    _td_rest.depth += 1\n    try:")
-    source.append(indent("\n".join(body), "    " if rest is None else " " * 8))
+        source.append("    td_rest.depth += 1\n    try:")
+    source.append(body if rest is None else indent(body, "    "))
     if rest is not None:
-        source.append("    finally:\n        _td_rest.depth -= 1")
-    called = {"_td_rest": rest, "_td_fits": partial(_fits, site, program)}
+        source.append("    finally:\n        td_rest.depth -= 1")
+    called = {"td_rest": rest, "td_fits": partial(_fits, site, program)}
     given = {**program.forward.names, **form.values, **joins, **called}
-    return with_values("\n".join(source) + "\n", given)
+    return with_values("\n".join(source) + "\n", given, type(site.module).__name__)
 
 
-class _WithJoins(ast.NodeTransformer):
-    """Replaces ``site.join(k, ...)`` by ``_td_joink(...)``."""
+_JOIN = ("site", ".", "join", "(")
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        match node:
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id="site"), attr="join"),
-                args=[ast.Constant(value=int(k)), *inputs],
-            ):
-                node.func, node.args = ast.Name(f"_td_join{k}", ast.Load()), inputs
-        return node
+
+@lru_cache(maxsize=1024)
+def with_joins(text: str) -> str:
+    """Return ``text``, a generated forward, with ``td_joink(...)`` for ``site.join(k, ...)``."""
+    # Not by the module ast, which must not be used in two threads at once (Python 3.11).
+    lines = text.splitlines(keepends=True)
+    tokens = list(generate_tokens(StringIO(text).readline))
+    for start in reversed(range(len(tokens) - 5)):
+        found = tokens[start : start + 6]
+        if tuple(token.string for token in found[:4]) == _JOIN:
+            (row, first), (_, last) = found[0].start, found[5].end
+            line = lines[row - 1]
+            name = f"td_join{found[4].string}("
+            lines[row - 1] = line[:first] + name + line[last:].lstrip()
+    return "".join(lines)
 
 
 def _fits(site: SplitSite, program: Program, tensors: list[Any]) -> bool:

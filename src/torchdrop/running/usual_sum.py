@@ -79,22 +79,23 @@ def usual_sum(
             total = add_whole(skip, out, gain, inplace=written, branch_first=first)
         else:
             rows = rows[:kept]
-            given = None
+            given, on_device = None, rows
             if (
                 not (rare or branch.normalises)
                 and skip.numel() < MIN_ELEMENTS_FOR_OWN_FUNCTION
                 and skip.is_contiguous()
                 and not saved_by_producer(skip)
             ):
-                on_device = rows if skip.is_cpu else to_device_of(rows, skip)
-                some = skip.index_select(dim, on_device)
+                if not skip.is_cpu:
+                    on_device = to_device_of(rows, skip)
                 if len(inputs) > 1:
-                    given = _rows_of(inputs, layouts, skip, some, on_device, dim)
-                elif inputs[0] is skip:
-                    given = [some]
+                    given = _rows_of(inputs, layouts, skip, on_device, dim)
+                elif inputs and inputs[0] is skip:
+                    given = [skip.index_select(dim, on_device)]
             if given is None:
                 total = sum_on_rows(site, k, skip, inputs, rows, gain)
             else:
+                some = given[0]  # the rows of the skip
                 version = None if some.is_inference() else modifications_of(some)
                 out = run(module, site, *given)
                 if version is not None and modifications_of(some) != version:
@@ -114,37 +115,40 @@ def _rows_of(
     inputs: tuple[Any, ...],
     layouts: list[RowLayout | None] | None,
     skip: Tensor,
-    some: Tensor,
     rows: Tensor,
     dim: int,
 ) -> list[Any] | None:
     """Return the selected rows of the inputs of a branch; None if that is left to ``site.cut``.
 
+    A call with all checks runs the same operations in the same order: activation checkpointing may
+    compare the tensors that both save.
+
     Args:
-        inputs: The inputs.
+        inputs: The inputs. The first one has to be the skip.
         layouts: How each carries the rows; None if that was not measured.
-        skip: The skip, which may be one of the inputs.
-        some: The selected rows of the skip.
+        skip: The skip.
         rows: The indices of the rows.
         dim: The dimension of the rows in the skip.
     """
-    if layouts is None:
+    if layouts is None or inputs[0] is not skip or layouts[0] != (dim, 1):
         return None
     batch = skip.shape[dim]
-    given: list[Any] = []
-    for value, layout in zip(inputs, layouts, strict=True):
+    cut: list[int | None] = [dim]
+    for value, layout in zip(inputs[1:], layouts[1:], strict=True):
         if layout is None:
-            given.append(value)
-        elif value is skip and layout == (dim, 1):
-            given.append(some)
-        elif type(value) is not Tensor or layout.entries > 1 or value.dim() <= layout.dim:
+            cut.append(None)
+            continue
+        if value is skip or type(value) is not Tensor or layout.entries > 1:
             return None
-        elif value.shape[layout.dim] == 1:
-            given.append(value)
-        elif value.shape[layout.dim] == batch and not saved_by_producer(value):
-            given.append(take(value, rows, layout.dim))
-        elif layout.entries:
-            return None
+        size = value.shape[layout.dim] if value.dim() > layout.dim else None
+        if size == batch != 1:
+            if saved_by_producer(value):
+                return None
+            cut.append(layout.dim)
+        elif size == 1 or not layout.entries:
+            cut.append(None)
         else:
-            given.append(value)
-    return given
+            return None
+    return [
+        value if d is None else take(value, rows, d) for value, d in zip(inputs, cut, strict=True)
+    ]
