@@ -18,7 +18,7 @@ from torch import Tensor
 from torchdrop import functional
 from torchdrop.schedules import linear, over_time
 
-__all__ = ["PICTURES", "TABLES", "on_files", "on_page_markdown", "picture", "with_tables"]
+__all__ = ["PICTURES", "PLOTS", "TABLES", "on_files", "on_page_markdown", "picture", "with_tables"]
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -215,6 +215,9 @@ PICTURES: dict[str, Callable[[], str]] = {
 }
 
 
+PLOTS: dict[str, Callable[[], str]] = {"rates-over-time": rates_over_time}
+
+
 def picture(name: str) -> str:
     """Return the SVG of a method, always the same, without changing the random state."""
     with torch.random.fork_rng(devices=[]):
@@ -223,12 +226,13 @@ def picture(name: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add methods/NAME.svg for each picture, and the plot; mkdocs calls this before it builds."""
+    """Add methods/NAME.svg for each picture, and the plots; mkdocs calls this before it builds."""
     from mkdocs.structure.files import File
 
     for name in PICTURES:
         files.append(File.generated(config, f"methods/{name}.svg", content=picture(name)))
-    files.append(File.generated(config, "rates-over-time.svg", content=rates_over_time()))
+    for name, plot in PLOTS.items():
+        files.append(File.generated(config, f"{name}.svg", content=plot()))
     return files
 
 

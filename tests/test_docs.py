@@ -78,7 +78,8 @@ def broken_links(page: Path) -> list[str]:
     links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text)
     for file, anchor in links:
         target = page.parent / file if file else page
-        drawn = target.suffix == ".svg" and target.stem in hooks.PICTURES  # when pages are built
+        # when pages are built
+        drawn = target.suffix == ".svg" and target.stem in {*hooks.PICTURES, *hooks.PLOTS}
         missing = not drawn and not target.exists()
         if missing or (anchor and anchor not in anchors(target)):
             broken.append(f"{page.name}: {file}#{anchor}")

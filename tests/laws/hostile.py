@@ -313,11 +313,13 @@ MODELS: dict[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]] = {
 }
 
 OPTIONS = {
-    "schedule": st.one_of(ODD, st.sampled_from(list(schedules.DEPTH_RULES))),
+    # An error inside a function of the user's is the user's.
+    "schedule": st.one_of(ODD, st.sampled_from(list(schedules.DEPTH_RULES))).filter(
+        lambda value: not callable(value)
+    ),
     "mode": st.one_of(ODD, st.sampled_from(["row", "batch"])),
     "sampling": st.one_of(ODD, st.sampled_from(["exact", "independent", "window"])),
     "scale": st.one_of(ODD, st.sampled_from(["train", "eval"])),
-    # An error inside a function of the user's is the user's.
     "select": st.one_of(ODD, st.just(lambda r: True)).filter(lambda value: value is not float),
     "compute": st.one_of(ODD, st.sampled_from(["auto", "skip", "mask"])),
     "sync_ranks": ODD,
@@ -571,13 +573,59 @@ def check_functions(draw: Draw) -> None:
         _check_output(out, x, True)
 
 
+OVER_TIME: dict[str, tuple[str, ...]] = {
+    "constant": ("rate",),
+    "ramp": ("rate", "rate"),
+    "cosine": ("rate", "rate"),
+    "steps": ("points",),
+    "early": ("rate", "rate", "decay"),
+    "late": ("rate", "rate"),
+    "progressive": ("rate", "speed"),
+    "scheduled_drop_path": ("rate",),
+    "curriculum": ("rate", "speed"),
+}
+"""The rules over time, and what their arguments are."""
+
+
+def check_over_time(draw: Draw) -> None:
+    """The rules over time, and what applies them."""
+    legal = {
+        "rate": st.floats(0, 1),
+        "speed": st.floats(0, 100),
+        "decay": st.sampled_from(["linear", "constant"]),
+        "points": st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=3),
+    }
+    name = draw(st.sampled_from(list(OVER_TIME)))
+    # Mostly all but one are legal: else hardly a case is taken.
+    odd = draw(st.integers(0, 2 * len(OVER_TIME[name])))
+    given = [draw(RATES if i == odd else legal[kind]) for i, kind in enumerate(OVER_TIME[name])]
+    rule = attempt(lambda: getattr(schedules.over_time, name)(*given))
+    progress = draw(st.one_of(RATES, st.floats(0, 1), st.floats(0, 1)))
+    rate = attempt(lambda: rule(progress))
+    right(_legal([rate]), f"it gave {rate}")
+    model = draw(st.one_of(ODD, st.sampled_from([plain, masked]).map(lambda make: make())))
+    attempt(lambda: torchdrop.apply_schedule(model, rule, progress))
+    right(all(m.p == rate for m in model.modules() if hasattr(m, "p")), "a layer has another rate")
+
+
+def check_stages(draw: Draw) -> None:
+    """The rule that has one rate a stage."""
+    blocks = draw(st.one_of(ODD, st.lists(st.integers(-1, 4), max_size=4)))
+    rule = attempt(lambda: schedules.per_stage(blocks))
+    p, depth = draw(st.floats(0, 1)), draw(st.one_of(st.just(sum(blocks)), st.integers(0, 6)))
+    found = attempt(lambda: rule(p, depth))
+    right(len(found) == depth and _legal(found), f"it gave {found}")
+
+
 def check_schedules(draw: Draw) -> None:
     """The rules over depth."""
     name = draw(st.sampled_from([*schedules.DEPTH_RULES, "over_depth"]))
     # Mostly one of the two is hostile: with both, hardly a case is taken.
     p = draw(st.one_of(RATES, st.floats(0, 1), st.floats(0, 1)))
     depth = draw(st.one_of(COUNTS, st.integers(0, 12), st.integers(0, 12)))
-    more = (draw(ODD),) if name == "over_depth" and draw(st.booleans()) else ()
+    more: tuple[Any, ...] = ()
+    if name == "over_depth" and draw(st.booleans()):
+        more = (draw(ODD.filter(lambda value: not callable(value))),)
     rule: Callable[..., Any] = schedules.DEPTH_RULES.get(name, schedules.over_depth)
     found = attempt(lambda: rule(p, depth, *more))
     right(len(found) == depth and _legal(found), f"it gave {found}")
@@ -805,6 +853,8 @@ CHECKS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "layers": (check_layers, 0.3),
     "functions": (check_functions, 0.3),
     "schedules": (check_schedules, 0.05),
+    "over_time": (check_over_time, 0.05),
+    "stages": (check_stages, 0.05),
     "models": (check_models, 0.05),
     "diagnostics": (check_diagnostics, 0.05),
     "command": (check_command, 0.01),

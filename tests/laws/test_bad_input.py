@@ -61,14 +61,18 @@ def test_hostile_values_are_taken_well(name: str) -> None:
 def test_everything_public_is_among_the_checks() -> None:
     text = Path(__file__).with_name("hostile.py").read_text()
     read_from_the_package = {*LAYERS, *FUNCTIONS, *torchdrop.schedules.DEPTH_RULES}
-    places = (torchdrop, torchdrop.functional, torchdrop.schedules, torchdrop.diagnostics)
+    schedules = torchdrop.schedules
+    places = (
+        torchdrop, torchdrop.functional, schedules, schedules.over_time, torchdrop.diagnostics
+    )  # fmt: skip
     checked = []
     for place in places:
         for name in place.__all__:
             thing = getattr(place, name)
             # Records that calls give back are not for users to make.
             made = isinstance(thing, type) and not issubclass(thing, nn.Module)
-            if callable(thing) and not made and name not in ("check_rate", "flops", "saved_bytes"):
+            ours = name.startswith("check_") or name in ("DepthRule", "flops", "saved_bytes")
+            if callable(thing) and not (made or ours):
                 named = f'"{name}"' in text or f".{name}(" in text or f".{name})" in text
                 assert named or name in read_from_the_package, name
                 checked.append(name)
@@ -180,7 +184,8 @@ def test_the_checks_see_a_function_that_accepts_nan(monkeypatch: pytest.MonkeyPa
             raise ValueError(f"{name} has to be between 0 and 1, but got {p}")
         return float(p)
 
-    monkeypatch.setattr("torchdrop.schedules.check_rate", lenient)
+    for module in ("schedules", "schedules.depth_rules"):
+        monkeypatch.setattr(f"torchdrop.{module}.check_rate", lenient)
     script = iter([mlp, 1, float("nan"), "set_p", False])
     with pytest.raises(FindingError, match=r"with the rates|NaN to integer"):
         CHECKS["plan"][0](lambda strategy: next(script))

@@ -11,8 +11,8 @@ from torchdrop import schedules
 from torchdrop.attaching.plan import Plan, get_plan
 from torchdrop.checks import check_model
 from torchdrop.error_pages import see
-from torchdrop.layers import UniformDropout
 from torchdrop.layers.base import LayerWithRate
+from torchdrop.layers.uniform_dropout import UniformDropout
 from torchdrop.running.block_site import sites_of
 from torchdrop.schedules.over_time import check_progress
 

@@ -125,12 +125,13 @@ def steps(points: Sequence[tuple[float, float]], *, joined: bool = False) -> Tim
         TypeError, ValueError: A point is not a pair of numbers in [0, 1], there is no point, or
             progress does not rise.
     """
-    if isinstance(points, str | bytes) or not isinstance(points, Sequence) or not points:
+    given: Any = points
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not given:
         raise TypeError(f"points has to be a list of (progress, rate), but got {points!r}")
     if not isinstance(joined, bool):
         raise TypeError(f"joined has to be True or False, but got {joined!r}")
     checked: list[tuple[float, float]] = []
-    for i, point in enumerate(points):
+    for i, point in enumerate(given):
         pair: Any = point
         if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(f"points[{i}] has to be (progress, rate), but got {point!r}")
