@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test mutants lint exports docs bench zoo clean
+.PHONY: demo test mutants lint recipes exports docs bench zoo clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,9 @@ lint: .venv/.with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+recipes:
+	$(PYTHON) tools/recipes.py
 
 exports:
 	$(PYTHON) tools/exports.py

@@ -64,6 +64,7 @@ def test_every_method_can_be_sent_to_a_worker(name):
     assert applied.reached
 
 
+@pytest.mark.filterwarnings("ignore:nothing was dropped in:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_delivers_what_is_asked(name):
     torch.manual_seed(0)
@@ -80,7 +81,7 @@ def test_every_method_delivers_what_is_asked(name):
         assert applied.observed() is None
         return
     assert applied.observed() == pytest.approx(applied.asked, abs=0.12)
-    assert applied.observed() is None or name.startswith(("drop_path", "stochastic"))
+    assert applied.observed() is None  # since the last call
 
 
 def test_p_is_the_default_then_for_all_then_for_one():
