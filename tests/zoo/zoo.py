@@ -267,6 +267,7 @@ def check_nothing_dropped(
     plan = torchdrop.get_plan(model)
     rates = plan.state_dict()
     plan.set_p([BARELY] * len(plan.blocks))
+    model.train()
     plan.observed()
     fired: Counter[str] = Counter()
     with torch.no_grad(), buffers_restored(model), same_randomness(), _counting(model, fired):

@@ -188,14 +188,14 @@ class Plan:
         ]
         if not missed or settings.warned_of_unreached or any(site.paused for site in self._sites):
             return
+        if not found.total.rows and any(site.module.training for site in self._sites):
+            return  # there was no forward pass yet
         settings.warned_of_unreached = True
         some = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
         if found.total.rows:
             why = "the forward pass did not reach them, or their blocks are in evaluation"
-        elif not any(site.module.training for site in self._sites):
-            why = "the model is in evaluation, in which nothing is dropped; call model.train()"
         else:
-            why = "there was no forward pass in training"
+            why = "the model is in evaluation, in which nothing is dropped; call model.train()"
         warnings.warn(
             f"nothing was dropped in {some} since the counts were last reset, although "
             f"{'they have' if len(missed) > 1 else 'it has'} a drop rate: {why}",

@@ -64,7 +64,6 @@ def test_every_method_can_be_sent_to_a_worker(name):
     assert applied.reached
 
 
-@pytest.mark.filterwarnings("ignore:nothing was dropped in:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_delivers_what_is_asked(name):
     torch.manual_seed(0)

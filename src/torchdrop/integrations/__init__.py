@@ -1,0 +1,1 @@
+"""Stochastic depth in training loops of other libraries; each file needs its library."""
