@@ -16,7 +16,7 @@ from zoo_transformers import FAMILIES
 import torchdrop
 import zoo
 from torchdrop.rows import take_and_add
-from torchdrop.running import forward_slot, residual_sum, split_site, usual_call
+from torchdrop.running import forward_slot, residual_sum, split_site, usual_sum
 from torchdrop.running.split_site import SplitSite
 
 BATCH = 5
@@ -132,10 +132,11 @@ def _wrong(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         def compute_all(site: SplitSite, k: int, skip: Tensor, inputs: Any, *_: Any) -> Tensor:
             return site.mask(k, skip, site.compute(site.train, k, inputs))
 
-        for module in (split_site, usual_call):
+        for module in (split_site, usual_sum):
             monkeypatch.setattr(module, "sum_on_rows", compute_all)
+        monkeypatch.setattr(usual_sum, "MIN_ELEMENTS_FOR_OWN_FUNCTION", 0)
     elif name == "all gradients":
-        for module in (split_site, usual_call):
+        for module in (split_site, usual_sum):
             monkeypatch.setattr(
                 module, "sum_without_branch", lambda site, k, skip, *_: skip.clone()
             )
