@@ -719,3 +719,90 @@ for _ in range(4):
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+class Sometimes(nn.Module):
+    """A child that begins to write into its input."""
+
+    writes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1.0) if self.writes else x + 1.0
+
+
+def test_a_child_that_begins_to_write_into_its_input_is_an_error_in_a_usual_call() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child, self.fc = Sometimes(), nn.Linear(W, W)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc(self.child(x)).tanh()
+
+    model, x = nn.Sequential(Writing(), Writing()), torch.randn(B, W)
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    for _ in range(3):
+        model(x)
+    assert all(site._usual is not None for site in sites_of(model))  # type: ignore[attr-defined]
+    Sometimes.writes = True
+    try:
+        with pytest.raises(RuntimeError, match="writes into its input"):
+            model(x)
+    finally:
+        Sometimes.writes = False
+
+
+def test_the_first_input_of_a_branch_may_have_no_rows(checked: list[str]) -> None:
+    class TableFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(W, W)
+
+        def forward(self, table: Tensor, x: Tensor) -> Tensor:
+            return x + (self.fc(x) * table).tanh()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([TableFirst(), TableFirst()])
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(table, x)
+            return x
+
+    net, x, table = Net(), torch.randn(B, W), torch.randn(W)
+    torchdrop.add_stochastic_depth(net, 0.5, schedule="uniform", example_inputs=(x, table))
+    for _ in range(3):
+        net(x, table)
+    checked.clear()
+    out, expected = net(x, table), x
+    assert checked == []
+    for block, site in zip(net.blocks, sites_of(net), strict=True):
+        last = site.branches[0].counts.last
+        assert last is not None
+        rows = last[0][: last[1]]
+        branch = (block.fc(expected) * table).tanh()  # type: ignore[operator]
+        expected = expected.index_add(0, rows, 2.0 * branch[rows])
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("block", [Parallel, Projection])
+def test_a_branch_whose_input_is_not_its_skip(
+    block: type[nn.Module], checked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(block(), block())
+    torchdrop.add_stochastic_depth(model, 0.5, schedule="uniform")
+    x = torch.randn(B, W)
+    for _ in range(3):
+        model(x)
+    checked.clear()
+    torch.manual_seed(1)
+    usual = model(x)
+    assert checked == []
+    monkeypatch.setattr(split_site, "usual_call", lambda *args: None)
+    for site in sites_of(model):
+        site._usual = None  # type: ignore[attr-defined]
+    torch.manual_seed(1)
+    assert torch.equal(usual, model(x))
+    assert checked == ["0", "1"]
