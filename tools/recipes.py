@@ -69,8 +69,9 @@ def main() -> int:
     """Write the page, or check it; return the exit status."""
     page = DOCS / "recipes.md"
     recipes = json.loads((DOCS / "recipes.json").read_text(encoding="utf-8"))
-    text = written(page.read_text(encoding="utf-8"), recipes)
-    if text == page.read_text(encoding="utf-8"):
+    before = page.read_text(encoding="utf-8")
+    text = written(before, recipes)
+    if text == before:
         return 0
     if "--check" in sys.argv:
         print("docs/recipes.md does not have the table of docs/recipes.json; run make recipes")

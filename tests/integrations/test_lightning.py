@@ -132,15 +132,30 @@ def test_a_rule_over_time_needs_an_end(tmp_path: Path) -> None:
         StochasticDepth(over_time=0.5)  # type: ignore[arg-type]
 
 
-def test_it_logs_the_rates_and_what_they_skip(tmp_path: Path) -> None:
+class TwoBranches(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x).tanh()
+        return x + self.b(x).tanh()
+
+
+@pytest.mark.parametrize("unit", ["branch", "block"])
+def test_it_logs_the_rates_and_what_they_skip(unit: str, tmp_path: Path) -> None:
     class Plain(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = net(3, block=TwoBranches)
+
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.model(x)
             return out
 
     loop = trainer(
         tmp_path,
-        StochasticDepth(0.5, schedule="uniform", example_inputs=torch.randn(4, 6)),
+        StochasticDepth(0.5, schedule="uniform", unit=unit, example_inputs=torch.randn(4, 6)),
         max_epochs=3,
     )
     loop.fit(Plain(), data())

@@ -91,8 +91,8 @@ def _targets(model: Any) -> tuple[Plan | None, list[tuple[nn.Module, str]]]:
             layers.append((module, "beta"))
     if plan is None and not layers:
         raise ValueError(
-            f"this {type(model).__name__} has no stochastic depth and no layers of torchdrop, so "
-            f"that there is no rate to set; torchdrop.add_stochastic_depth(model, p) adds it"
+            f"this {type(model).__name__} has no stochastic depth and no layers of torchdrop, and "
+            f"therefore no rate to set; call torchdrop.add_stochastic_depth(model, p) first"
             + see("rates")
         )
     return plan, layers

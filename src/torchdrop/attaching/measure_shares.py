@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,9 +10,22 @@ from torch import nn
 
 from torchdrop import cost
 from torchdrop.finding.example_calls import run_once
+from torchdrop.finding.residual import Branch
 from torchdrop.running.block_site import BlockSite
 
-__all__ = ["measure_shares"]
+__all__ = ["measure_shares", "share_skipped"]
+
+
+def share_skipped(branches: Iterable[Branch], rates: Iterable[float]) -> float:
+    """Return the part of the FLOPs of a pass that is not computed at these drop rates.
+
+    Branches that are masked are computed for all rows.
+    """
+    return sum(
+        branch.share * rate
+        for branch, rate in zip(branches, rates, strict=True)
+        if branch.share and branch.action != "mask"
+    )
 
 
 def measure_shares(model: nn.Module, sites: Sequence[BlockSite], example_inputs: Any) -> None:

@@ -44,7 +44,7 @@ class ObservedRate:
         center = (dropped + z2 / 2.0) / (rows + z2)
         half = _Z / (rows + z2) * math.sqrt(dropped * (rows - dropped) / rows + z2 / 4.0)
         rate = dropped / rows
-        # at 0 and 1 the interval ends there, up to rounding
+        # if all rows were dropped, or none, rounding may move an end past the rate
         low, high = min(max(center - half, 0.0), rate), max(min(center + half, 1.0), rate)
         return cls(rate, rows, low, high)
 

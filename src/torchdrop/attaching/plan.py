@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdrop import schedules
+from torchdrop.attaching.measure_shares import share_skipped
 from torchdrop.attaching.observed_rates import ObservedRates, observed_rates
 from torchdrop.attaching.plan_text import lines_of, not_taken_lines, table_of
 from torchdrop.attaching.rates import resolve_rates, set_rates
@@ -20,7 +21,6 @@ from torchdrop.rows.shared_numbers import shared_numbers
 from torchdrop.running.block_site import BlockSite, sites_of
 from torchdrop.running.branch_state import BranchState
 from torchdrop.running.forward_slot import occupant_of
-from torchdrop.schedules.over_time import TimeRule
 
 __all__ = ["Plan", "get_plan"]
 
@@ -279,7 +279,7 @@ class Plan:
         notes = []
         branches = [branch for block in blocks for branch in block.branches]
         if self._sites[0].settings.measured:
-            saved = sum(b.share * b.p for b in branches if b.share and b.action != "mask")
+            saved = share_skipped(branches, [branch.p for branch in branches])
             notes.append(f"expected FLOPs of a forward pass in training: {1 - saved:.1%} of dense")
         else:
             notes.append("give example_inputs to see the share of each branch in the FLOPs")
@@ -331,10 +331,8 @@ class Plan:
 
 
 def _described(rule: object) -> str:
-    """Return a rule over time in words: as it prints itself, or the name of a function."""
-    if isinstance(rule, TimeRule):
-        return repr(rule)
-    return str(getattr(rule, "__qualname__", None) or type(rule).__qualname__)
+    """Return the name of a function, or the text that another rule prints."""
+    return str(getattr(rule, "__qualname__", None) or repr(rule))
 
 
 def doubled_blocks(model: nn.Module, sites: Sequence[BlockSite]) -> list[tuple[str, str]]:

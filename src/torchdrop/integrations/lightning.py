@@ -14,7 +14,9 @@ from torch import distributed as dist
 
 from torchdrop.attaching.apply_schedule import apply_schedule
 from torchdrop.attaching.attach import add_stochastic_depth, has_stochastic_depth
+from torchdrop.attaching.measure_shares import share_skipped
 from torchdrop.attaching.plan import Plan, get_plan
+from torchdrop.rows.collectives import in_process_group
 
 __all__ = ["StochasticDepth"]
 
@@ -69,7 +71,7 @@ class StochasticDepth(Callback):
             )
         self.p, self.over_time, self.log_rates, self.arguments = p, over_time, log, arguments
         self.plan: Plan | None = None
-        self._loaded: dict[str, Any] | None = None
+        self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add stochastic depth, unless the module has it from an earlier call of ``fit``."""
@@ -84,7 +86,7 @@ class StochasticDepth(Callback):
         if self.over_time is not None:
             _progress(trainer, 0)
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if self._loaded is not None and 0 < done < trainer.num_training_batches:
+        if self._resumed and 0 < done < trainer.num_training_batches:
             loader: Any = trainer.train_dataloader
             if not hasattr(loader, "state_dict"):
                 warnings.warn(
@@ -95,7 +97,7 @@ class StochasticDepth(Callback):
                     f"loader that can be resumed",
                     stacklevel=2,
                 )
-        self._loaded = None
+        self._resumed = False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -119,11 +121,8 @@ class StochasticDepth(Callback):
             "observed_high": found.total.high,
         }
         if all(branch.share is not None for branch in branches):
-            values["flops_skipped"] = sum(
-                (branch.share or 0.0) * found.branches[branch.name].rate
-                for branch in branches
-                if branch.action == "skip"
-            )
+            rates = [found.branches[branch.name].rate for branch in branches]
+            values["flops_skipped"] = share_skipped(branches, rates)
         pl_module.log_dict({f"stochastic_depth/{name}": value for name, value in values.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class StochasticDepth(Callback):
         if self.plan is None:
             return {}
         states: list[Any] = [torch.get_rng_state()]
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             states = [None] * dist.get_world_size()
             dist.all_gather_object(states, torch.get_rng_state())
         return {"plan": self.plan.state_dict(), "generators": states}
@@ -142,11 +141,11 @@ class StochasticDepth(Callback):
             return
         self.plan.load_state_dict(state_dict["plan"])
         states, rank = state_dict["generators"], 0
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             rank = dist.get_rank()
         if rank < len(states):  # a run may be resumed on more processes
             torch.set_rng_state(states[rank])
-        self._loaded = state_dict
+        self._resumed = True
 
 
 def _progress(trainer: Trainer, batch_idx: int) -> float:

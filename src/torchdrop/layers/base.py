@@ -50,7 +50,7 @@ class LayerWithRate(LayerWithCheckedProperties):
 
     @property
     def is_replaced(self) -> bool:
-        """Whether ``add_stochastic_depth`` drops the branch of this layer, which rests."""
+        """Whether ``add_stochastic_depth`` has replaced this layer, and drops in its place."""
         return getattr(self.__dict__.get("forward"), "replaces_layer", False)
 
 

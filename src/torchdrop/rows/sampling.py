@@ -38,7 +38,6 @@ __all__ = [
     "usual_sampler",
 ]
 
-_randperm = torch.randperm
 _HOST = torch.device("cpu")  # given explicitly: the user may have set another default device
 
 
@@ -195,7 +194,7 @@ def usual_sampler(sampling: str) -> Callable[[int, float], tuple[Tensor | None, 
 
 
 def _exact_in_place(batch: int, p: float) -> _Rows:
-    # what _exact computes, without calls
+    # the same as _exact with _uniform_in_place, but without a call of another function
     count = batch * (1.0 - p)
     kept = int(count)
     fraction = count - kept
@@ -206,7 +205,7 @@ def _exact_in_place(batch: int, p: float) -> _Rows:
             kept += 1
     if kept in (0, batch):
         return None, kept
-    return _randperm(batch, device=_HOST), kept
+    return torch.randperm(batch, device=_HOST), kept
 
 
 def _refuse_different_draws_in_vmap() -> None:

@@ -37,6 +37,7 @@ from torchdrop.tracing.process_state import PROCESS_LOCK
 from torchdrop.tracing.unchanged import unchanged
 
 __all__ = [
+    "WATCHERS",
     "BlockSite",
     "drop_spare_row",
     "modifications",
@@ -44,6 +45,11 @@ __all__ = [
     "sites_of",
     "to_device_of",
 ]
+
+
+# The attributes of a site by which :meth:`BlockSite.is_watched` decides.
+WATCHERS = ("meter", "only_proves", "proof", "observers", "settings.generates")
+_watchers_of = attrgetter(*WATCHERS)
 
 
 class BlockSite(SlotOccupant, ABC):
@@ -181,13 +187,7 @@ class BlockSite(SlotOccupant, ABC):
 
     def is_watched(self) -> bool:
         """Whether calls are tested, measured or observed now, or the next one may only generate."""
-        return bool(
-            self.meter
-            or self.only_proves
-            or self.proof
-            or self.observers
-            or self.settings.generates
-        )
+        return any(_watchers_of(self))
 
     def note_unproved(self, why: str) -> None:
         """Record that a call could not be tested, because of ``why``."""

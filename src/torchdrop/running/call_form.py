@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from inspect import Parameter
 from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,14 @@ from torchdrop.internals import (
 )
 from torchdrop.rows.collectives import in_process_group
 from torchdrop.rows.in_graph import leave_uncompiled
+from torchdrop.running.block_site import WATCHERS, BlockSite
 from torchdrop.running.generation import caches_of
 from torchdrop.running.program import compile_with_lines
-
-if TYPE_CHECKING:
-    from torchdrop.running.block_site import BlockSite
 
 __all__ = ["DIFFERS", "CallForm", "form_of", "with_values"]
 
 # Returned by a check of a call that has another form.
 DIFFERS: Any = object()
-
-# The attributes of a site that :meth:`BlockSite.is_watched` asks.
-WATCHERS = ("meter", "only_proves", "proof", "observers", "settings.generates")
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -91,10 +86,10 @@ class CallForm:
 
     Attributes:
         autocast: Whether autocast is enabled.
-        checks: Source that compares ``args`` and ``kwargs`` of a call, and returns ``DIFFERS`` if
-            it has another form. Otherwise the tensors in its arguments are in ``t0``, ``t1``, ...
-            It is without loops and without calls that this form does not need, since every call of
-            every block runs it.
+        checks: Source that compares the arguments ``td_args`` and ``td_kwargs`` of a call. It
+            returns ``td_DIFFERS`` if the call has another form. Otherwise it assigns the tensors in
+            the arguments to ``td_t0``, ``td_t1``, ... It has no loops and no calls that this form
+            does not need, since every call of every block runs it.
         values: The values of the names in this source.
         count: The number of tensors.
     """
@@ -126,10 +121,13 @@ class CallForm:
             self.values |= {f"td_{name}{i}": value for name, value in known.items()}
 
     def tensors_of(self) -> Callable[..., Any]:
-        """Return a function of ``args`` and ``kwargs``: the tensors in them, or ``DIFFERS``."""
+        """Return a function of ``args`` and ``kwargs`` that returns the tensors in them.
+
+        It returns None for a call of another form.
+        """
         found = ", ".join(f"td_t{i}" for i in range(self.count))
         text = f"def call(td_args, td_kwargs):\n{self.checks}    return [{found}]\n"
-        return with_values(text, self.values, "arguments")
+        return with_values(text, {**self.values, "td_DIFFERS": None}, "arguments")
 
     def with_tensors(
         self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -42,9 +42,10 @@ def decide(settings: Settings, branch: BranchState, batch: int) -> tuple[Any, in
 def usual_decision(
     settings: Settings, branch: BranchState, *, alone: bool
 ) -> Callable[[int], tuple[Any, int]]:
-    """Return :func:`decide` as a function of the batch, for calls without modes and transforms.
+    """Return a function that draws the rows that :func:`decide` draws, with fewer checks.
 
-    It draws the same rows with fewer checks.
+    It takes the number of rows of the batch. It may be called where no mode and no transform is
+    active.
 
     Args:
         settings: The settings of the model.
@@ -56,7 +57,9 @@ def usual_decision(
     rate, counts = branch.rate, branch.counts
     whole_batches = settings.mode == "batch"
     sample = usual_sampler(branch.facts.sampling)
-    draw = sample if branch.facts.rows_per_sample == 1 else partial(_grouped, rate, sample)
+    draw = sample
+    if branch.facts.rows_per_sample > 1:
+        draw = lambda batch, p: rate.order_rows(batch, sample)  # noqa: E731
 
     def decide_on(batch: int) -> tuple[Any, int]:
         p = rate.p
@@ -76,9 +79,3 @@ def usual_decision(
         return rows, kept
 
     return decide_on
-
-
-def _grouped(rate: Any, sample: Any, batch: int, p: float) -> tuple[Any, int]:
-    """Draw samples of several rows; ``p`` is the rate of ``rate``."""
-    rows: tuple[Any, int] = rate.order_rows(batch, sample)
-    return rows

@@ -137,7 +137,7 @@ class Program:
 
     @property
     def asks_in_calls(self) -> bool:
-        """Whether it depends on more than the form of a call whether the forward is valid."""
+        """Whether calls of one form have to be checked further, because the forward reads more."""
         return bool(
             self._reads
             or self._constants

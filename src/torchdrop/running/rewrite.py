@@ -128,9 +128,11 @@ class _Rewriter:
 
     def name_of(self, node: fx.Node) -> str:
         """Return the name of the argument that stands for ``node`` in generated code."""
-        name, taken = node.name, {other.name for other in self.nodes}
-        while name in ("self", "site") or (name != node.name and name in taken):
-            name += "_"
+        name = node.name
+        if name in ("self", "site"):
+            taken = {other.name for other in self.nodes}
+            while name in taken:
+                name += "_"
         return name
 
     def emit(

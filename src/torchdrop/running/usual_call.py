@@ -20,7 +20,7 @@ from torchdrop.rows.collectives import has_other_ranks
 from torchdrop.rows.sampling import refuse_graph_capture
 from torchdrop.rows.take_and_add import add_rows, skip_and_rows, take
 from torchdrop.running.block_site import modifications, precision_of, to_device_of
-from torchdrop.running.call_form import DIFFERS, CallForm, form_of, with_values
+from torchdrop.running.call_form import CallForm, form_of, with_values
 from torchdrop.running.decision import usual_decision
 from torchdrop.running.program import MismatchError, Program
 from torchdrop.running.usual_sum import usual_sum
@@ -233,8 +233,8 @@ class UsualWholeCall:
                 self._reading.check_attributes(site)
             except MismatchError:
                 return None
-        found: Any = self._compared(args, kwargs)
-        return None if found is DIFFERS else found
+        found: list[Any] | None = self._compared(args, kwargs)
+        return found
 
     def run(self, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block on the kept rows of what :meth:`tensors_of` returned."""

@@ -227,7 +227,7 @@ class WholeSite(BlockSite):
         return (*kind, torch.is_grad_enabled(), *map(_key_of, constants))
 
     def take_form(self, block: WholeBlock) -> None:
-        """Use ``block``, which follows from the shapes of one call.
+        """Use ``block``, a description of the call that was made from the shapes of one call.
 
         How the tensors other than x carry the rows is then assumed, not measured.
         """
@@ -354,7 +354,7 @@ class WholeSite(BlockSite):
         batch: Any,
         mine: Tensor | None = None,
     ) -> Tensor:
-        """Replace the tensors in the arguments by the selected rows of them.
+        """Replace each tensor in the arguments by its selected rows.
 
         Args:
             bound: The arguments of the call.

@@ -5,30 +5,7 @@ Over depth, a rule maps (p, depth) to the rates of the blocks, the first block f
 progress of training, from 0 to 1, to a rate: see :mod:`torchdrop.schedules.over_time`.
 """
 
-from torchdrop.schedules import over_time
-from torchdrop.schedules.depth_rules import (
-    DEPTH_RULES,
-    DepthRule,
-    check_depth_rule,
-    check_rate,
-    exponential,
-    linear,
-    linear_from_zero,
-    over_depth,
-    per_stage,
-    uniform,
-)
+from torchdrop.schedules import depth_rules, over_time
+from torchdrop.schedules.depth_rules import *  # noqa: F403
 
-__all__ = [
-    "DEPTH_RULES",
-    "DepthRule",
-    "check_depth_rule",
-    "check_rate",
-    "exponential",
-    "linear",
-    "linear_from_zero",
-    "over_depth",
-    "over_time",
-    "per_stage",
-    "uniform",
-]
+__all__ = [*depth_rules.__all__, "over_time"]

@@ -91,7 +91,7 @@ def _rule(name: str, **arguments: Any) -> TimeRule:
 
 
 def constant(p: float) -> TimeRule:
-    """Return the rule with the same rate all the time."""
+    """Return a rule whose rate is always p."""
     return _rule("constant", p=check_rate(p))
 
 
@@ -235,7 +235,7 @@ def _check_speed(gamma: object) -> float:
 
 
 def _ramp(t: float, start: float, end: float) -> float:
-    # written so that both ends are exact
+    # In this form the rates at 0 and 1 are exactly start and end.
     return start * (1.0 - t) + end * t
 
 
